@@ -1,0 +1,143 @@
+"""Where each file of the service and of a partition lives.
+
+The data folder survives a reboot; the run folder holds sockets and process identities and may vanish with it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from mullion.base.errors import InvalidError
+
+SOCKET_PATH_LIMIT: Final = 107
+"""Longest path of a unix socket: sun_path is 108 bytes with its terminating zero (unix(7))."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPaths:
+    """Files of the service on one host."""
+
+    data_dir: str
+    run_dir: str
+
+    @property
+    def database(self) -> str:
+        return f"{self.data_dir}/mullion.db"
+
+    @property
+    def disks(self) -> str:
+        """The default disk pool."""
+        return f"{self.data_dir}/disks"
+
+    @property
+    def images(self) -> str:
+        return f"{self.data_dir}/images"
+
+    @property
+    def log(self) -> str:
+        return f"{self.data_dir}/mullion.log"
+
+    @property
+    def api_socket(self) -> str:
+        return f"{self.run_dir}/api.sock"
+
+    @property
+    def api_url_file(self) -> str:
+        """Holds the URL of the TCP listener while the service runs."""
+        return f"{self.run_dir}/api.url"
+
+    @property
+    def token_file(self) -> str:
+        return f"{self.data_dir}/token"
+
+    @property
+    def service_lock(self) -> str:
+        """Locked by the running service; holds its process identity."""
+        return f"{self.run_dir}/service.pid"
+
+    @property
+    def accelerator_cache(self) -> str:
+        return f"{self.run_dir}/accelerator.json"
+
+    def partition(self, name: str) -> PartitionPaths:
+        return PartitionPaths(f"{self.data_dir}/partitions/{name}", f"{self.run_dir}/p/{name}")
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionPaths:
+    """Files of one partition: `data` holds logs and firmware variables, `run` sockets and identities."""
+
+    data: str
+    run: str
+
+    @property
+    def console_log(self) -> str:
+        return f"{self.data}/console.log"
+
+    @property
+    def qemu_log(self) -> str:
+        return f"{self.data}/qemu.log"
+
+    @property
+    def provider_log(self) -> str:
+        return f"{self.data}/provider.log"
+
+    @property
+    def firmware_vars(self) -> str:
+        return f"{self.data}/firmware-vars.fd"
+
+    @property
+    def exit_file(self) -> str:
+        """QEMU's exit status, written by its wrapper: one decimal number, 128 + n for signal n."""
+        return f"{self.run}/qemu.exit"
+
+    @property
+    def qemu_identity(self) -> str:
+        return f"{self.run}/qemu.pid"
+
+    @property
+    def provider_identity(self) -> str:
+        return f"{self.run}/provider.pid"
+
+    @property
+    def qmp(self) -> str:
+        return self._socket("qmp.sock")
+
+    @property
+    def qmp_rescue(self) -> str:
+        return self._socket("qmp2.sock")
+
+    @property
+    def agent(self) -> str:
+        return self._socket("agent.sock")
+
+    @property
+    def console(self) -> str:
+        return self._socket("console.sock")
+
+    @property
+    def provider_control(self) -> str:
+        return self._socket("provider.sock")
+
+    @property
+    def pending_dir(self) -> str:
+        """Pending logs of the disks: metadata that is acknowledged, but not flushed yet."""
+        return f"{self.run}/pending"
+
+    def vhost_user(self, disk_id: str) -> str:
+        return self._socket(f"{disk_id}.vhost")
+
+    def nbd(self, disk_id: str) -> str:
+        return self._socket(f"{disk_id}.nbd")
+
+    def _socket(self, name: str) -> str:
+        path = f"{self.run}/{name}"
+        if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+            raise InvalidError(
+                f"the socket's path is longer than {SOCKET_PATH_LIMIT} bytes: {path}",
+                remedy="Choose a shorter run folder (setting run_dir) or a shorter name for the partition.",
+                path=path,
+            )
+        return path

@@ -1,0 +1,1 @@
+"""The composition root of `mullion serve`: the one file that knows every floor."""

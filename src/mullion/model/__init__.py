@@ -1,0 +1,1 @@
+"""Pure meaning: definitions, states, the shapes of the API. No I/O."""

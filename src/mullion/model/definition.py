@@ -1,0 +1,93 @@
+"""Definitions: what an administrator wants a partition to be. Pure data, no I/O.
+
+TOML for people, JSON on the wire, the same fields in both. Sizes are int bytes here; `mullion.model.parse` turns the
+people's `512M` into them and says, when a field is wrong, which one and what is allowed.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct, field
+
+NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+"""A name is an RFC 1123 label: it serves as host name and as file name."""
+
+Name = Annotated[
+    str, Meta(pattern=NAME_PATTERN, description="lower-case letters, digits and inner hyphens, at most 63 characters")
+]
+DiskId = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="the disk's name within its partition")]
+MemoryBytes = Annotated[int, Meta(ge=16 * 1024 * 1024, le=16 * 1024**4, multiple_of=1024 * 1024)]
+VcpuCount = Annotated[int, Meta(ge=1, le=288)]
+
+
+class Bus(enum.Enum):
+    """How the guest sees a disk: synthetic (virtio, needs a driver in the guest) or emulated (any guest knows it)."""
+
+    VIRTIO = "virtio"
+    SATA = "sata"
+    IDE = "ide"
+
+
+class Machine(enum.Enum):
+    """The machine type: q35 (PCI Express) or, for old guests, pc (1996's chipset)."""
+
+    Q35 = "q35"
+    PC = "pc"
+
+
+class Firmware(enum.Enum):
+    BIOS = "bios"
+    UEFI = "uefi"
+
+
+class Accelerator(enum.Enum):
+    """Who runs the guest's instructions. `auto` takes KVM where a probe shows that it can run a guest, else TCG."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+class PowerState(enum.Enum):
+    """What an administrator wants: the reconciler brings it about."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+class DiskAttachment(Struct, frozen=True, forbid_unknown_fields=True):
+    """A VHD of a partition. `path` is absolute, or relative to the disk pool; chains are found from its top."""
+
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    id: DiskId = ""
+    bus: Bus = Bus.VIRTIO
+    read_only: bool = False
+
+
+class DirectBoot(Struct, frozen=True, forbid_unknown_fields=True):
+    """Boot a kernel of the host instead of the disk's boot loader. Paths are absolute."""
+
+    kernel: Annotated[str, Meta(pattern="^/")]
+    initrd: Annotated[str, Meta(pattern="^/")] | None = None
+    command_line: Annotated[str, Meta(max_length=2047)] = ""
+
+
+class PartitionDefinition(Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that an administrator says of a partition."""
+
+    name: Name
+    description: Annotated[str, Meta(max_length=1000)] = ""
+    uuid: str = ""
+    vcpus: VcpuCount = 1
+    memory_bytes: MemoryBytes = 512 * 1024 * 1024
+    machine: Machine = Machine.Q35
+    firmware: Firmware = Firmware.BIOS
+    accelerator: Accelerator = Accelerator.AUTO
+    disks: Annotated[tuple[DiskAttachment, ...], Meta(max_length=16)] = ()
+    direct_boot: DirectBoot | None = None
+    power: PowerState = PowerState.STOPPED
+    shutdown_timeout_s: Annotated[int, Meta(ge=0, le=3600)] = 60
+    labels: dict[str, str] = field(default_factory=dict)

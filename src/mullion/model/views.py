@@ -1,0 +1,139 @@
+"""What the API answers: the shapes that the service fills and that clients, CLI and web read.
+
+Times are RFC 3339 in UTC; sizes int bytes; durations float seconds.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct, field
+
+from mullion.model.definition import PartitionDefinition
+from mullion.model.states import OperationState, PartitionState
+
+
+class ErrorView(Struct, frozen=True):
+    """The body of every answer that is not a success."""
+
+    code: str
+    message: str
+    remedy: str
+    context: dict[str, object] = field(default_factory=dict)
+
+
+class ChainFileView(Struct, frozen=True):
+    """One file of a disk's chain, top first."""
+
+    path: str
+    type: str
+    size_bytes: int
+    file_bytes: int
+    unique_id: str
+    block_bytes: int | None = None
+    read_only: bool = False
+
+
+class DiskView(Struct, frozen=True):
+    """A VHD with its chain. `holder` names the partition that has it open for writing."""
+
+    path: str
+    name: str
+    type: str
+    size_bytes: int
+    file_bytes: int
+    allocated_bytes: int
+    chain: tuple[ChainFileView, ...]
+    holder: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class AttachedDiskView(Struct, frozen=True):
+    id: str
+    bus: str
+    read_only: bool
+    chain: tuple[str, ...]
+    nbd_socket: str | None = None
+
+
+class PartitionView(Struct, frozen=True):
+    """A partition: what is wanted (definition) and what is (the rest)."""
+
+    name: str
+    uuid: str
+    state: PartitionState
+    definition: PartitionDefinition
+    etag: str
+    reason: str | None = None
+    remedy: str | None = None
+    accelerator: str | None = None
+    accelerator_reason: str | None = None
+    qemu_pid: int | None = None
+    provider_pid: int | None = None
+    started_at: str | None = None
+    boot_s: float | None = None
+    agent_answers: bool = False
+    guest_addresses: tuple[str, ...] = ()
+    exit_status: int | None = None
+    log_excerpt: str | None = None
+    disks: tuple[AttachedDiskView, ...] = ()
+    folder: str = ""
+    console_log: str = ""
+
+
+class OperationView(Struct, frozen=True):
+    """Work that takes longer than a second. `progress` runs from 0 to 1."""
+
+    id: str
+    kind: str
+    target: str
+    state: OperationState
+    created_at: str
+    updated_at: str
+    progress: float = 0.0
+    stage: str = ""
+    cancellable: bool = False
+    result: dict[str, object] | None = None
+    error: ErrorView | None = None
+
+
+class EventView(Struct, frozen=True):
+    """Something that happened; `cursor` grows by one without gaps and is where a reader resumes."""
+
+    cursor: int
+    at: str
+    kind: str
+    target: str
+    data: dict[str, object] = field(default_factory=dict)
+
+
+class ImageView(Struct, frozen=True):
+    name: str
+    path: str
+    size_bytes: int
+    file_bytes: int
+    built_at: str
+
+
+class CheckView(Struct, frozen=True):
+    """One line of `mullion doctor`: `verdict` is ok, note or missing; `remedy` the command that mends it."""
+
+    name: str
+    verdict: str
+    detail: str
+    remedy: str = ""
+
+
+class StatusView(Struct, frozen=True):
+    """The service and its host at a glance."""
+
+    version: str
+    pid: int
+    started_at: str
+    uptime_s: float
+    host_name: str
+    accelerator: str
+    accelerator_reason: str
+    partitions: dict[str, int]
+    api_socket: str
+    api_url: str
+    data_dir: str
+    run_dir: str
