@@ -1,1 +1,1 @@
-"""The ground floor: units, errors, settings, logging, the door to subprocess, the block vocabulary. Imports nothing above."""
+"""The ground floor: units, errors, settings, the door to subprocess, the block vocabulary. Imports nothing above."""
