@@ -1,0 +1,1 @@
+"""A slice per operator's noun, each with its controller, its routes and its own mechanism."""

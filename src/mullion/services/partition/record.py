@@ -1,0 +1,91 @@
+"""What the store keeps of a partition, and where its observed state comes from.
+
+The record is the whole truth that survives: the definition, who the partition is (uuid, user id), the boot of the host
+on which it was last started, and why it failed, if it did. Everything else is observed.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+
+from mullion.model.definition import PartitionDefinition, PowerState
+from mullion.model.states import PartitionState
+
+PREFIX: Final = "/partitions/"
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a partition is `failed`; cleared by the next start."""
+
+    reason: str
+    remedy: str
+    exit_status: int | None = None
+    log_excerpt: str | None = None
+
+
+class PartitionRecord(msgspec.Struct, frozen=True):
+    """One partition in the store. `desired` follows the definition's `power` until an action changes it."""
+
+    definition: PartitionDefinition
+    uuid: str
+    created_at: str
+    desired: PowerState
+    user_id: int | None = None
+    started_at: str | None = None
+    started_boot_id: str | None = None
+    failure: Failure | None = None
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, value: bytes) -> PartitionRecord:
+        return msgspec.json.decode(value, type=cls)
+
+
+class GuestStatus(enum.Enum):
+    """What QEMU says of the guest."""
+
+    ABSENT = "absent"  # no QEMU process
+    PRELAUNCH = "prelaunch"  # started, not yet let go
+    RUNNING = "running"
+    PAUSED = "paused"
+    POWERED_OFF = "powered-off"  # the guest switched itself off; QEMU waits
+    PANICKED = "panicked"
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """A partition's processes as they are now."""
+
+    guest: GuestStatus = GuestStatus.ABSENT
+    provider_alive: bool = False
+    needs_provider: bool = False
+    holds_space: bool = False  # paused by us until there is room for its writes
+
+
+def key_of(name: str) -> str:
+    return f"{PREFIX}{name}"
+
+
+def state_of(record: PartitionRecord, observed: Observed, *, is_stopping: bool, is_starting: bool) -> PartitionState:
+    """The state that an administrator sees."""
+    if is_starting:
+        return PartitionState.STARTING
+    match observed.guest:
+        case GuestStatus.PANICKED:
+            return PartitionState.FAILED
+        case GuestStatus.ABSENT:
+            if is_stopping and observed.provider_alive:
+                return PartitionState.STOPPING
+            return PartitionState.FAILED if record.failure else PartitionState.STOPPED
+        case GuestStatus.POWERED_OFF:
+            return PartitionState.STOPPING
+        case GuestStatus.PRELAUNCH:
+            return PartitionState.PAUSED if record.desired is PowerState.PAUSED else PartitionState.STARTING
+        case GuestStatus.RUNNING:
+            return PartitionState.STOPPING if is_stopping else PartitionState.RUNNING
+        case GuestStatus.PAUSED:
+            return PartitionState.STOPPING if is_stopping else PartitionState.PAUSED
