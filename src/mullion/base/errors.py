@@ -11,7 +11,10 @@ failed or cancelled. 10 and 11 are verdicts of `mullion vhd check`, not errors.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Final
+
+_CLASSES: Final[dict[str, type[MullionError]]] = {}
 
 
 class MullionError(Exception):
@@ -28,8 +31,44 @@ class MullionError(Exception):
         self.remedy = remedy or self.default_remedy
         self.context = {name: value for name, value in context.items() if value is not None}
 
+    def __init_subclass__(cls, **arguments: object) -> None:
+        super().__init_subclass__(**arguments)
+        if "code" in cls.__dict__:
+            _CLASSES[cls.code] = cls
+
     def __str__(self) -> str:
         return self.message
+
+    def to_wire(self) -> dict[str, object]:
+        """The error as another process gets it: `code`, `message`, `remedy`, `context` (JSON values only)."""
+        plain = {
+            name: value if isinstance(value, str | int | float) else str(value) for name, value in self.context.items()
+        }
+        return {"code": self.code, "message": self.message, "remedy": self.remedy, "context": plain}
+
+    @staticmethod
+    def from_wire(fields: Mapping[str, object]) -> MullionError:
+        """The error that another process reported, of the same class where this process knows it."""
+        code = str(fields.get("code", "remote"))
+        known = _CLASSES.get(code, RemoteError)
+        context = fields.get("context")
+        error = known.__new__(known)
+        MullionError.__init__(
+            error,
+            str(fields.get("message", "no reason was given")),
+            remedy=str(fields["remedy"]) if fields.get("remedy") else None,
+            **{str(name): value for name, value in context.items()} if isinstance(context, Mapping) else {},
+        )
+        if known is RemoteError:
+            error.context["remote_code"] = code
+        return error
+
+
+class RemoteError(MullionError):
+    """Another process reported an error of a kind that this one does not know."""
+
+    code = "remote"
+    default_remedy = "Bring both sides to the same version of Mullion; `remote_code` is the error's own code."
 
 
 class InvalidError(MullionError):
@@ -93,8 +132,7 @@ class StateError(ConflictError):
         self, message: str, *, state: str, required: str, remedy: str | None = None, **context: object
     ) -> None:
         super().__init__(message, remedy=remedy or f"It is {state}; it must be {required}.", **context)
-        self.state = state
-        self.required = required
+        self.context |= {"state": state, "required": required}
 
 
 class UnavailableError(MullionError):
