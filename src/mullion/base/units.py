@@ -6,6 +6,7 @@ Sizes are int bytes at every boundary; suffixes K, M, G, T are powers of 1024, w
 from __future__ import annotations
 
 import re
+import time
 from typing import Final
 
 from mullion.base.errors import InvalidError
@@ -62,3 +63,14 @@ def format_duration(seconds: float) -> str:
         return f"{hours} h {minutes:02} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours:02} h"
+
+
+def utc_now() -> str:
+    """The present time as RFC 3339 in UTC, with microseconds: `2026-11-22T09:30:00.000125Z`."""
+    return format_time(time.time_ns())
+
+
+def format_time(unix_ns: int) -> str:
+    """A time in nanoseconds since 1970 as RFC 3339 in UTC; such texts sort as the times do."""
+    seconds, rest_ns = divmod(unix_ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest_ns // 1000:06}Z"
