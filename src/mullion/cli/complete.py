@@ -1,0 +1,41 @@
+"""What the shell completes after a command: names that the service knows, fetched quickly, and in silence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from mullion.cli.face import Face
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from click.shell_completion import CompletionItem
+
+    from mullion.client import Client
+
+    Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def _completer(fetch: Callable[[Client], Iterable[tuple[str, str]]]) -> Completer:
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        from mullion.base.errors import MullionError
+
+        face = ctx.ensure_object(Face)
+        try:
+            return [CompletionItem(word, help=note) for word, note in fetch(face.client) if word.startswith(incomplete)]
+        except MullionError:
+            return []  # a prompt is no place for an error; the command itself will say it
+        finally:
+            face.close()
+
+    return complete
+
+
+partitions = _completer(lambda client: [(view.name, view.state.value) for view in client.partitions()])
+disks = _completer(lambda client: [(view.name, view.type) for view in client.disks()])
+operations = _completer(lambda client: [(view.id, f"{view.kind} {view.target}") for view in client.operations()])
+images = _completer(lambda client: [(view.name, view.path) for view in client.images()])

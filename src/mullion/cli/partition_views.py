@@ -1,0 +1,105 @@
+"""How partitions look in print."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from mullion.base.units import format_duration, format_size
+from mullion.cli.face import Face
+from mullion.cli.tables import NOTHING, fields, printable, state_word, table
+from mullion.model.states import PartitionState
+from mullion.model.views import PartitionView
+
+
+def overview(face: Face, views: Sequence[PartitionView]) -> str:
+    """One line for each partition."""
+    rows = [
+        (
+            view.name,
+            state_word(face, view.state.value),
+            str(view.definition.vcpus),
+            format_size(view.definition.memory_bytes),
+            view.accelerator or NOTHING,
+            "answers" if view.agent_answers else NOTHING,
+            printable(view.reason or ", ".join(view.guest_addresses)) or NOTHING,
+        )
+        for view in views
+    ]
+    return table(("NAME", "STATE", "VCPUS", "MEMORY", "ACCEL", "AGENT", "NOTE"), rows, right=(2, 3))
+
+
+def details(face: Face, view: PartitionView) -> str:
+    """Everything about a partition, the most asked for first."""
+    wanted = view.definition
+    state = state_word(face, view.state.value)
+    disks = "\n".join(
+        f"{disk.id} ({disk.bus}{', read only' if disk.read_only else ''}): {chain_line(disk.chain)}"
+        for disk in view.disks
+    )
+    boot = wanted.direct_boot
+    return fields(
+        [
+            ("name", view.name),
+            ("description", printable(wanted.description)),
+            ("state", state if not view.reason else f"{state}: {printable(view.reason)}"),
+            ("", f"→ {face.as_invoked(view.remedy)}" if view.remedy else ""),
+            ("exit status", "" if view.exit_status is None else str(view.exit_status)),
+            ("log", _lines(view.log_excerpt)),
+            ("accelerator", _with_reason(view.accelerator, view.accelerator_reason)),
+            ("started", view.started_at or ""),
+            ("boot time", "" if view.boot_s is None else f"{format_duration(view.boot_s)} until the agent answered"),
+            ("agent", ("answers" if view.agent_answers else "does not answer") if _is_up(view) else ""),
+            ("addresses", ", ".join(view.guest_addresses)),
+            (
+                "machine",
+                f"{wanted.vcpus} vCPU, {format_size(wanted.memory_bytes)}, "
+                f"{wanted.machine.value}, {wanted.firmware.value}",
+            ),
+            ("kernel", f"{boot.kernel} {boot.command_line}".rstrip() if boot else ""),
+            ("disks", disks),
+            ("labels", ", ".join(f"{key}={value}" for key, value in sorted(wanted.labels.items()))),
+            ("uuid", view.uuid),
+            ("processes", _processes(view)),
+            ("folder", view.folder),
+            ("console log", view.console_log),
+        ]
+    )
+
+
+def chain_line(chain: Sequence[str]) -> str:
+    """`/pool/web.vhd ← /images/demo.vhd`: the top, then what it differs from."""
+    return " ← ".join(printable(path) for path in chain)
+
+
+def chain_names(chain: Sequence[str]) -> str:
+    return chain_line([os.path.basename(path) for path in chain])
+
+
+def outcome(face: Face, view: PartitionView) -> str:
+    """What an action led to, in one line."""
+    facts = [state_word(face, view.state.value)]
+    if view.reason:
+        facts.append(printable(view.reason))
+    elif view.state is PartitionState.RUNNING and view.accelerator:
+        facts.append(view.accelerator)
+    return f"{view.name}: {', '.join(facts)}"
+
+
+def _is_up(view: PartitionView) -> bool:
+    return view.state in (PartitionState.RUNNING, PartitionState.PAUSED)
+
+
+def _with_reason(accelerator: str | None, reason: str | None) -> str:
+    if accelerator is None:
+        return ""
+    return f"{accelerator}: {reason}" if reason else accelerator
+
+
+def _processes(view: PartitionView) -> str:
+    known = (("qemu", view.qemu_pid), ("provider", view.provider_pid))
+    return ", ".join(f"{name} {pid}" for name, pid in known if pid is not None)
+
+
+def _lines(text: str | None) -> str:
+    return "\n".join(printable(line) for line in (text or "").strip().splitlines())
