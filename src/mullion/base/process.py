@@ -23,6 +23,9 @@ from typing import Final, Self
 from mullion.base.errors import DeadlineError, MissingToolError, OperationFailedError
 from mullion.base.files import replace_file
 
+Spawned = subprocess.Popen[bytes]
+"""What `spawn` returns."""
+
 _OUTPUT_LIMIT_CHARS: Final = 4000
 
 PACKAGES: Final[Mapping[str, str]] = {
@@ -36,6 +39,7 @@ PACKAGES: Final[Mapping[str, str]] = {
     "syslinux": "syslinux",
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
+    "setpriv": "util-linux",
 }
 """The Debian package of each program that Mullion may call."""
 
@@ -179,7 +183,7 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     pass_fds: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
+) -> Spawned:
     """Start a program that outlives us: own session, no standard input, output appended to a log file.
 
     Raises: MissingToolError; OSError.
