@@ -1,0 +1,408 @@
+"""The server's side of the transmission phase, without sockets: request bytes in, calls to the device, reply bytes out.
+
+Spec: "The NBD protocol", sections "Transmission phase", "Structured reply chunk types" and "Metadata querying".
+
+The owner reads into one buffer of `BUFFER_BYTES` and calls `feed` with what is there; requests are parsed in place, one
+`unpack_from` each and no object; the payload of a WRITE goes to the device straight from that buffer, the data of a
+READ straight into the reply buffer, where replies collect until the input runs dry or `SEND_AT_BYTES` are there.
+
+    feed sees                               and asks for (`wanted`, counted from where it stopped)
+    part of a header                        a header
+    a WRITE whose payload is not all here   the header and the payload, or PIECE_BYTES of a longer payload
+
+Invariants:
+- `wanted` is never more than BUFFER_BYTES; a READ or WRITE over PAYLOAD_LIMIT_BYTES never touches the device.
+- Replies are in the order of requests. Finished replies are sent before anything that may wait (flush, full storage).
+- A request outside the device is refused whole. A payload is consumed whatever becomes of its request.
+Durability: FLUSH and FUA return after `device.flush()`; with several connections one flush covers all, as promised by
+CAN_MULTI_CONN. A connection that dies within the payload of a long WRITE leaves any part of it written, none promised.
+Not handled: CACHE, RESIZE, FAST_ZERO (not advertised, answered EINVAL); NO_HOLE is accepted and left to the device.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from mullion.base.block import ExtentKind
+from mullion.base.errors import InvalidError, MullionError, NoSpaceError
+from mullion.base.units import KIB, MIB
+from mullion.wire.nbd.messages import (
+    CHUNK,
+    CHUNK_ERROR,
+    CHUNK_MAGIC,
+    OFFSET_CHUNK,
+    PAYLOAD_LIMIT_BYTES,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    U32,
+    U64,
+    BlockState,
+    Chunk,
+    ChunkFlag,
+    Command,
+    CommandFlag,
+    NbdError,
+    NbdProtocolError,
+)
+from mullion.wire.nbd.session import ALLOCATION_CONTEXT_ID, Export, SpaceGate
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES: Final = MIB
+"""A payload up to this length reaches the device in one call; a longer one in pieces of it."""
+BUFFER_BYTES: Final = REQUEST.size + PIECE_BYTES
+SEND_AT_BYTES: Final = 128 * KIB
+_REPLY_BUFFER_BYTES: Final = 512 * KIB
+_READ_CHUNK_BYTES: Final = 256 * KIB
+_EXTENTS_PER_REPLY: Final = 4096
+
+NO_SPACE_ERRNOS: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_NBD_ERRORS: Final = {
+    errno.EPERM: NbdError.EPERM,
+    errno.EROFS: NbdError.EPERM,
+    errno.ENOMEM: NbdError.ENOMEM,
+    errno.ENOSPC: NbdError.ENOSPC,
+    errno.EDQUOT: NbdError.ENOSPC,
+    errno.EFBIG: NbdError.ENOSPC,
+}
+_EXTENT_STATES: Final = {
+    ExtentKind.DATA: BlockState(0),
+    ExtentKind.ZERO: BlockState.ZERO,
+    ExtentKind.HOLE: BlockState.HOLE | BlockState.ZERO,
+}
+
+# Plain ints: comparing with a member of an IntEnum costs a look-up in the class each time.
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_DISC: Final = int(Command.DISC)
+_FLUSH: Final = int(Command.FLUSH)
+_TRIM: Final = int(Command.TRIM)
+_WRITE_ZEROES: Final = int(Command.WRITE_ZEROES)
+_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
+_FUA: Final = int(CommandFlag.FUA)
+_DF: Final = int(CommandFlag.DF)
+_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
+_DONE: Final = int(ChunkFlag.DONE)
+_OFFSET_DATA: Final = int(Chunk.OFFSET_DATA)
+_ALLOWED_FLAGS: Final = {
+    _READ: _FUA | _DF,
+    _WRITE: _FUA,
+    _FLUSH: _FUA,
+    _TRIM: _FUA,
+    _WRITE_ZEROES: _FUA | int(CommandFlag.NO_HOLE),
+    _BLOCK_STATUS: _FUA | _REQ_ONE,
+}
+
+
+class Transmission:
+    """One connection's requests. `send` writes all of a buffer to the client, and may raise OSError."""
+
+    def __init__(
+        self,
+        export: Export,
+        *,
+        is_structured: bool,
+        has_allocation: bool,
+        send: Callable[[memoryview], None],
+    ) -> None:
+        self._export = export
+        self._device = export.device
+        self._size_bytes = export.device.size_bytes
+        self._is_read_only = export.is_read_only
+        self._is_structured = is_structured
+        self._has_allocation = has_allocation
+        self._send = send
+        self._reply = bytearray(_REPLY_BUFFER_BYTES)
+        self._reply_view = memoryview(self._reply)
+        self._reply_used = 0
+        self._has_logged = False
+        # The WRITE whose payload is coming in pieces; None of it matters while nothing is left.
+        self._payload_left = 0
+        self._payload_offset = 0
+        self._payload_cookie = 0
+        self._payload_flags = 0
+        self._payload_error = 0
+
+        self.wanted = REQUEST.size
+        self.is_closed = False
+        """The client said goodbye."""
+        self.is_stopping = False
+        """Set by the owner: a request that waits for space is answered with ENOSPC instead of waiting again."""
+        self.requests = 0
+        self.errors = 0
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+    def feed(self, view: memoryview, start: int, end: int) -> int:
+        """Do the requests that lie in `view[start:end]`, and return where the unfinished rest begins.
+
+        Raises: NbdProtocolError when the connection must be closed; OSError from `send`.
+        """
+        unpack_request = REQUEST.unpack_from
+        pack_chunk = OFFSET_CHUNK.pack_into
+        reply, reply_view = self._reply, self._reply_view
+        pread, size_bytes, is_structured = self._device.pread, self._size_bytes, self._is_structured
+        if self._payload_left:
+            start = self._take_payload(view, start, end)
+        while end - start >= 28 and not self._payload_left:
+            magic, flags, command, cookie, offset, length = unpack_request(view, start)
+            if magic != REQUEST_MAGIC:
+                raise NbdProtocolError(f"a request began with {magic:#010x}")
+            if (
+                command == _READ
+                and is_structured
+                and 0 < length <= _READ_CHUNK_BYTES
+                and not flags
+                and offset + length <= size_bytes
+            ):
+                start += 28
+                self.requests += 1
+                used = self._reply_used
+                if used + 28 + length > _REPLY_BUFFER_BYTES:
+                    self.send_replies()
+                    used = 0
+                filled = used + 28 + length
+                try:
+                    pread(offset, reply_view[used + 28 : filled])
+                except (OSError, MullionError) as error:
+                    self._finish(cookie, self._failed(error, "read", offset))
+                    continue
+                pack_chunk(reply, used, CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
+                self._reply_used = filled
+                self.bytes_read += length
+            elif command == _WRITE:
+                if length > PAYLOAD_LIMIT_BYTES:
+                    raise NbdProtocolError(f"a WRITE of {length} bytes; {PAYLOAD_LIMIT_BYTES} are allowed")
+                payload_end = start + 28 + length
+                if payload_end > end and length <= PIECE_BYTES:
+                    break
+                start += 28
+                self.requests += 1
+                refusal = self._check(command, flags, offset, length)
+                if payload_end > end:
+                    self._payload_left, self._payload_offset, self._payload_cookie = length, offset, cookie
+                    self._payload_flags, self._payload_error = flags, refusal
+                    start = self._take_payload(view, start, end)
+                    continue
+                if not refusal and length:
+                    refusal = self._attempt("write", offset, self._device.pwrite, offset, view[start:payload_end])
+                start = payload_end
+                self._finish_write(cookie, flags, refusal, length)
+            else:
+                start += 28
+                self.requests += 1
+                if command == _DISC:
+                    self.is_closed = True
+                    return start
+                self._do(flags, command, cookie, offset, length)
+            if self._reply_used >= SEND_AT_BYTES:
+                self.send_replies()
+        self.wanted = self._next_wanted(view, start, end)
+        return start
+
+    def send_replies(self) -> None:
+        """Send what is ready. The owner calls it before it waits for more input."""
+        if self._reply_used:
+            used, self._reply_used = self._reply_used, 0
+            self._send(self._reply_view[:used])
+
+    def _next_wanted(self, view: memoryview, start: int, end: int) -> int:
+        if self._payload_left:
+            return min(self._payload_left, PIECE_BYTES)
+        if end - start < REQUEST.size:
+            return REQUEST.size
+        length: int = U32.unpack_from(view, start + 24)[0]  # only a WRITE is left with a whole header
+        return REQUEST.size + length
+
+    def _take_payload(self, view: memoryview, start: int, end: int) -> int:
+        """Write the pieces of a long payload that are complete."""
+        while self._payload_left:
+            piece_bytes = min(self._payload_left, PIECE_BYTES)
+            if end - start < piece_bytes:
+                return start
+            if not self._payload_error:
+                offset = self._payload_offset
+                piece = view[start : start + piece_bytes]
+                self._payload_error = self._attempt("write", offset, self._device.pwrite, offset, piece)
+            self._payload_offset += piece_bytes
+            self._payload_left -= piece_bytes
+            start += piece_bytes
+            if self._payload_left == 0:
+                length = piece_bytes if not self._payload_error else 0
+                self._finish_write(self._payload_cookie, self._payload_flags, self._payload_error, length)
+            elif not self._payload_error:
+                self.bytes_written += piece_bytes
+        return start
+
+    def _finish_write(self, cookie: int, flags: int, error: int, length: int) -> None:
+        if not error:
+            self.bytes_written += length
+            if flags & _FUA:
+                error = self._flush()
+        self._finish(cookie, error)
+
+    def _do(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
+        """The commands that are not worth a fast path."""
+        device = self._device
+        error = self._check(command, flags, offset, length)
+        if error:
+            self._finish(cookie, error)
+        elif command == _READ:
+            self._read(flags, cookie, offset, length)
+        elif command == _BLOCK_STATUS:
+            self._block_status(flags, cookie, offset, length)
+        else:
+            if command == _FLUSH:
+                error = self._flush()
+            elif command == _TRIM:
+                error = self._attempt("discard", offset, device.discard, offset, length) if length else 0
+            else:
+                error = self._attempt("write zeroes", offset, device.write_zeroes, offset, length) if length else 0
+            if not error and flags & _FUA and command != _FLUSH:
+                error = self._flush()
+            self._finish(cookie, error)
+
+    def _check(self, command: int, flags: int, offset: int, length: int) -> int:
+        """What is wrong with a request, as the specification's error numbers; 0 for nothing."""
+        allowed = _ALLOWED_FLAGS.get(command)
+        if allowed is None or flags & ~allowed:
+            error = NbdError.EINVAL
+        elif command == _FLUSH:
+            return 0  # offset and length mean nothing here
+        elif self._is_read_only and command in (_WRITE, _TRIM, _WRITE_ZEROES):
+            error = NbdError.EPERM
+        elif offset + length > self._size_bytes:
+            error = NbdError.ENOSPC if command in (_WRITE, _WRITE_ZEROES) else NbdError.EINVAL
+        elif (command == _READ and length > PAYLOAD_LIMIT_BYTES) or (
+            command == _BLOCK_STATUS and not (self._has_allocation and length)
+        ):
+            error = NbdError.EINVAL
+        else:
+            return 0
+        self.errors += 1
+        return int(error)
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if self._is_structured and not flags & _DF and length:
+            self._read_in_chunks(cookie, offset, length)
+            return
+        # One reply in one piece, known to be good before its header leaves: it needs a buffer of its own.
+        data = bytearray(length)
+        error = self._attempt("read", offset, self._device.pread, offset, data) if length else 0
+        if error or not length:
+            self._finish(cookie, error)
+            return
+        self.send_replies()
+        if self._is_structured:
+            head = OFFSET_CHUNK.pack(CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
+        else:
+            head = SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+        self._put(head)
+        self.send_replies()
+        self._send(memoryview(data))
+        self.bytes_read += length
+
+    def _read_in_chunks(self, cookie: int, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            piece_bytes = min(end - offset, _READ_CHUNK_BYTES)
+            if self._reply_used + OFFSET_CHUNK.size + piece_bytes > _REPLY_BUFFER_BYTES:
+                self.send_replies()
+            used = self._reply_used
+            filled = used + OFFSET_CHUNK.size + piece_bytes
+            piece = self._reply_view[used + OFFSET_CHUNK.size : filled]
+            try:
+                self._device.pread(offset, piece)
+            except (OSError, MullionError) as error:
+                self._finish(cookie, self._failed(error, "read", offset))
+                return
+            done = _DONE if offset + piece_bytes == end else 0
+            OFFSET_CHUNK.pack_into(self._reply, used, CHUNK_MAGIC, done, _OFFSET_DATA, cookie, piece_bytes + 8, offset)
+            self._reply_used = filled
+            self.bytes_read += piece_bytes
+            offset += piece_bytes
+            if filled >= SEND_AT_BYTES:
+                self.send_replies()
+
+    def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        limit = 1 if flags & _REQ_ONE else _EXTENTS_PER_REPLY
+        runs: list[list[int]] = []
+        try:
+            for extent in self._device.extents(offset, length):
+                state = int(_EXTENT_STATES[extent.kind])
+                if runs and runs[-1][1] == state:
+                    runs[-1][0] += extent.length
+                elif len(runs) == limit:
+                    break
+                else:
+                    runs.append([extent.length, state])
+        except (OSError, MullionError) as error:
+            self._finish(cookie, self._failed(error, "look up extents", offset))
+            return
+        payload = U32.pack(ALLOCATION_CONTEXT_ID) + b"".join(
+            U64.pack(run_bytes << 32 | state) for run_bytes, state in runs
+        )
+        self._put(CHUNK.pack(CHUNK_MAGIC, _DONE, Chunk.BLOCK_STATUS, cookie, len(payload)) + payload)
+
+    def _flush(self) -> int:
+        self.send_replies()  # a flush takes long: what is finished does not wait for it
+        return self._attempt("flush", 0, self._device.flush)
+
+    def _finish(self, cookie: int, error: int) -> None:
+        """Answer a request that has no data to send, or that failed."""
+        if not self._is_structured:
+            self._put(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie))
+        elif error:
+            head = CHUNK.pack(CHUNK_MAGIC, _DONE, Chunk.ERROR, cookie, CHUNK_ERROR.size)
+            self._put(head + CHUNK_ERROR.pack(error, 0))
+        else:
+            self._put(CHUNK.pack(CHUNK_MAGIC, _DONE, Chunk.NONE, cookie, 0))
+
+    def _put(self, data: bytes) -> None:
+        if self._reply_used + len(data) > _REPLY_BUFFER_BYTES:
+            self.send_replies()
+        used = self._reply_used
+        self._reply_view[used : used + len(data)] = data
+        self._reply_used = used + len(data)
+
+    def _attempt(self, what: str, offset: int, operation: Callable[..., None], *arguments: object) -> int:
+        """Call the device; with a gate, wait and repeat while the storage is full. Returns the error on the wire."""
+        gate = self._export.gate
+        waited = False
+        while True:
+            try:
+                operation(*arguments)
+                number = 0
+            except OSError as error:
+                number = self._failed(error, what, offset)
+                if gate is not None and error.errno in NO_SPACE_ERRNOS and not self.is_stopping:
+                    waited = True
+                    if self._wait_for_space(gate, error):
+                        continue
+                    return number
+            except MullionError as error:
+                number = self._failed(error, what, offset)
+            if gate is not None and waited and number != NbdError.ENOSPC:
+                gate.recovered(self._export.name)
+            return number
+
+    def _wait_for_space(self, gate: SpaceGate, error: OSError) -> bool:
+        self.send_replies()
+        return gate.wait_for_space(error, self._export.name)
+
+    def _failed(self, error: OSError | MullionError, what: str, offset: int) -> int:
+        """Count a request that the device refused and find its number on the wire."""
+        self.errors += 1
+        if not self._has_logged:  # the first of a connection says what is wrong, a broken disk must not fill the log
+            self._has_logged = True
+            log.warning("export %s: cannot %s at %d: %s", self._export.name, what, offset, error)
+        if isinstance(error, InvalidError):
+            return NbdError.EINVAL
+        if isinstance(error, NoSpaceError):
+            return NbdError.ENOSPC
+        return _NBD_ERRORS.get(error.errno or 0, NbdError.EIO) if isinstance(error, OSError) else NbdError.EIO
