@@ -47,7 +47,7 @@ class Face:
     def settings(self) -> Settings:
         from mullion.base.settings import Settings
 
-        return Settings.load(**self.overrides)
+        return Settings.load(os.environ, **self.overrides)
 
     @property
     def paths(self) -> HostPaths:

@@ -44,7 +44,7 @@ def partition() -> None:
 @wait_option
 @pass_face
 def create_partition(
-    face: Face, name: str, disks: tuple[DiskSpec, ...], start: bool, wait: bool, **given: object
+    face: Face, /, name: str, disks: tuple[DiskSpec, ...], start: bool, wait: bool, **given: object
 ) -> None:
     """Create a partition.
 

@@ -67,7 +67,7 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--detach", is_flag=True, help="Start it in the background and return when it answers.")
 @settings_options
 @pass_face
-def serve(face: Face, detach: bool, **given: str | int | None) -> None:
+def serve(face: Face, /, detach: bool, **given: str | int | None) -> None:
     """Run the service of this host.
 
     It stays in the foreground until ^C or SIGTERM; partitions go on without it and are found again at the next start.

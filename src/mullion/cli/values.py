@@ -17,7 +17,7 @@ DISK_SYNTAX: Final = "PATH[,parent=PARENT][,size=SIZE][,bus=virtio|sata|ide][,ro
 _LITERAL_COMMA: Final = "\0"  # stands for a doubled comma while splitting: no argument can hold it
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[int]):
     """A size such as 512M or 40G, as int bytes."""
 
     name = "size"
@@ -47,7 +47,7 @@ class DiskSpec:
         return self.parent is not None or self.size_bytes is not None
 
 
-class DiskType(click.ParamType):
+class DiskType(click.ParamType[DiskSpec]):
     """The `--disk` specification."""
 
     name = "disk"
