@@ -102,7 +102,16 @@ def build_demo_image(
         key = _key(packages, extra, kernel)
         folder = f"{images_dir}/demo-{key}"
         if not os.path.exists(folder):
-            _build(images_dir, folder, name, key, packages, source, extra, progress)
+            _build(
+                images_dir=images_dir,
+                folder=folder,
+                name=name,
+                key=key,
+                packages=packages,
+                source=source,
+                extra=extra,
+                progress=progress,
+            )
         built = replace(_load(folder), packages_seen=seen)
         _save(folder, built)
         if not extra:
@@ -117,6 +126,7 @@ def find_built(images_dir: str, name: str) -> BuiltImage | None:
 
 
 def _build(
+    *,
     images_dir: str,
     folder: str,
     name: str,
