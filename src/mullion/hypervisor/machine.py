@@ -36,7 +36,7 @@ EXIT_FILE_S: Final = 2.0
 POLL_S: Final = 0.002
 
 _let_go: Final[dict[ProcessIdentity, Launched]] = {}
-"""Wrappers, still our children, of machines that were closed: whoever adopts the machine again in this process reaps."""
+"""Wrappers, still our children, of machines that were closed: who adopts one again in this process reaps it too."""
 
 log = logging.getLogger(__name__)
 
