@@ -1,0 +1,291 @@
+"""The ring loop: takes requests from a split virtqueue and answers them, in order, as cheaply as Python can.
+
+Spec: VIRTIO 1.2, section 2.7 (split virtqueues), 2.7.7 and 2.7.10 (notifications, EVENT_IDX). The table of the parts
+is in `wire.vhost_user.virtio_blk`.
+
+How it is made fast: rings and guest memory are `memoryview.cast` views (an index is one aligned load or store), a
+descriptor is two 64-bit words, a driver's usual table of three descriptors is one `unpack`, data goes between file and
+guest memory by `preadv`/`pwritev` without a copy, and there is no object per request. What is not a plain read or write
+of one segment within one granule goes through `_serve`, which takes everything that the specification allows.
+
+Invariants: requests are served strictly in order and each is finished before the next is taken, so `used.idx` is at
+every instant exactly the number of finished requests: after a crash the ring goes on from there. Everything read from
+the guest is checked before use: indices against the ring's size, addresses and lengths against its memory, chains
+against a limit. A ring that contradicts itself raises `GuestFault`, and its state is as before the offending request.
+Ordering: stores of one thread become visible in order on x86; before sleeping, the request for a notification has to be
+visible before the ring is read again, for which a system call that releases the interpreter lock (an atomic
+read-modify-write, thus a full barrier) is between the two.
+Durability: as the request says; a write that finds no space stays in the ring, unanswered, until it succeeds.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from mullion.provider.blk import BlkDevice, OutOfSpace, Segments
+from mullion.provider.inflight import InflightQueue
+from mullion.provider.memory import GuestFault, GuestMemory
+from mullion.wire.vhost_user.messages import DeviceFeature, VringAddress
+from mullion.wire.vhost_user.virtio_blk import DescriptorFlag
+
+CHAIN_LIMIT: Final = 1024
+"""Descriptors of one request, direct and indirect together."""
+BUDGET_REQUESTS: Final = 512
+"""After so many requests of one ring the other rings and the control of the connection get a turn."""
+
+_NO_NOTIFY: Final = 1
+_ENTRY_BYTES: Final = 16
+_SECTOR_SHIFT: Final = 9
+_LOW_32: Final = 0xFFFFFFFF
+_LOW_48: Final = 0xFFFFFFFFFFFF  # a descriptor's length and flags without its `next`
+
+# Second words of the descriptors of a plain request: length | flags << 32 | next << 48.
+_TABLE_OF_3: Final = 3 * _ENTRY_BYTES | DescriptorFlag.INDIRECT << 32
+_HEADER: Final = 16 | DescriptorFlag.NEXT << 32
+_HEADER_IN_TABLE: Final = _HEADER | 1 << 48
+_STATUS: Final = 1 | DescriptorFlag.WRITE << 32
+_DATA_IN: Final = DescriptorFlag.NEXT | DescriptorFlag.WRITE
+_DATA_OUT: Final = int(DescriptorFlag.NEXT)
+_DATA_IN_TABLE: Final = _DATA_IN | 2 << 16  # flags and next, as the word's upper half
+_DATA_OUT_TABLE: Final = _DATA_OUT | 2 << 16
+
+_SIX_WORDS: Final = struct.Struct("<6Q")
+_TWO_WORDS: Final = struct.Struct("<2Q")
+_DESCRIPTOR: Final = struct.Struct("<QIHH")
+
+
+class Drained(enum.Enum):
+    """How a call of `drain` ended."""
+
+    IDLE = "idle"  # nothing left; the driver will kick
+    BUSY = "busy"  # the budget is spent, there is more
+    STALLED = "stalled"  # a write waits for space
+
+
+class Ring:
+    """One virtqueue that runs. Used by one thread; the counters may be read from any."""
+
+    def __init__(
+        self,
+        blk: BlkDevice,
+        memory: GuestMemory,
+        address: VringAddress,
+        size: int,
+        *,
+        features: int,
+        inflight: InflightQueue | None,
+        barrier: Callable[[], object],
+    ) -> None:
+        """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
+        self.requests = 0
+        self.bytes = 0
+        self.stall: OSError | None = None
+        self._blk = blk
+        self._memory = memory
+        self._size = size
+        self._barrier = barrier
+        self._event_idx = bool(features & DeviceFeature.RING_EVENT_IDX)
+        if address.descriptor % 16 or address.available % 2 or address.used % 4:
+            raise GuestFault(f"vring {address.index} is not aligned")
+        used = memory.ring_part(address.used, 6 + 8 * size)
+        self._descriptor_bytes = memory.ring_part(address.descriptor, _ENTRY_BYTES * size)
+        self._descriptors = self._descriptor_bytes.cast("Q")
+        self._available = memory.ring_part(address.available, 6 + 2 * size).cast("H")
+        self._used = used[:4].cast("H")
+        self._used_elements = used[4 : 4 + 8 * size].cast("Q")
+        self._available_event = used[4 + 8 * size :].cast("H")
+        # Without the shared region the stores go into a private one: the loop has one shape.
+        self._inflight_header = memoryview(bytearray(16)).cast("I") if inflight is None else inflight.header
+        self._inflight = memoryview(bytearray(16 * size)).cast("Q") if inflight is None else inflight.entries
+        self.next_index = self._used[1]
+        self._resubmit = [] if inflight is None else inflight.recover(self.next_index, size)
+        self._signalled = self.next_index
+
+    def drain(self, notify: Callable[[], None]) -> Drained:
+        """Serve what is available; `notify` is called when the driver asked to hear of it.
+
+        Raises: GuestFault; what was finished before it is answered and announced.
+        """
+        available, size = self._available, self._size
+        spent = 0
+        try:
+            if self._resubmit:
+                self._serve_inflight()
+            while True:
+                index = self.next_index
+                limit = available[1]
+                count = (limit - index) & 0xFFFF
+                if count:
+                    if count > size:
+                        raise GuestFault(f"available index {limit} is {count} ahead of {index}, the ring has {size}")
+                    if spent >= BUDGET_REQUESTS:
+                        return Drained.BUSY
+                    if not self._event_idx:
+                        self._used[0] = _NO_NOTIFY
+                    spent += count
+                    self._run(limit)
+                    self._announce(notify)
+                    continue
+                if self._event_idx:
+                    self._available_event[0] = index
+                else:
+                    self._used[0] = 0
+                self._barrier()
+                if available[1] == index:
+                    return Drained.IDLE
+        except OutOfSpace as shortage:
+            self.stall = shortage.error
+            return Drained.STALLED
+        finally:
+            self._announce(notify)
+
+    def _run(self, limit: int) -> None:
+        """Serve the requests up to an available index; the hot loop."""
+        hot = self._memory.largest
+        assert hot is not None, "a ring lies in memory, so there is some"
+        base, memory = hot.guest_address, hot.view
+        memory_bytes = len(memory)
+        table_end, header_end = memory_bytes - 3 * _ENTRY_BYTES, memory_bytes - 16
+        device = self._blk.device
+        read_get, write_get, shift = device.direct_read.get, device.direct_write.get, device.block_shift
+        granule_bytes = 1 << shift
+        granule_mask = granule_bytes - 1
+        disk_bytes = device.size_bytes
+        if device.read_only:
+            write_get = _NOWHERE.get
+        available, descriptors, inflight = self._available, self._descriptors, self._inflight
+        used, used_elements, inflight_header = self._used, self._used_elements, self._inflight_header
+        preadv, pwritev, six_words, two_words = os.preadv, os.pwritev, _SIX_WORDS.unpack_from, _TWO_WORDS.unpack_from
+        mask = self._size - 1
+        index = first = self.next_index
+        moved = entry = 0
+        try:
+            while index != limit:
+                slot = index & mask
+                head = available[2 + slot]
+                entry = 2 * head
+                written = 0
+                try:
+                    a0, b0 = descriptors[entry], descriptors[entry + 1]
+                    # The region's one store for last_batch_head and used_idx, then the head is in flight.
+                    inflight_header[3] = head | index << 16
+                    inflight[entry] = 1
+                    if b0 & _LOW_48 == _TABLE_OF_3:
+                        at = a0 - base
+                        if 0 <= at <= table_end:
+                            a0, b0, a1, b1, a2, b2 = six_words(memory, at)
+                            direction = b1 >> 32
+                            is_in = direction == _DATA_IN_TABLE
+                            is_plain = b0 == _HEADER_IN_TABLE and (is_in or direction == _DATA_OUT_TABLE)
+                        else:
+                            is_plain = False
+                    elif b0 & _LOW_48 == _HEADER:
+                        entry1 = 2 * (b0 >> 48)
+                        a1, b1 = descriptors[entry1], descriptors[entry1 + 1]
+                        entry1 = 2 * (b1 >> 48)
+                        a2, b2 = descriptors[entry1], descriptors[entry1 + 1]
+                        direction = b1 >> 32 & 0xFFFF
+                        is_in = direction == _DATA_IN
+                        is_plain = is_in or direction == _DATA_OUT
+                    else:
+                        is_plain = False
+                    if is_plain and b2 & _LOW_48 == _STATUS:
+                        at, data, status = a0 - base, a1 - base, a2 - base
+                        length = b1 & _LOW_32
+                        if 0 <= at <= header_end and 0 <= data <= memory_bytes - length and 0 <= status < memory_bytes:
+                            kind, sector = two_words(memory, at)
+                            offset = sector << _SECTOR_SHIFT
+                            inside = offset & granule_mask
+                            if inside + length <= granule_bytes and offset + length <= disk_bytes and not length & 511:
+                                if is_in:
+                                    transfer, place = preadv, None if kind else read_get(offset >> shift)
+                                else:
+                                    transfer, place = pwritev, None if kind != 1 else write_get(offset >> shift)
+                                if place is not None:
+                                    done = transfer(place[0], (memory[data : data + length],), place[1] + inside)
+                                    if done == length:
+                                        memory[status] = 0
+                                        written = length + 1 if is_in else 1
+                                moved += length
+                except (IndexError, OSError):
+                    written = 0  # what is wrong, or gone, is found out in `_serve`
+                if not written:
+                    written = self._serve(head)
+                used_elements[slot] = head | written << 32
+                index = (index + 1) & 0xFFFF
+                used[1] = index
+                inflight[entry] = 0
+        finally:
+            if entry < len(inflight):
+                inflight[entry] = 0  # not begun, when an exception brought us here: it stays in the available ring
+            self.next_index = index
+            self.requests += (index - first) & 0xFFFF
+            self.bytes += moved
+
+    def _serve_inflight(self) -> None:
+        """Serve again what an earlier process had taken and not answered (inflight.py)."""
+        while self._resubmit:
+            head = self._resubmit[0]
+            self._used_elements[self.next_index & (self._size - 1)] = head | self._serve(head) << 32
+            self.next_index = (self.next_index + 1) & 0xFFFF
+            self._used[1] = self.next_index
+            self._inflight[2 * head] = 0
+            self.requests += 1
+            del self._resubmit[0]
+
+    def _announce(self, notify: Callable[[], None]) -> None:
+        """Notify the driver of what was finished since the last time, if it asked (2.7.7.2, 2.7.10)."""
+        new, old = self.next_index, self._signalled
+        if new == old:
+            return
+        self._signalled = new
+        self._barrier()  # used.idx must be visible before the driver's wish is read
+        if self._event_idx:
+            event = self._available[2 + self._size]
+            wanted = (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        else:
+            wanted = not self._available[0] & _NO_NOTIFY
+        if wanted:
+            notify()
+
+    def _serve(self, head: int) -> int:
+        """Serve a request of any shape; the bytes written into guest memory. Raises: GuestFault, OutOfSpace."""
+        readable, writable = self._walk(head)
+        return self._blk.serve(readable, writable)
+
+    def _walk(self, head: int) -> tuple[Segments, Segments]:
+        """The pieces of memory of a chain: those the device reads, and those it writes (2.7.5)."""
+        readable: Segments = []
+        writable: Segments = []
+        table: memoryview = self._descriptor_bytes
+        entries, is_indirect, seen, index = self._size, False, 0, head
+        while True:
+            seen += 1
+            if index >= entries or seen > CHAIN_LIMIT:
+                raise GuestFault(f"request {head}: descriptor {index} of {entries}, {seen} in the chain")
+            address, length, flags, following = _DESCRIPTOR.unpack_from(table, index * _ENTRY_BYTES)
+            if flags & DescriptorFlag.INDIRECT:
+                if is_indirect or flags & DescriptorFlag.NEXT or length % _ENTRY_BYTES or not length:
+                    raise GuestFault(f"request {head}: an indirect table of {length} bytes, flags {flags:#x}")
+                if length > CHAIN_LIMIT * _ENTRY_BYTES:
+                    raise GuestFault(f"request {head}: an indirect table of {length} bytes")
+                pieces = self._memory.segments(address, length)
+                table = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+                entries, is_indirect, index = length // _ENTRY_BYTES, True, 0
+                continue
+            if flags & DescriptorFlag.WRITE:
+                writable += self._memory.segments(address, length)
+            elif writable:
+                raise GuestFault(f"request {head}: a descriptor to read after one to write")
+            else:
+                readable += self._memory.segments(address, length)
+            if not flags & DescriptorFlag.NEXT:
+                return readable, writable
+            index = following
+
+
+_NOWHERE: Final[dict[int, tuple[int, int]]] = {}

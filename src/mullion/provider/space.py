@@ -1,0 +1,167 @@
+"""What happens when the storage is full: writers wait, nothing fails, nothing is lost.
+
+A ring cannot block (its thread must still answer the front-end), so it reports the stall, keeps the request in the
+guest's ring and tries again when its waker is called or a retry interval has passed. An NBD writer has a thread of its
+own and blocks here, inside `SpaceWaitingDevice`. The state is visible in `status`, and changes are events.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from mullion.base.block import BlockDevice, Buffer, Extent, WritableBuffer
+
+RETRY_INTERVAL_S: Final = 1.0
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def is_no_space(error: OSError) -> bool:
+    """Whether an error means that room has to be made, on the filesystem or in the owner's quota."""
+    return error.errno in _NO_SPACE
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """A disk that waits for space: since when (seconds since the epoch), where, and what the system said."""
+
+    since_s: float
+    filesystem: str
+    reason: str
+
+
+class SpaceGate:
+    """All disks of one provider that wait for space. Used by every thread."""
+
+    def __init__(self, notify: Callable[[str, str, Shortage | None], None]) -> None:
+        """`notify(event, disk, shortage)` hears of `no_space` and `space`, once each per change."""
+        self._notify = notify
+        self._changed = threading.Condition()
+        self._shortages: dict[str, Shortage] = {}
+        self._paths: dict[str, str] = {}
+        self._wakers: list[Callable[[], None]] = []
+        self._retries = 0
+        self._closed = False
+
+    def register(self, disk_id: str, path: str) -> None:
+        """Name the file whose filesystem a disk grows on."""
+        self._paths[disk_id] = path
+
+    def add_waker(self, waker: Callable[[], None]) -> None:
+        """Call this when a retry is due at once."""
+        self._wakers.append(waker)
+
+    def shortage(self, disk_id: str) -> Shortage | None:
+        with self._changed:
+            return self._shortages.get(disk_id)
+
+    def report(self, error: OSError, disk_id: str) -> None:
+        """A write met a full filesystem: record it and say so, once."""
+        with self._changed:
+            if disk_id in self._shortages:
+                return
+            path = self._paths.get(disk_id, "")
+            shortage = Shortage(time.time(), mount_point(path) if path else "", error.strerror or str(error))
+            self._shortages[disk_id] = shortage
+        self._notify("no_space", disk_id, shortage)
+
+    def recovered(self, disk_id: str) -> None:
+        """A write of this disk succeeded (again)."""
+        with self._changed:
+            if self._shortages.pop(disk_id, None) is None:
+                return
+        self._notify("space", disk_id, None)
+
+    def wait_for_space(self, error: OSError, disk_id: str) -> bool:
+        """Record the shortage and block until a retry is due; False when the provider ends and nobody will retry."""
+        self.report(error, disk_id)
+        with self._changed:
+            seen = self._retries
+            self._changed.wait_for(lambda: self._closed or self._retries != seen, RETRY_INTERVAL_S)
+            return not self._closed
+
+    def retry(self) -> None:
+        """Room was made: let everybody who waits try again now."""
+        with self._changed:
+            self._retries += 1
+            self._changed.notify_all()
+        for waker in self._wakers:
+            waker()
+
+    def close(self) -> None:
+        """The provider ends: nobody waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class SpaceWaitingDevice:
+    """A disk whose writes wait for space instead of failing; everything else passes through."""
+
+    def __init__(self, device: BlockDevice, gate: SpaceGate, disk_id: str) -> None:
+        self._device = device
+        self._gate = gate
+        self._disk_id = disk_id
+
+    @property
+    def size_bytes(self) -> int:
+        return self._device.size_bytes
+
+    @property
+    def read_only(self) -> bool:
+        return self._device.read_only
+
+    def pread(self, offset: int, buffer: WritableBuffer) -> None:
+        self._device.pread(offset, buffer)
+
+    def pwrite(self, offset: int, buffer: Buffer) -> None:
+        self._persist(lambda: self._device.pwrite(offset, buffer))
+
+    def flush(self) -> None:
+        self._persist(self._device.flush)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._persist(lambda: self._device.discard(offset, length))
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        self._persist(lambda: self._device.write_zeroes(offset, length))
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        return self._device.extents(offset, length)
+
+    def close(self) -> None:
+        """The device below is shared: its owner closes it."""
+
+    def _persist(self, attempt: Callable[[], None]) -> None:
+        waited = False
+        while True:
+            try:
+                attempt()
+            except OSError as error:
+                if not is_no_space(error) or not self._gate.wait_for_space(error, self._disk_id):
+                    raise
+                waited = True
+            else:
+                if waited:
+                    self._gate.recovered(self._disk_id)
+                return
+
+
+def mount_point(path: str) -> str:
+    """The mount point of the filesystem that holds a path; the path itself when that cannot be found out."""
+    path = os.path.realpath(path)
+    try:
+        device = os.stat(path).st_dev
+        while path != "/":
+            above = os.path.dirname(path)
+            if os.stat(above).st_dev != device:
+                return path
+            path = above
+    except OSError:
+        return path
+    return path

@@ -1,0 +1,386 @@
+"""A disk offered as a vhost-user-blk back end on a unix socket: one thread, one front-end at a time.
+
+The thread sleeps in epoll over the listening socket, the connection, the kick descriptors of the running rings and a
+wake-up descriptor. Kicks are edge-triggered and never read: a write to an eventfd is an event even if its counter was
+not zero, and the ring's own index says what there is to do.
+
+Invariants: everything but the counters and the state belongs to the thread. A ring that breaks stops, alone; the
+process, the connection and the other rings go on. The state stays `broken` until a front-end starts that ring anew.
+"""
+
+from __future__ import annotations
+
+import array
+import enum
+import logging
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from mullion.provider.blk import BlkDevice
+from mullion.provider.inflight import InflightRegion, create_inflight
+from mullion.provider.memory import GuestFault, GuestMemory
+from mullion.provider.ring import Drained, Ring
+from mullion.provider.space import RETRY_INTERVAL_S, SpaceGate
+from mullion.wire.vhost_user import Inflight, MemoryRegion, ProtocolError, Session, Vring
+from mullion.wire.vhost_user.messages import MAX_FDS, DeviceFeature
+from mullion.wire.vhost_user.virtio_blk import MAX_QUEUES, SECTOR_BYTES, BlkFeature, ConfigSpace
+
+log = logging.getLogger(__name__)
+
+_FEATURES: Final = (
+    BlkFeature.SEG_MAX
+    | BlkFeature.BLK_SIZE
+    | BlkFeature.FLUSH
+    | BlkFeature.TOPOLOGY
+    | BlkFeature.MQ
+    | DeviceFeature.RING_INDIRECT_DESC
+    | DeviceFeature.RING_EVENT_IDX
+    | DeviceFeature.VERSION_1
+)
+_WRITABLE_FEATURES: Final = BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES
+_FD: Final = array.array("i").itemsize
+_EDGE: Final = select.EPOLLIN | select.EPOLLET
+
+
+class Served(enum.Enum):
+    """How a disk's rings are."""
+
+    OK = "ok"
+    NO_SPACE = "no_space"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What the front-ends have asked for since the process began."""
+
+    requests: int
+    bytes: int
+
+
+class VhostExport:
+    """One disk on one listening socket."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        blk: BlkDevice,
+        gate: SpaceGate,
+        notify: Callable[[str, str, str], None],
+    ) -> None:
+        """`notify(event, disk, reason)` hears of `connected`, `disconnected` and `broken`, from the thread."""
+        self._listener = listener
+        self._blk = blk
+        self._gate = gate
+        self._notify = notify
+        self._rings: dict[int, Ring] = {}
+        self._kicks: dict[int, int] = {}  # descriptor → index of the running ring
+        self._calls: dict[int, int] = {}
+        self._errors: dict[int, int] = {}
+        self._memory: GuestMemory | None = None
+        self._inflight: InflightRegion | None = None
+        self._connection: socket.socket | None = None
+        self._session: Session | None = None
+        self._broken: dict[int, str] = {}
+        self._finished = Counters(0, 0)
+        self._last_index: dict[int, int] = {}  # where a broken ring stood
+        self._busy: set[int] = set()
+        self._stalled: set[int] = set()
+        self._is_stopping = False
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._barrier_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=f"vhost-{blk.disk_id}", daemon=True)
+        gate.add_waker(self.wake)
+
+    # What the control may ask, from another thread.
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def broken_reason(self) -> str | None:
+        return next(iter(dict(self._broken).values()), None)
+
+    @property
+    def counters(self) -> Counters:
+        rings = list(self._rings.values())
+        return Counters(
+            self._finished.requests + sum(ring.requests for ring in rings),
+            self._finished.bytes + sum(ring.bytes for ring in rings),
+        )
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._listener.setblocking(False)
+        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Let the thread look around: a retry is due, or the end."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        """Finish what is being served, answer it, and end the thread. What is still in a ring stays there."""
+        self._is_stopping = True
+        self.wake()
+        self._thread.join()
+        self._epoll.close()
+        os.close(self._wake_fd)
+        self._listener.close()
+
+    # The thread.
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            try:
+                self._turn()
+            except Exception:
+                # A fault of ours: the front-end comes back in a second and everything in flight is served again.
+                log.exception("disk %s: the connection is given up after an internal fault", self._blk.disk_id)
+                self._disconnect("internal fault")
+        self._disconnect("the provider ends")
+
+    def _barrier(self) -> None:
+        """Taking a free lock is an atomic read-modify-write: a full barrier on x86, cheaper than a system call."""
+        with self._barrier_lock:
+            pass
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        retry = self._stalled & self._rings.keys()
+        events = self._epoll.poll(0 if self._busy else RETRY_INTERVAL_S if retry else -1)
+        if retry and (not events or any(fd == self._wake_fd for fd, _ in events)):
+            self._busy |= retry
+        for fd, _event in events:
+            index = self._kicks.get(fd)
+            if index is not None:
+                if index not in retry:
+                    self._busy.add(index)
+            elif fd == self._wake_fd:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(fd)
+            elif fd == self._listener.fileno():
+                self._accept()
+            else:
+                self._receive()
+        for index in tuple(self._busy):
+            if not self._drain(index):
+                self._busy.discard(index)
+
+    def _drain(self, index: int) -> bool:
+        """Serve a ring; whether there is more to do at once."""
+        ring = self._rings.get(index)
+        if ring is None:
+            return False
+        call_fd = self._calls.get(index)
+        served = ring.requests
+        try:
+            drained = ring.drain(_no_call if call_fd is None else lambda: _signal(call_fd))
+        except (GuestFault, OSError) as error:
+            self._break_ring(index, str(error))
+            return False
+        if drained is Drained.STALLED:
+            assert ring.stall is not None, "a stalled ring says why"
+            self._stalled.add(index)
+            self._gate.report(ring.stall, self._blk.disk_id)
+            return False
+        if index in self._stalled and ring.requests != served:
+            self._stalled.discard(index)
+            if not self._stalled:
+                self._gate.recovered(self._blk.disk_id)
+        return drained is Drained.BUSY
+
+    def _break_ring(self, index: int, reason: str) -> None:
+        log.error("disk %s: ring %d is broken: %s", self._blk.disk_id, index, reason)
+        self._broken[index] = reason
+        ring = self._detach(index)
+        self._last_index[index] = 0 if ring is None else ring.next_index
+        if (error_fd := self._errors.get(index)) is not None:
+            _signal(error_fd)
+        self._notify("broken", self._blk.disk_id, reason)
+
+    def _accept(self) -> None:
+        try:
+            connection, _address = self._listener.accept()
+        except OSError as error:  # the peer has gone again, or no descriptor is free: it will come back
+            log.warning("disk %s: a front-end could not be accepted: %s", self._blk.disk_id, error)
+            return
+        self._receive()  # the end of an earlier connection may not have been seen yet
+        if self._connection is not None:
+            log.warning("disk %s: a second front-end was turned away", self._blk.disk_id)
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._connection = connection
+        self._session = Session(self)
+        self._epoll.register(connection.fileno(), select.EPOLLIN)
+        log.info("disk %s: front-end connected", self._blk.disk_id)
+        self._notify("connected", self._blk.disk_id, "")
+
+    def _receive(self) -> None:
+        connection, session = self._connection, self._session
+        if connection is None or session is None:
+            return
+        while True:
+            try:
+                data, ancillary, flags, _address = connection.recvmsg(
+                    session.wanted_bytes, socket.CMSG_SPACE(MAX_FDS * _FD), socket.MSG_CMSG_CLOEXEC
+                )
+                fds = _descriptors(ancillary)
+                if not data:
+                    self._disconnect("the front-end has closed the connection")
+                    return
+                replies = session.receive(data, fds)
+                if flags & socket.MSG_CTRUNC:
+                    raise ProtocolError("more descriptors than a message may have")
+                for reply in replies:
+                    _send(connection, reply.data, reply.fds)
+            except BlockingIOError:
+                return
+            except (ProtocolError, GuestFault, OSError) as error:
+                self._disconnect(str(error))
+                return
+
+    def _disconnect(self, reason: str) -> None:
+        connection, session = self._connection, self._session
+        if connection is None or session is None:
+            return
+        log.info("disk %s: front-end disconnected: %s", self._blk.disk_id, reason)
+        session.close()
+        self._epoll.unregister(connection.fileno())
+        connection.close()
+        self._connection = self._session = None
+        self._memory = None
+        self._inflight = None
+        self._busy.clear()
+        if self._stalled:  # nobody waits any more
+            self._stalled.clear()
+            self._gate.recovered(self._blk.disk_id)
+        self._notify("disconnected", self._blk.disk_id, reason)
+
+    def _detach(self, index: int) -> Ring | None:
+        ring = self._rings.pop(index, None)
+        if ring is not None:
+            self._finished = Counters(self._finished.requests + ring.requests, self._finished.bytes + ring.bytes)
+            kick = next(fd for fd, owner in self._kicks.items() if owner == index)
+            del self._kicks[kick]
+            self._epoll.unregister(kick)
+        return ring
+
+    # What the session calls (`Backend`).
+
+    @property
+    def device_features(self) -> int:
+        read_only = self._blk.device.read_only
+        return int(_FEATURES | (BlkFeature.RO if read_only else _WRITABLE_FEATURES))
+
+    @property
+    def queue_count(self) -> int:
+        return MAX_QUEUES
+
+    def config_space(self) -> bytes:
+        return ConfigSpace(self._blk.device.size_bytes // SECTOR_BYTES, MAX_QUEUES).pack()
+
+    def map_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:
+        self._memory = None
+        try:
+            self._memory = GuestMemory(regions, fds)
+        except GuestFault as fault:
+            raise ProtocolError(str(fault)) from fault
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def start_vring(self, vring: Vring, features: int) -> None:
+        assert self._memory is not None, "the session starts rings only in known memory"
+        assert vring.address is not None, "and at a known place"
+        assert vring.kick_fd is not None, "and with a kick descriptor"
+        try:
+            inflight = None if self._inflight is None else self._inflight.queue(vring.index, vring.size)
+            ring = Ring(
+                self._blk,
+                self._memory,
+                vring.address,
+                vring.size,
+                features=features,
+                inflight=inflight,
+                barrier=self._barrier,
+            )
+        except GuestFault as fault:
+            raise ProtocolError(str(fault)) from fault
+        self._epoll.register(vring.kick_fd, _EDGE)
+        self._broken.pop(vring.index, None)
+        self._rings[vring.index] = ring
+        self._kicks[vring.kick_fd] = vring.index
+        self._busy.add(vring.index)  # what was made available while nobody listened has no kick any more
+
+    def stop_vring(self, index: int) -> int:
+        ring = self._detach(index)
+        if ring is None:
+            return self._last_index.pop(index, 0)
+        return ring.next_index
+
+    def set_call_fd(self, index: int, fd: int | None) -> None:
+        _replace_fd(self._calls, index, fd)
+
+    def set_error_fd(self, index: int, fd: int | None) -> None:
+        _replace_fd(self._errors, index, fd)
+
+    def create_inflight(self, queues: int, queue_size: int) -> tuple[Inflight, int]:
+        return create_inflight(queues, queue_size)
+
+    def use_inflight(self, inflight: Inflight, fd: int) -> None:
+        try:
+            self._inflight = InflightRegion(inflight, fd)
+        except GuestFault as fault:
+            raise ProtocolError(str(fault)) from fault
+        finally:
+            os.close(fd)
+
+    def close_fd(self, fd: int) -> None:
+        os.close(fd)
+
+
+def _no_call() -> None:
+    """The driver polls."""
+
+
+def _signal(fd: int) -> None:
+    with suppress(BlockingIOError):  # a full counter is a signal that was not taken yet
+        os.eventfd_write(fd, 1)
+
+
+def _replace_fd(table: dict[int, int], index: int, fd: int | None) -> None:
+    old = table.pop(index, None)
+    if old is not None:
+        os.close(old)
+    if fd is not None:
+        table[index] = fd
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % _FD])
+    return fds.tolist()
+
+
+def _send(connection: socket.socket, data: bytes, fds: tuple[int, ...]) -> None:
+    """Send a reply whole; a front-end that does not read its few bytes is not waited for."""
+    try:
+        sent = socket.send_fds(connection, [data], list(fds)) if fds else connection.send(data)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    if sent != len(data):
+        raise ProtocolError("the front-end does not read its replies")
