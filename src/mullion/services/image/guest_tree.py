@@ -140,7 +140,7 @@ def choose_libraries(programs: Iterable[bytes], available: Mapping[str, bytes]) 
 def build_trees(files: GuestFiles, extra: Mapping[str, Entry]) -> tuple[Tree, Tree]:
     """(initramfs, root filesystem); `extra` entries are added to both."""
     tree = Tree()
-    for folder in ("dev", "proc", "sys", "run", "sysroot", "mnt", "var", "etc/init.d", "lib64"):
+    for folder in ("dev", "proc", "sys", "run", "sysroot", "mnt", "var/log", "etc/init.d", "lib64"):
         tree.folder(folder)
     tree.folder("root", 0o700)
     tree.folder("tmp", 0o1777)
@@ -173,6 +173,8 @@ def _add_configuration(tree: Tree) -> None:
     for name in ("inittab", "mdev.conf", "issue", "issue.rescue", "motd"):
         tree.file(f"etc/{name}", _script(name))
     tree.file("usr/bin/shutdown", _script("shutdown"), 0o755)
+    for name in ("poweroff", "reboot", "halt"):
+        tree.file(f"usr/bin/{name}", _script("poweroff"), 0o755)  # in place of busybox's own
     tree.file("etc/acpi/PWRF/00000080", b"#!/bin/sh\nexec /sbin/poweroff\n", 0o755)
     tree.file("etc/passwd", b"root::0:0:root:/root:/bin/sh\n")
     tree.file("etc/group", b"root:x:0:\ntty:x:5:\n")
