@@ -9,32 +9,14 @@ import msgspec
 from msgspec.structs import replace
 
 from mullion.base.units import format_size
-from mullion.model.definition import DiskAttachment, PartitionDefinition
+from mullion.model.definition import PartitionDefinition
 
 _NOTHING: Final = "nothing"
 
 
-def adopt_what_the_service_gave(
-    wanted: PartitionDefinition, present: PartitionDefinition, *, says_power: bool
-) -> PartitionDefinition:
-    """The wanted definition, completed by what its author left to the service: uuid, ids of disks, and power.
-
-    A file that does not speak of power neither starts nor stops anything.
-    """
-    known = {disk.path: disk.id for disk in present.disks}
-    taken = {disk.id for disk in wanted.disks}
-    disks = tuple(_with_known_id(disk, known, taken) for disk in wanted.disks)
-    return replace(
-        wanted,
-        uuid=wanted.uuid or present.uuid,
-        power=wanted.power if says_power else present.power,
-        disks=disks,
-    )
-
-
-def _with_known_id(disk: DiskAttachment, known: dict[str, str], taken: set[str]) -> DiskAttachment:
-    identity = known.get(disk.path, "")
-    return replace(disk, id=identity) if not disk.id and identity not in taken else disk
+def adopt(wanted: PartitionDefinition, present: PartitionDefinition, *, says_power: bool) -> PartitionDefinition:
+    """The wanted definition with what its author left to the service: the uuid and, if it is not spoken of, power."""
+    return replace(wanted, uuid=wanted.uuid or present.uuid, power=wanted.power if says_power else present.power)
 
 
 def changes(before: PartitionDefinition, after: PartitionDefinition) -> list[str]:

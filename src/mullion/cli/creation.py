@@ -66,7 +66,7 @@ def create(face: Face, document: dict[str, object], disks: Sequence[DiskSpec]) -
     """
     from mullion.model.parse import parse_partition
 
-    definition = parse_partition(document)
+    definition = parse_partition(document, source="the command line")
     _check_name_is_free(face, definition.name)
     made: list[str] = []
     try:

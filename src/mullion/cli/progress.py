@@ -30,7 +30,7 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 class InterruptedFault(MullionError):
     """The caller pressed ^C while an operation was going on."""
 
-    code = "interrupted"
+    code = "interrupted-by-user"
     exit_code = 130
     http_status = 499
     default_remedy = "Look at what goes on with `mullion operation list`."
