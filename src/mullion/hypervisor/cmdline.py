@@ -198,12 +198,12 @@ def _disks(spec: MachineSpec, bus: str) -> Iterator[str]:
         match disk.bus:
             case Bus.VIRTIO:
                 _check_place(definition, disk, place, VIRTIO_SLOTS)
-                chardev = f"disk-{disk.id}"
-                yield from ("-chardev", _options("socket", id=chardev, path=disk.socket, reconnect=str(RECONNECT_S)))
+                name = f"disk-{disk.id}"  # our prefix: a disk may be called `watchdog`
+                yield from ("-chardev", _options("socket", id=name, path=disk.socket, reconnect=str(RECONNECT_S)))
                 yield from _device(
                     "vhost-user-blk-pci",
-                    id=disk.id,
-                    chardev=chardev,
+                    id=name,
+                    chardev=name,
                     bus=bus,
                     addr=f"{0x0A + place:02x}",
                     bootindex=str(index),
@@ -222,20 +222,26 @@ def _disks(spec: MachineSpec, bus: str) -> Iterator[str]:
 
 
 def _emulated(disk: ResolvedDisk, index: int, **place: str) -> Iterator[str]:
+    if disk.read_only:
+        raise InvalidError(
+            f"disk {disk.id} is read-only, which the emulated bus {disk.bus.value} cannot express",
+            remedy="Put the disk on bus virtio, or put a differencing disk over it and attach that.",
+            disk=disk.id,
+        )
+    name = f"disk-{disk.id}"
     node = {
         "driver": "nbd",
-        "node-name": f"disk-{disk.id}",
+        "node-name": name,
         "server": {"type": "unix", "path": disk.socket},
         "export": disk.export,
         "reconnect-delay": NBD_RECONNECT_S,
-        "read-only": disk.read_only,
         "discard": "unmap",
     }
     yield from ("-blockdev", json.dumps(node))
     yield from _device(
         "ide-hd",
-        id=disk.id,
-        drive=f"disk-{disk.id}",
+        id=name,
+        drive=name,
         serial=disk.serial or disk.id,
         bootindex=str(index),
         werror="stop",

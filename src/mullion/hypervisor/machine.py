@@ -30,7 +30,9 @@ from mullion.hypervisor.states import EventCallback, ExitReport, MachineEvent, M
 
 START_S: Final = 60.0
 """How long QEMU may take to its first answer; the hosts that need more are broken."""
-QUIT_S: Final = 20.0
+QUIT_S: Final = 10.0
+"""How long `quit` may take before QEMU is killed. It holds no data of the disks: the provider has every write. It takes
+that long when a request waits for a provider that is away."""
 EXIT_FILE_S: Final = 2.0
 """How long after QEMU's end its wrapper may take to write the status, where we cannot wait for the wrapper itself."""
 POLL_S: Final = 0.002

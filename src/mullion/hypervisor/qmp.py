@@ -46,6 +46,7 @@ class QmpSession:
         self.path = path
         self._client = client
         self._closed = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
         self._pump = asyncio.create_task(self._pump_events(on_event), name=f"qmp events {path}")
         self._watch = asyncio.create_task(self._watch_connection(), name=f"qmp connection {path}")
 
@@ -92,22 +93,27 @@ class QmpSession:
         await self._closed.wait()
 
     async def close(self) -> None:
-        for task in (self._watch, self._pump):
-            task.cancel()
-        await asyncio.gather(self._watch, self._pump, return_exceptions=True)
-        await self._disconnect()
-        self._closed.set()
+        await self._end()
+        await self._watch
+
+    async def _end(self) -> None:
+        """Disconnect, once, and to the end: the library leaves unread exceptions behind when that is interrupted."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._disconnect(), name=f"qmp end {self.path}")
+        await asyncio.shield(self._ending)
 
     async def _disconnect(self) -> None:
         # It raises whatever ended the connection: known by then, and no news to the caller.
         with contextlib.suppress(QMPError, EOFError, OSError):
             await self._client.disconnect()
+        self._pump.cancel()
+        await asyncio.gather(self._pump, return_exceptions=True)
+        self._closed.set()
 
     async def _watch_connection(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
-        await self._disconnect()
-        self._closed.set()
+        await self._end()
 
     async def _pump_events(self, on_event: EventHandler) -> None:
         async for message in self._client.events:
