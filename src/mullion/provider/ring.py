@@ -24,6 +24,7 @@ import enum
 import os
 import struct
 from collections.abc import Callable
+from struct import error as StructError  # noqa: N812
 from typing import Final
 
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments
@@ -39,23 +40,17 @@ BUDGET_REQUESTS: Final = 512
 
 _NO_NOTIFY: Final = 1
 _ENTRY_BYTES: Final = 16
-_SECTOR_SHIFT: Final = 9
-_LOW_32: Final = 0xFFFFFFFF
-_LOW_48: Final = 0xFFFFFFFFFFFF  # a descriptor's length and flags without its `next`
+# A descriptor's flags, and flags | next << 16 as they stand in a driver's usual table of three.
+_NEXT: Final = int(DescriptorFlag.NEXT)
+_WRITE: Final = int(DescriptorFlag.WRITE)
+_INDIRECT: Final = int(DescriptorFlag.INDIRECT)
+_NEXT_1: Final = _NEXT | 1 << 16
+_NEXT_2: Final = _NEXT | 2 << 16
+_NEXT_2_WRITE: Final = _NEXT | _WRITE | 2 << 16
 
-# Second words of the descriptors of a plain request: length | flags << 32 | next << 48.
-_TABLE_OF_3: Final = 3 * _ENTRY_BYTES | DescriptorFlag.INDIRECT << 32
-_HEADER: Final = 16 | DescriptorFlag.NEXT << 32
-_HEADER_IN_TABLE: Final = _HEADER | 1 << 48
-_STATUS: Final = 1 | DescriptorFlag.WRITE << 32
-_DATA_IN: Final = DescriptorFlag.NEXT | DescriptorFlag.WRITE
-_DATA_OUT: Final = int(DescriptorFlag.NEXT)
-_DATA_IN_TABLE: Final = _DATA_IN | 2 << 16  # flags and next, as the word's upper half
-_DATA_OUT_TABLE: Final = _DATA_OUT | 2 << 16
-
-_SIX_WORDS: Final = struct.Struct("<6Q")
-_TWO_WORDS: Final = struct.Struct("<2Q")
-_DESCRIPTOR: Final = struct.Struct("<QIHH")
+_DESCRIPTOR: Final = struct.Struct("<QII").unpack_from  # address, length, flags | next << 16
+_THREE_DESCRIPTORS: Final = struct.Struct("<QIIQIIQII").unpack_from
+_TWO_WORDS: Final = struct.Struct("<QQ").unpack_from
 
 
 class Drained(enum.Enum):
@@ -92,11 +87,10 @@ class Ring:
         if address.descriptor % 16 or address.available % 2 or address.used % 4:
             raise GuestFault(f"vring {address.index} is not aligned")
         used = memory.ring_part(address.used, 6 + 8 * size)
-        self._descriptor_bytes = memory.ring_part(address.descriptor, _ENTRY_BYTES * size)
-        self._descriptors = self._descriptor_bytes.cast("Q")
+        self._descriptors = memory.ring_part(address.descriptor, _ENTRY_BYTES * size)
         self._available = memory.ring_part(address.available, 6 + 2 * size).cast("H")
         self._used = used[:4].cast("H")
-        self._used_elements = used[4 : 4 + 8 * size].cast("Q")
+        self._used_words = used[: 4 + 8 * size].cast("I")  # [1 + 2 n] head, [2 + 2 n] length of element n
         self._available_event = used[4 + 8 * size :].cast("H")
         # Without the shared region the stores go into a private one: the loop has one shape.
         self._inflight_header = memoryview(bytearray(16)).cast("I") if inflight is None else inflight.header
@@ -127,7 +121,10 @@ class Ring:
                     if not self._event_idx:
                         self._used[0] = _NO_NOTIFY
                     spent += count
-                    self._run(limit)
+                    before_end = size - (index & (size - 1))
+                    self._run(min(count, before_end))
+                    if count > before_end:
+                        self._run(count - before_end)
                     self._announce(notify)
                     continue
                 if self._event_idx:
@@ -143,85 +140,87 @@ class Ring:
         finally:
             self._announce(notify)
 
-    def _run(self, limit: int) -> None:
-        """Serve the requests up to an available index; the hot loop."""
+    def _run(self, count: int) -> None:
+        """Serve so many requests, which are available and do not wrap around the ring's end; the hot loop."""
         hot = self._memory.largest
         assert hot is not None, "a ring lies in memory, so there is some"
         base, memory = hot.guest_address, hot.view
-        memory_bytes = len(memory)
-        table_end, header_end = memory_bytes - 3 * _ENTRY_BYTES, memory_bytes - 16
         device = self._blk.device
         read_get, write_get, shift = device.direct_read.get, device.direct_write.get, device.block_shift
-        granule_bytes = 1 << shift
-        granule_mask = granule_bytes - 1
-        disk_bytes = device.size_bytes
         if device.read_only:
             write_get = _NOWHERE.get
-        available, descriptors, inflight = self._available, self._descriptors, self._inflight
-        used, used_elements, inflight_header = self._used, self._used_elements, self._inflight_header
-        preadv, pwritev, six_words, two_words = os.preadv, os.pwritev, _SIX_WORDS.unpack_from, _TWO_WORDS.unpack_from
-        mask = self._size - 1
+        granule_bytes = 1 << shift
+        granule_mask = granule_bytes - 1
+        whole_granules = device.size_bytes >> shift
+        descriptors, inflight, used, used_words = self._descriptors, self._inflight, self._used, self._used_words
+        inflight_header = self._inflight_header
+        preadv, pwritev = os.preadv, os.pwritev
+        descriptor, three_descriptors, two_words = _DESCRIPTOR, _THREE_DESCRIPTORS, _TWO_WORDS
         index = first = self.next_index
-        moved = entry = 0
+        slot = index & (self._size - 1)
+        element = 1 + 2 * slot
+        moved = head = 0
         try:
-            while index != limit:
-                slot = index & mask
-                head = available[2 + slot]
-                entry = 2 * head
+            for head in self._available[2 + slot : 2 + slot + count].tolist():
                 written = 0
                 try:
-                    a0, b0 = descriptors[entry], descriptors[entry + 1]
+                    address, length, shape = descriptor(descriptors, head << 4)
                     # The region's one store for last_batch_head and used_idx, then the head is in flight.
                     inflight_header[3] = head | index << 16
-                    inflight[entry] = 1
-                    if b0 & _LOW_48 == _TABLE_OF_3:
-                        at = a0 - base
-                        if 0 <= at <= table_end:
-                            a0, b0, a1, b1, a2, b2 = six_words(memory, at)
-                            direction = b1 >> 32
-                            is_in = direction == _DATA_IN_TABLE
-                            is_plain = b0 == _HEADER_IN_TABLE and (is_in or direction == _DATA_OUT_TABLE)
-                        else:
-                            is_plain = False
-                    elif b0 & _LOW_48 == _HEADER:
-                        entry1 = 2 * (b0 >> 48)
-                        a1, b1 = descriptors[entry1], descriptors[entry1 + 1]
-                        entry1 = 2 * (b1 >> 48)
-                        a2, b2 = descriptors[entry1], descriptors[entry1 + 1]
-                        direction = b1 >> 32 & 0xFFFF
-                        is_in = direction == _DATA_IN
-                        is_plain = is_in or direction == _DATA_OUT
+                    inflight[head << 1] = 1
+                    if shape & 0xFFFF == _INDIRECT and length == 48 and address >= base:
+                        at, at_bytes, shape, data, length, direction, status, status_bytes, last = three_descriptors(
+                            memory, address - base
+                        )
+                        is_plain = shape == _NEXT_1
                     else:
-                        is_plain = False
-                    if is_plain and b2 & _LOW_48 == _STATUS:
-                        at, data, status = a0 - base, a1 - base, a2 - base
-                        length = b1 & _LOW_32
-                        if 0 <= at <= header_end and 0 <= data <= memory_bytes - length and 0 <= status < memory_bytes:
-                            kind, sector = two_words(memory, at)
-                            offset = sector << _SECTOR_SHIFT
-                            inside = offset & granule_mask
-                            if inside + length <= granule_bytes and offset + length <= disk_bytes and not length & 511:
-                                if is_in:
-                                    transfer, place = preadv, None if kind else read_get(offset >> shift)
-                                else:
-                                    transfer, place = pwritev, None if kind != 1 else write_get(offset >> shift)
-                                if place is not None:
-                                    done = transfer(place[0], (memory[data : data + length],), place[1] + inside)
-                                    if done == length:
-                                        memory[status] = 0
-                                        written = length + 1 if is_in else 1
-                                moved += length
-                except (IndexError, OSError):
+                        at, at_bytes = address, length
+                        is_plain = shape & 0xFFFF == _NEXT
+                        if is_plain:
+                            data, length, direction = descriptor(descriptors, shape >> 16 << 4)
+                            status, status_bytes, last = descriptor(descriptors, direction >> 16 << 4)
+                            direction = direction & 0xFFFF | 0x20000
+                    if (
+                        is_plain
+                        and at_bytes == 16
+                        and status_bytes == 1
+                        and last & 0xFFFF == _WRITE
+                        and at >= base <= data
+                        and status >= base
+                    ):
+                        # What reaches beyond the end of memory is seen by the unpack, the short transfer or the store.
+                        kind, sector = two_words(memory, at - base)
+                        offset = sector << 9
+                        inside = offset & granule_mask
+                        granule = offset >> shift
+                        if inside + length <= granule_bytes and granule < whole_granules and not length & 511:
+                            data -= base
+                            if direction == _NEXT_2_WRITE:
+                                if kind == 0 and (place := read_get(granule)) is not None:
+                                    fd, start = place
+                                    if preadv(fd, (memory[data : data + length],), start + inside) == length:
+                                        memory[status - base] = 0
+                                        written = length + 1
+                                        moved += length
+                            elif direction == _NEXT_2 and kind == 1 and (place := write_get(granule)) is not None:
+                                fd, start = place
+                                if pwritev(fd, (memory[data : data + length],), start + inside) == length:
+                                    memory[status - base] = 0
+                                    written = 1
+                                    moved += length
+                except (IndexError, StructError, OSError):
                     written = 0  # what is wrong, or gone, is found out in `_serve`
                 if not written:
                     written = self._serve(head)
-                used_elements[slot] = head | written << 32
+                used_words[element] = head
+                used_words[element + 1] = written
+                element += 2
                 index = (index + 1) & 0xFFFF
                 used[1] = index
-                inflight[entry] = 0
+                inflight[head << 1] = 0
         finally:
-            if entry < len(inflight):
-                inflight[entry] = 0  # not begun, when an exception brought us here: it stays in the available ring
+            if head < self._size:
+                inflight[head << 1] = 0  # not begun, when an exception brought us here: it stays available
             self.next_index = index
             self.requests += (index - first) & 0xFFFF
             self.bytes += moved
@@ -230,7 +229,9 @@ class Ring:
         """Serve again what an earlier process had taken and not answered (inflight.py)."""
         while self._resubmit:
             head = self._resubmit[0]
-            self._used_elements[self.next_index & (self._size - 1)] = head | self._serve(head) << 32
+            element = 1 + 2 * (self.next_index & (self._size - 1))
+            self._used_words[element + 1] = self._serve(head)
+            self._used_words[element] = head
             self.next_index = (self.next_index + 1) & 0xFFFF
             self._used[1] = self.next_index
             self._inflight[2 * head] = 0
@@ -261,13 +262,14 @@ class Ring:
         """The pieces of memory of a chain: those the device reads, and those it writes (2.7.5)."""
         readable: Segments = []
         writable: Segments = []
-        table: memoryview = self._descriptor_bytes
+        table: memoryview = self._descriptors
         entries, is_indirect, seen, index = self._size, False, 0, head
         while True:
             seen += 1
             if index >= entries or seen > CHAIN_LIMIT:
                 raise GuestFault(f"request {head}: descriptor {index} of {entries}, {seen} in the chain")
-            address, length, flags, following = _DESCRIPTOR.unpack_from(table, index * _ENTRY_BYTES)
+            address, length, shape = _DESCRIPTOR(table, index * _ENTRY_BYTES)
+            flags = shape & 0xFFFF
             if flags & DescriptorFlag.INDIRECT:
                 if is_indirect or flags & DescriptorFlag.NEXT or length % _ENTRY_BYTES or not length:
                     raise GuestFault(f"request {head}: an indirect table of {length} bytes, flags {flags:#x}")
@@ -285,7 +287,7 @@ class Ring:
                 readable += self._memory.segments(address, length)
             if not flags & DescriptorFlag.NEXT:
                 return readable, writable
-            index = following
+            index = shape >> 16
 
 
 _NOWHERE: Final[dict[int, tuple[int, int]]] = {}
