@@ -86,8 +86,10 @@ def error_classes(cls: type[errors.MullionError]) -> Iterator[type[errors.Mullio
 
 def exit_codes() -> str:
     """A table of exit codes, each with the error codes that end in it."""
-    meanings: dict[int, list[str]] = {0: ["done"]}
+    meanings: dict[int, list[str]] = {0: ["done"], 1: ["`internal`: A fault of Mullion's own"]}
     for cls in (*error_classes(errors.MullionError), UsageFault, InterruptedFault):
+        if cls is errors.MullionError:
+            continue
         line = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
         meanings.setdefault(cls.exit_code, []).append(f"`{cls.code}`: {line}")
     meanings[BROKEN_PIPE_EXIT_CODE] = ["the reader of our output went away"]

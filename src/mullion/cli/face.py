@@ -132,7 +132,13 @@ class Face:
 
     def as_invoked(self, text: str) -> str:
         """The text with commands such as `mullion serve` written the way this program was called."""
-        return text if self.invoked == "mullion" else text.replace("`mullion ", f"`{self.invoked} ")
+        if self.invoked == "mullion":
+            return text
+        import re
+
+        from mullion.cli.root import ENTRIES
+
+        return re.sub(rf"(?<![\w/.-])mullion (?=(?:{'|'.join(ENTRIES)})\b)", lambda _: f"{self.invoked} ", text)
 
 
 pass_face: Final = click.make_pass_decorator(Face, ensure=True)

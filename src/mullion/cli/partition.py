@@ -165,15 +165,14 @@ reset_partition = _simple_action("reset", "Reset a partition, as if by its reset
 @name_argument
 @click.option("--with-disks", is_flag=True, help="Delete its disks too, though not the parents they differ from.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@wait_option
 @pass_face
-def delete_partition(face: Face, name: str, with_disks: bool, yes: bool, wait: bool) -> None:
+def delete_partition(face: Face, name: str, with_disks: bool, yes: bool) -> None:
     """Delete a stopped partition; its disks stay unless --with-disks.
 
-    Asks first on a terminal; elsewhere it refuses without --yes.
+    Asks first on a terminal; elsewhere it refuses without --yes. With --format json it prints what was deleted.
     """
     view = face.client.partition(name)
-    lost = [disk.chain[0] for disk in view.disks if disk.chain] if with_disks else []
+    lost = [disk.path for disk in view.definition.disks if not disk.read_only] if with_disks else []
     if not yes:
         question = f"Delete partition {name}" + (f" and its disks {', '.join(lost)}" if lost else "") + "?"
         if not sys.stdin.isatty():
@@ -181,8 +180,11 @@ def delete_partition(face: Face, name: str, with_disks: bool, yes: bool, wait: b
         if not click.confirm(question, err=True):
             face.note("Nothing was deleted.")
             return
-    begun = face.client.delete_partition(name, with_disks=with_disks)
-    conclude(face, begun, wait=wait, sentence=lambda _: f"{name}: deleted")
+    face.client.delete_partition(name, with_disks=with_disks)
+    if face.is_json:
+        face.emit_json(view)
+    else:
+        face.note(f"{name}: deleted")
 
 
 @partition.command("console")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from mullion.base.units import format_duration, format_size
@@ -33,10 +32,7 @@ def details(face: Face, view: PartitionView) -> str:
     """Everything about a partition, the most asked for first."""
     wanted = view.definition
     state = state_word(face, view.state.value)
-    disks = "\n".join(
-        f"{disk.id} ({disk.bus}{', read only' if disk.read_only else ''}): {chain_line(disk.chain)}"
-        for disk in view.disks
-    )
+    disks = _disks(view)
     boot = wanted.direct_boot
     return fields(
         [
@@ -67,13 +63,19 @@ def details(face: Face, view: PartitionView) -> str:
     )
 
 
+def _disks(view: PartitionView) -> str:
+    """Each disk with its chain or, while the partition is off, with what the definition names."""
+    chains = {disk.id: disk.chain for disk in view.disks}
+    return "\n".join(
+        f"{disk.id} ({disk.bus.value}{', read only' if disk.read_only else ''}): "
+        f"{chain_line(chains.get(disk.id, (disk.path,)))}"
+        for disk in view.definition.disks
+    )
+
+
 def chain_line(chain: Sequence[str]) -> str:
     """`/pool/web.vhd ← /images/demo.vhd`: the top, then what it differs from."""
     return " ← ".join(printable(path) for path in chain)
-
-
-def chain_names(chain: Sequence[str]) -> str:
-    return chain_line([os.path.basename(path) for path in chain])
 
 
 def outcome(face: Face, view: PartitionView) -> str:

@@ -61,7 +61,7 @@ class Progress:
             self._line_is_drawn = True
         elif self._shown and operation.stage and operation.stage != self._last_stage:
             self._last_stage = operation.stage
-            click.echo(f"{operation.kind} {operation.target}: {printable(operation.stage)}", err=True)
+            click.echo(f"{title(operation)}: {printable(operation.stage)}", err=True)
 
     def close(self) -> None:
         """Leave a clean line to whoever prints next."""
@@ -71,14 +71,18 @@ class Progress:
             self._line_is_drawn = False
 
 
+def title(operation: OperationView) -> str:
+    """The operation in the words of the command that begins it: `partition start web`."""
+    return f"{operation.kind.replace('.', ' ')} {operation.target.rpartition('/')[2]}"
+
+
 def progress_line(operation: OperationView, elapsed_s: float) -> str:
-    """`partition.start web  [#####...............]  25 %  1.2 s  agent`."""
+    """`partition start web  [#####...............]  25 %  1.2 s  agent`."""
     share = min(max(operation.progress, 0.0), 1.0)
     filled = int(share * _BAR_CELLS)
     bar = "#" * filled + "." * (_BAR_CELLS - filled)
     return (
-        f"{operation.kind} {operation.target}  [{bar}] {share:4.0%}  {format_duration(elapsed_s)}"
-        f"  {printable(operation.stage)}"
+        f"{title(operation)}  [{bar}] {share:4.0%}  {format_duration(elapsed_s)}  {printable(operation.stage)}"
     ).rstrip()
 
 

@@ -98,10 +98,10 @@ class FakeClient:
         self._partitions[name] = replace(old, definition=definition, etag=f'"{int(etag.strip(chr(34))) + 1}"')
         return self._partitions[name]
 
-    def delete_partition(self, name: str, *, with_disks: bool = False) -> OperationView:
+    def delete_partition(self, name: str, *, with_disks: bool = False) -> None:
         self._ask("delete_partition", with_disks)
         self.partition(name)
-        return self._operation("partition.delete", name, lambda: self._partitions.pop(name))
+        del self._partitions[name]
 
     def partition_action(self, name: str, action: str, **options: object) -> OperationView:
         self._ask(action, options)
@@ -116,7 +116,7 @@ class FakeClient:
                 accelerator_reason="KVM cannot run a guest here" if running else None, boot_s=3.2 if running else None,
             )  # fmt: skip
 
-        return self._operation(f"partition.{action}", name, act)
+        return self._operation(f"partition.{action}", f"partition/{name}", act)
 
     # Disks and images
 
@@ -159,7 +159,7 @@ class FakeClient:
     def build_image(self, name: str) -> OperationView:
         self._ask("build_image", name)
         built = ImageView(name, f"/var/lib/mullion/images/{name}.vhd", 1024**3, 20 * 1024**2, AT)
-        return self._operation("image.build", name, lambda: self._images.__setitem__(name, built))
+        return self._operation("image.build", f"image/{name}", lambda: self._images.__setitem__(name, built))
 
     def _path(self, path: str) -> str:
         if path.startswith("image:"):

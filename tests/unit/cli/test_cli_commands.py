@@ -145,10 +145,15 @@ def test_errors_say_what_to_do_next_and_end_in_their_exit_code(mullion, service)
 
 
 def test_remedies_name_the_program_as_it_was_called(service):
-    service.faults["status"] = UnavailableError("the service does not answer")
+    service.faults["status"] = UnavailableError(
+        "mullion does not answer", remedy="Run `mullion serve`, or: mullion doctor; not /x/mullion serve."
+    )
     face = Face(connect=lambda _: service, invoked=".venv/bin/mullion")
     failed = CliRunner().invoke(root, ["status"], obj=face)
-    assert "→ Start the service with `.venv/bin/mullion serve`" in failed.stderr
+    assert failed.stderr == (
+        "mullion: mullion does not answer\n"
+        "  → Run `.venv/bin/mullion serve`, or: .venv/bin/mullion doctor; not /x/mullion serve.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_no_wait_prints_the_operation_and_returns(mullion, service):
     assert mullion("operation", "list").stdout.splitlines()[1].split()[:4] == [
         "op-1",
         "partition.start",
-        "web",
+        "partition/web",
         "pending",
     ]
 
@@ -197,7 +202,7 @@ def test_no_wait_prints_the_operation_and_returns(mullion, service):
 def test_progress_is_one_line_per_stage_and_quiet_has_none(mullion):
     mullion("partition", "create", "web")
     told = mullion("partition", "start", "web").stderr.splitlines()
-    assert told == ["partition.start web: preparing", "partition.start web: finishing", "web: running, tcg"]
+    assert told == ["partition start web: preparing", "partition start web: finishing", "web: running, tcg"]
     assert mullion("partition", "pause", "web", "--quiet").stderr == ""
 
 
