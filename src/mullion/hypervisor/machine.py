@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, Self
@@ -65,19 +66,21 @@ class Machine:
         Raises: StartFailedError with QEMU's words; MissingToolError; InvalidError; DeadlineError (QEMU is killed then).
         """
         launched = launch(spec)
+        machine: Self | None = None
         try:
             async with asyncio.timeout(START_S):
                 machine = cls(spec.paths, await _wait_identity(launched, spec.paths), launched)
-                try:
-                    await machine._connect_first(launched)
-                except BaseException:
-                    await machine._abandon()
-                    raise
-        except TimeoutError as error:
-            raise DeadlineError(
-                f"partition {spec.definition.name}: QEMU did not answer within {START_S:g} s",
-                remedy=f"Read {spec.paths.qemu_log}; run by hand: {launched.command}",
-            ) from error
+                await machine._connect_first(launched)
+        except BaseException as error:  # a cancelled start, too, leaves no process behind
+            _kill_both(launched)
+            if machine is not None:
+                await machine._release()
+            if isinstance(error, TimeoutError):
+                raise DeadlineError(
+                    f"partition {spec.definition.name}: QEMU did not answer within {START_S:g} s",
+                    remedy=f"Read {spec.paths.qemu_log}; run by hand: {launched.command}",
+                ) from error
+            raise
         log.info("partition %s: QEMU runs, pid %d", spec.definition.name, machine.identity.pid)
         return machine
 
@@ -231,13 +234,6 @@ class Machine:
             raise await _start_failed(launched, self.paths) from error
         self._watch()
 
-    async def _abandon(self) -> None:
-        """A start that did not succeed leaves no process behind."""
-        self._identity.send_signal(signal.SIGKILL)
-        await self._release()
-        if self._launched is not None:
-            await _reap(self._launched)
-
     def _watch(self) -> None:
         self._tasks.append(asyncio.create_task(self._watch_exit(), name=f"machine exit {self._identity.pid}"))
         self._tasks.append(asyncio.create_task(self._watch_session(), name=f"machine monitor {self._identity.pid}"))
@@ -293,6 +289,13 @@ async def _start_failed(launched: Launched, paths: PartitionPaths) -> StartFaile
         log_excerpt=report.log_excerpt,
         command=launched.command,
     )
+
+
+def _kill_both(launched: Launched) -> None:
+    """End a wrapper that is still our child, and its QEMU: they are a process group of their own."""
+    if launched.wrapper.poll() is None:
+        os.killpg(launched.wrapper.pid, signal.SIGKILL)
+        launched.wrapper.wait()
 
 
 async def _reap(launched: Launched) -> None:

@@ -40,7 +40,7 @@ def test_special_registers_put_the_processor_into_long_mode() -> None:
     code = struct.unpack_from("<QIH10B", sregs, 0)
     assert (code[2], code[3], code[4], code[8]) == (0x08, 11, 1, 1)  # selector, executable, present, 64-bit
     cr0, _, cr3, cr4, _, efer = struct.unpack_from("<6Q", sregs, 224)
-    assert cr0 >> 31 & 1 and cr0 & 1  # paging, protected mode
+    assert cr0 & (1 << 31 | 1) == (1 << 31 | 1)  # paging, protected mode
     assert cr3 == accel_probe.PML4
-    assert cr4 >> 5 & 1 and cr4 >> 9 & 1  # PAE; OSFXSR, without which SSE faults
-    assert efer >> 8 & 1 and efer >> 10 & 1
+    assert cr4 & (1 << 5 | 1 << 9) == 1 << 5 | 1 << 9  # PAE; OSFXSR, without which SSE faults
+    assert efer & (1 << 8 | 1 << 10) == 1 << 8 | 1 << 10  # LME, LMA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -72,7 +73,7 @@ def test_golden(name: str) -> None:
 
 
 def pairs(argv: tuple[str, ...], option: str) -> list[str]:
-    return [value for name, value in zip(argv, argv[1:], strict=False) if name == option]
+    return [value for name, value in itertools.pairwise(argv) if name == option]
 
 
 def test_descriptors_take_the_place_of_paths_and_change_nothing_else() -> None:
