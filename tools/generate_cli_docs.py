@@ -92,6 +92,7 @@ def exit_codes() -> str:
             continue
         line = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
         meanings.setdefault(cls.exit_code, []).append(f"`{cls.code}`: {line}")
+    meanings[8] = ["`vhd`, `vhd-…`, `not-a-vhd`: A disk file is not what it should be"]
     meanings[BROKEN_PIPE_EXIT_CODE] = ["the reader of our output went away"]
     rows = [f"| {code} | {'<br>'.join(texts)} |" for code, texts in sorted(meanings.items())]
     return "\n".join(["| exit code | meaning |", "|---:|---|", *rows])

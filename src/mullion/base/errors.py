@@ -40,11 +40,17 @@ class MullionError(Exception):
         return self.message
 
     def to_wire(self) -> dict[str, object]:
-        """The error as another process gets it: `code`, `message`, `remedy`, `context` (JSON values only)."""
+        """The error as another process gets it: ErrorView's fields, with JSON values only."""
         plain = {
             name: value if isinstance(value, str | int | float) else str(value) for name, value in self.context.items()
         }
-        return {"code": self.code, "message": self.message, "remedy": self.remedy, "context": plain}
+        return {
+            "code": self.code,
+            "message": self.message,
+            "remedy": self.remedy,
+            "context": plain,
+            "exit_code": self.exit_code,
+        }
 
     @staticmethod
     def from_wire(fields: Mapping[str, object]) -> MullionError:
@@ -61,6 +67,8 @@ class MullionError(Exception):
         )
         if known is RemoteError:
             error.context["remote_code"] = code
+            if isinstance(status := fields.get("exit_code"), int):
+                error.context["remote_exit_code"] = status
         return error
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TextIO, TypeVar
 
 import click
 
-from mullion.base.errors import InvalidError, MullionError
+from mullion.base.errors import InvalidError, MullionError, RemoteError
 
 if TYPE_CHECKING:
     from mullion.base.paths import HostPaths
@@ -121,10 +121,7 @@ class Face:
         if self.is_json:
             import msgspec
 
-            from mullion.model.views import ErrorView
-
-            view = ErrorView(error.code, error.message, error.remedy, error.context)
-            click.echo(msgspec.json.encode(view, enc_hook=str), err=True)
+            click.echo(msgspec.json.encode(wire_fields(error)), err=True)
             return
         click.echo(f"{self.style('mullion:', 'red', sys.stderr)} {error.message}", err=True)
         if error.remedy:
@@ -139,6 +136,22 @@ class Face:
         from mullion.cli.root import ENTRIES
 
         return re.sub(rf"(?<![\w/.-])mullion (?=(?:{'|'.join(ENTRIES)})\b)", lambda _: f"{self.invoked} ", text)
+
+
+def wire_fields(error: MullionError) -> dict[str, object]:
+    """An error as the API's ErrorView; one of a kind that only the service knows under the service's own code."""
+    fields = error.to_wire()
+    if isinstance(error, RemoteError):
+        context = dict(error.context)
+        code, exit_code = context.pop("remote_code", error.code), context.pop("remote_exit_code", error.exit_code)
+        fields |= {"code": code, "exit_code": exit_code, "context": context}
+    return fields
+
+
+def exit_code_of(error: MullionError) -> int:
+    code = wire_fields(error)["exit_code"]
+    assert isinstance(code, int)
+    return code
 
 
 pass_face: Final = click.make_pass_decorator(Face, ensure=True)

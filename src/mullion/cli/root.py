@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 import click
 
 from mullion.base.errors import MullionError
-from mullion.cli.face import Face, how_invoked
+from mullion.cli.face import Face, exit_code_of, how_invoked
 from mullion.cli.lazy import Entry, LazyGroup
 
 USAGE_EXIT_CODE: Final = 2
@@ -72,9 +72,7 @@ class Root(LazyGroup):
             return _reader_is_gone()
         except MullionError as error:
             face.print_error(error)
-            if error.exit_code == MullionError.exit_code and error.__cause__ is not None:
-                traceback.print_exception(error)
-            return error.exit_code
+            return exit_code_of(error)
         except Exception as error:
             traceback.print_exception(error)
             face.print_error(MullionError(f"internal fault: {type(error).__name__}: {error}"))

@@ -12,12 +12,13 @@ from mullion.model.states import OperationState, PartitionState
 
 
 class ErrorView(Struct, frozen=True):
-    """The body of every answer that is not a success."""
+    """The body of every answer that is not a success. `exit_code` is what a command that meets it ends with."""
 
     code: str
     message: str
     remedy: str
     context: dict[str, object] = field(default_factory=dict)
+    exit_code: int = 1
 
 
 class ChainFileView(Struct, frozen=True):

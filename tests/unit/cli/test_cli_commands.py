@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from tests.unit.cli.fake_client import POOL, FakeClient
 
-from mullion.base.errors import DeniedError, OperationFailedError, UnavailableError
+from mullion.base.errors import DeniedError, MullionError, OperationFailedError, UnavailableError
 from mullion.base.units import GIB, MIB
 from mullion.cli.face import Face
 from mullion.cli.lazy import LazyGroup
@@ -141,7 +141,17 @@ def test_errors_say_what_to_do_next_and_end_in_their_exit_code(mullion, service)
         "message": "the service does not answer",
         "remedy": "Start the service with `mullion serve`, then try again.",
         "context": {"path": "/run/mullion/api.sock"},
+        "exit_code": 7,
     }
+
+
+def test_an_error_of_a_kind_that_only_the_service_knows_keeps_its_code(mullion, service):
+    fields = {"code": "vhd-x", "message": "torn", "remedy": "Restore it.", "context": {"offset": 512}, "exit_code": 8}
+    service.faults["disk"] = MullionError.from_wire(fields)
+    failed = mullion("disk", "show", "web", "--format", "json")
+    assert failed.exit_code == 8
+    assert json.loads(failed.stderr) == fields
+    assert mullion("disk", "show", "web").stderr == "mullion: torn\n  → Restore it.\n"
 
 
 def test_remedies_name_the_program_as_it_was_called(service):
