@@ -41,7 +41,7 @@ Progress = Callable[[str, float], None]
 Kernel = Literal["cloud", "generic"]
 
 DISK_BYTES: Final = 1 * GIB
-_BUILDER_VERSION: Final = 1
+_BUILDER_VERSION: Final = 2
 _PACKAGES: Final = ("busybox-static", "qemu-guest-agent", "systemd-boot-efi")
 _KERNELS: Final[Mapping[Kernel, str]] = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
 
@@ -71,14 +71,15 @@ def build_demo_image(
     """Have the demo guest's image: the one that is there if it is made of the same things, otherwise a new one.
 
     `extra_files` maps paths in the guest to files of the host, which are copied with their permissions and, if they
-    are programs, with the libraries that they need from the guest's packages. Builds with extra files or another kernel
-    than `cloud` do not become the image `demo`. `progress` is told what is going on and how much is done, 0 to 1.
+    are programs, with the libraries that they need from the guest's packages. Builds with extra files get no name;
+    the kernel `generic` (with USB and AHCI drivers) makes the image `demo-generic`. `progress` is told what is going on
+    and how much is done, 0 to 1.
 
     Raises: MissingToolError; UnavailableError when packages are needed and the registry cannot be reached;
     NotFoundError when the host's package lists lack a package; NoSpaceError and OperationFailedError from the tools.
     """
-    name = "demo" if not extra_files and kernel == "cloud" else f"demo-{kernel}" if not extra_files else "demo-extra"
     extra = _read_extra(extra_files or {})
+    name = "demo-extra" if extra else "demo" if kernel == "cloud" else f"demo-{kernel}"
     os.makedirs(images_dir, exist_ok=True)
     with _locked(f"{images_dir}/.demo.lock"):
         for left in os.listdir(images_dir):

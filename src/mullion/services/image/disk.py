@@ -11,6 +11,7 @@ Not handled: Secure Boot (systemd-boot is unsigned).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from mullion.base.units import MIB, SECTOR_BYTES
 from mullion.services.image.guest_tree import ROOT_LABEL
 from mullion.services.image.partition_table import TYPE_EFI_SYSTEM, TYPE_LINUX, PartitionRecord, pack_boot_record
 from mullion.services.image.tree import Kind, Tree
+from mullion.vhd import create_dynamic, open_chain
 
 KERNEL_LINE: Final = "console=tty0 console=ttyS0,115200 quiet no_timer_check memhp_default_state=online"
-"""What the boot loaders pass to the kernel; `no_timer_check`: see FACTS in docs/limits.md, guests under emulation."""
+"""What the boot loaders pass to the kernel. `no_timer_check`: on a busy host an emulated timer may seem dead to it."""
 
 _BOOT_START: Final = 1 * MIB
 _BOOT_BYTES: Final = 64 * MIB
@@ -68,17 +70,13 @@ def write_disk(path: str, size_bytes: int, boot: BootFiles, root: Tree, work_dir
         PartitionRecord(TYPE_EFI_SYSTEM, _BOOT_START // SECTOR_BYTES, _BOOT_BYTES // SECTOR_BYTES, is_active=True),
         PartitionRecord(TYPE_LINUX, _ROOT_START // SECTOR_BYTES, (size_bytes - _ROOT_START) // SECTOR_BYTES),
     )
-    raw = f"{work_dir}/disk.raw"
-    fd = os.open(raw, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
-    try:
-        os.ftruncate(fd, size_bytes)
-        os.pwrite(fd, pack_boot_record(_boot_code(), int.from_bytes(b"MULN"), records), 0)
+    create_dynamic(path, size_bytes)
+    with contextlib.closing(open_chain(path)) as disk:
+        disk.pwrite(0, pack_boot_record(_boot_code(), int.from_bytes(b"MULN"), records))
         for image, start in ((boot_image, _BOOT_START), (root_image, _ROOT_START)):
             for offset, chunk in _nonzero_chunks(image):
-                os.pwrite(fd, chunk, start + offset)
-    finally:
-        os.close(fd)
-    run(["qemu-img", "convert", "-O", "vpc", "-o", "subformat=dynamic,force_size=on", raw, path])
+                disk.pwrite(start + offset, chunk)
+        disk.flush()
 
 
 def _make_boot(image: str, boot: BootFiles, work_dir: str) -> None:

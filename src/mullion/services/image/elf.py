@@ -108,14 +108,13 @@ def _check(data: bytes) -> None:
 
 
 def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
-    try:
-        return struct.unpack_from(layout, data, offset)
-    except struct.error:
-        raise InvalidError(f"an ELF file ends before the structure at offset {offset}") from None
+    if offset + struct.calcsize(layout) > len(data):
+        raise InvalidError(f"an ELF file ends before the structure at offset {offset}")
+    return struct.unpack_from(layout, data, offset)
 
 
 def _string(data: bytes, offset: int) -> str:
-    end = data.find(b"\0", offset)
+    end = data.find(b"\0", offset) if offset < len(data) else -1
     if end < 0:
         raise InvalidError(f"an ELF file ends within the string at offset {offset}")
     return data[offset:end].decode("utf-8", "replace")
