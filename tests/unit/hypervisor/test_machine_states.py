@@ -17,7 +17,7 @@ from mullion.model.states import PartitionState
 
 pytestmark = pytest.mark.unit
 
-QAPI_RUN_STATES = (  # QEMU 7.2, qapi/run-state.json, RunState
+QAPI_RUN_STATES = (  # noqa: SIM905 - QEMU 7.2, qapi/run-state.json, RunState
     "debug inmigrate internal-error io-error paused postmigrate prelaunch finish-migrate restore-vm running save-vm "
     "shutdown suspended watchdog guest-panicked colo"
 ).split()
