@@ -1,0 +1,92 @@
+"""The block allocation table (BAT).
+
+Spec: "Block Allocation Table and Data Blocks": one u32 for each block, the absolute sector number of its bitmap;
+0xFFFFFFFF means not allocated; padded to a sector with ff.
+
+Kept as `array("I")` in the machine's byte order; `byteswap` turns a million entries in 0.3 ms.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import repeat
+from operator import lt, sub
+from typing import Final
+
+from mullion.base.units import MIB, SECTOR_BYTES
+
+UNALLOCATED: Final = 0xFFFF_FFFF
+ENTRY_BYTES: Final = 4
+ENTRIES_PER_SECTOR: Final = SECTOR_BYTES // ENTRY_BYTES
+MAX_BAT_BYTES: Final = 16 * MIB
+MAX_BAT_ENTRIES: Final = MAX_BAT_BYTES // ENTRY_BYTES
+"""More is refused; enough for 2040 GiB in blocks of 512 KiB."""
+
+_NATIVE_IS_BIG: Final = sys.byteorder == "big"
+_SCAN_ENTRIES: Final = 4096
+_BLANK: Final = array("I", [UNALLOCATED]) * _SCAN_ENTRIES
+
+
+def load(fd: int, offset: int, entries: int) -> array[int] | None:
+    """Read a BAT; None when the file ends before it does. The caller has bounded `entries`."""
+    raw = os.pread(fd, entries * ENTRY_BYTES, offset)
+    if len(raw) != entries * ENTRY_BYTES:
+        return None
+    table = array("I", raw)
+    if not _NATIVE_IS_BIG:
+        table.byteswap()
+    return table
+
+
+def raw_sector(table: array[int], index: int) -> bytes:
+    """The BAT's sector `index` as it lies in the file; the last one without what follows the table."""
+    part = table[index * ENTRIES_PER_SECTOR : (index + 1) * ENTRIES_PER_SECTOR]
+    if not _NATIVE_IS_BIG:
+        part.byteswap()
+    return part.tobytes()
+
+
+def next_allocated(table: array[int], index: int) -> int:
+    """The first allocated block from `index` on, or the number of blocks when there is none."""
+    end = len(table)
+    while index < end:
+        part = table[index : index + _SCAN_ENTRIES]
+        blank = _BLANK if len(part) == _SCAN_ENTRIES else _BLANK[: len(part)]
+        if part != blank:
+            return next(index + i for i, entry in enumerate(part) if entry != UNALLOCATED)
+        index += len(part)
+    return end
+
+
+def allocated_starts(table: array[int]) -> array[int]:
+    """The entries of all allocated blocks, ascending."""
+    if table.count(UNALLOCATED) == len(table):
+        return array("I")
+    ascending = sorted(table)
+    return array("I", ascending[: bisect_left(ascending, UNALLOCATED)])
+
+
+def find_bad_starts(
+    starts: array[int], span_sectors: int, end_sector: int, metadata: Sequence[tuple[int, int]]
+) -> array[int]:
+    """Those of the ascending `starts` whose block collides with another, with metadata, or has no room for its bitmap.
+
+    `metadata` are ranges in bytes, (start, end). A block is `span_sectors` long with its bitmap; one that begins at
+    `end_sector` or later lies past the end.
+    """
+    bad: set[int] = set()
+    followers = starts[1:]
+    if any(map(lt, map(sub, followers, starts), repeat(span_sectors))):
+        for first, second in zip(starts, followers, strict=False):
+            if second - first < span_sectors:
+                bad.update((first, second))
+    for begin, end in metadata:
+        low = bisect_left(starts, begin // SECTOR_BYTES - span_sectors + 1)
+        high = bisect_left(starts, -(-end // SECTOR_BYTES))
+        bad.update(starts[low:high])
+    bad.update(starts[bisect_left(starts, end_sector) :])
+    return array("I", sorted(bad))

@@ -1,0 +1,83 @@
+"""Sector bitmaps as big integers.
+
+Spec: "Data Blocks": one bit a sector, sector 0 of the block is the most significant bit of byte 0, padded to 512 bytes.
+A bitmap of n sectors is kept as an int of n bits, sector 0 the highest: what `int.from_bytes(raw, "big")` gives. Set
+operations on thousands of sectors are then one machine-speed `&`, `|` or `~`.
+
+Who owns each sector of a mapping granule is kept as an *owner map*: one byte for each unit (a sector, or eight sectors
+where every bitmap agrees on whole bytes), holding the number of the layer, 0 for nobody.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from mullion.base.units import SECTOR_BYTES
+
+MAX_OWNERS: Final = 255
+"""An owner map has one byte a unit."""
+
+_PLANES: Final = tuple(bytes(1 << bit if char == 0x31 else 0 for char in range(256)) for bit in range(8))
+_WHOLE_PLANES: Final = tuple(bytes(1 << bit if char == 0xFF else 0 for char in range(256)) for bit in range(8))
+_RUNS: Final = re.compile(rb"(.)\1*", re.DOTALL)
+
+
+def bitmap_bytes(block_bytes: int) -> int:
+    """Room of a block's bitmap in the file."""
+    sectors = block_bytes // SECTOR_BYTES
+    return -(-sectors // (8 * SECTOR_BYTES)) * SECTOR_BYTES
+
+
+def mask(first: int, count: int, sectors: int) -> int:
+    """The bits of `count` sectors from `first` on, in a bitmap of `sectors`."""
+    return ((1 << count) - 1) << (sectors - first - count)
+
+
+def from_raw(raw: bytes, sectors: int) -> int:
+    """The bitmap that the first `sectors` bits of these bytes are; bits behind them are ignored."""
+    return int.from_bytes(raw, "big") >> (len(raw) * 8 - sectors)
+
+
+def to_raw(bits: int, sectors: int, length: int) -> bytes:
+    """The bytes of a bitmap in the file, padded with clear bits."""
+    return (bits << (length * 8 - sectors)).to_bytes(length, "big")
+
+
+def owner_map(masks: Sequence[int], sectors: int) -> tuple[bytes, int]:
+    """Number each sector by the mask it is set in: (a byte for each unit, sectors in a unit).
+
+    `masks` are disjoint bitmaps of `sectors` bits; a sector of `masks[i]` gets i + 1, one of no mask 0. At most
+    `MAX_OWNERS` masks. The numbers are built in binary, a bit plane at a time, so 8 layers cost 4 conversions.
+    """
+    assert len(masks) <= MAX_OWNERS
+    planes: list[int] = []
+    for bit in range(len(masks).bit_length()):
+        plane = 0
+        for number, bits in enumerate(masks, 1):
+            if number >> bit & 1:
+                plane |= bits
+        planes.append(plane)
+    if sectors % 8 == 0:
+        raw_planes = [plane.to_bytes(sectors // 8, "big") for plane in planes]
+        if not any(raw.translate(None, b"\x00\xff") for raw in raw_planes):
+            return _merge([raw.translate(_WHOLE_PLANES[bit]) for bit, raw in enumerate(raw_planes)]), 8
+    form = f"0{sectors}b"
+    return _merge([format(plane, form).encode().translate(_PLANES[bit]) for bit, plane in enumerate(planes)]), 1
+
+
+def _merge(planes: Sequence[bytes]) -> bytes:
+    if len(planes) == 1:
+        return planes[0]
+    merged = 0
+    for plane in planes:
+        merged |= int.from_bytes(plane, "big")
+    return merged.to_bytes(len(planes[0]), "big")
+
+
+def runs(owners: bytes) -> Iterator[tuple[int, int, int]]:
+    """The runs of equal owners: (owner, first unit, units)."""
+    for match in _RUNS.finditer(owners):
+        start, end = match.span()
+        yield owners[start], start, end - start

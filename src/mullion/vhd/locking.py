@@ -1,0 +1,70 @@
+"""Who may use a disk file: OFD locks, and a note of who holds them.
+
+One byte at `LOCK_OFFSET`, far behind any data, is locked with `F_OFD_SETLK` (fcntl(2)): a writer of a chain holds the
+write lock on the top file; readers of it, and everyone who has it as a parent, hold the read lock. The lock belongs to
+the open file description, so it ends with the last descriptor however the process dies, and a descriptor handed to
+another process carries it along.
+
+An OFD lock does not say who holds it (its pid is -1), so the writer leaves a note in the extended attribute
+`user.mullion.holder`. It is display text: never believed, and absent where the file system keeps no attributes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from typing import Final
+
+from mullion.vhd.errors import DiskBusyError
+
+LOCK_OFFSET: Final = 1 << 62
+LOCK_BYTES: Final = 1
+HOLDER_ATTRIBUTE: Final = "user.mullion.holder"
+
+_FLOCK: Final = struct.Struct("hhqqi4x")
+_HOLDER_LIMIT: Final = 200
+
+
+def lock_file(fd: int, path: str, *, for_writing: bool) -> None:
+    """Take the write or the read lock; a lock that this open file already has is converted.
+
+    Raises: DiskBusyError that names the holder, where the holder left a note.
+    """
+    kind = fcntl.F_WRLCK if for_writing else fcntl.F_RDLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, LOCK_OFFSET, LOCK_BYTES, 0))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        holder = read_holder(fd) or "another process"
+        use = "written" if for_writing else "opened"
+        raise DiskBusyError(
+            f"{path} is in use by {holder} and cannot be {use} now", path=path, holder=holder
+        ) from error
+
+
+def unlock_file(fd: int) -> None:
+    """Give the lock back before the descriptor is closed, in case others share the open file."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, LOCK_OFFSET, LOCK_BYTES, 0))
+
+
+def write_holder(fd: int, holder: str) -> None:
+    """Leave or take away (with "") the note of who writes. Best effort: it is for display only."""
+    with contextlib.suppress(OSError):
+        if holder:
+            os.setxattr(fd, HOLDER_ATTRIBUTE, holder.encode()[:_HOLDER_LIMIT])
+        else:
+            os.removexattr(fd, HOLDER_ATTRIBUTE)
+
+
+def read_holder(fd: int) -> str | None:
+    """The note of who writes, made harmless for a terminal."""
+    try:
+        raw = os.getxattr(fd, HOLDER_ATTRIBUTE)
+    except OSError:
+        return None
+    text = raw[:_HOLDER_LIMIT].decode(errors="replace")
+    return "".join(char if char.isprintable() else "?" for char in text) or None

@@ -1,0 +1,251 @@
+"""From a differencing disk to its parent, and on to the end of the chain.
+
+The child names its parent by locators (`W2ru` relative, `W2ku` absolute, `MacX` a file URL) and by a plain name; the
+parent's unique id decides. Relative comes first, so that a chain that was moved as a whole finds itself; last comes the
+parent's name in the child's own folder.
+
+Security: the names come from the file, so a hostile file could name any file of the host and have it read. Hence:
+drive letters, UNC paths and URLs with a host are refused; the file that was really opened (`/proc/self/fd`, all
+symbolic links resolved) must lie in an allowed folder; it must be a regular file and a valid VHD with the right id. A
+null id is an id like any other: it never stands for a raw parent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from mullion.base.errors import DeniedError, NotFoundError
+from mullion.vhd.errors import (
+    ChainCycleError,
+    ChainTooDeepError,
+    NotVhdError,
+    ParentMismatchError,
+    ParentNotFoundError,
+    ParentRefusedError,
+    VhdDamagedError,
+    VhdError,
+)
+from mullion.vhd.image import Image, load_image, open_file
+from mullion.vhd.layout import EPOCH_S, MAX_LOCATOR_BYTES, DiskType, ParentLocator
+from mullion.vhd.locking import lock_file
+
+CHAIN_LIMIT: Final = 1024
+"""Files in a chain; each takes a descriptor for as long as the chain is open."""
+
+_DRIVE: Final = re.compile(r"[A-Za-z]:")
+_PLATFORM_ORDER: Final = (b"W2ru", b"W2ku", b"MacX")
+
+
+@dataclass(frozen=True, slots=True)
+class ParentName:
+    """One way in which a child names its parent: where that stands, and the path, or what is wrong with it."""
+
+    source: str
+    path: str | None
+    complaint: str | None = None
+
+
+def real_path(fd: int) -> str:
+    """The path of an open file, with all links resolved."""
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def parent_names(image: Image, folder: str) -> Iterator[ParentName]:
+    """All names of the parent, best first, as paths of this host; `folder` is the child's."""
+    header = image.header
+    assert header is not None
+    for platform in _PLATFORM_ORDER:
+        for locator in header.locators:
+            if locator.platform == platform:
+                yield _from_locator(image, locator, folder)
+    name = header.parent_name
+    if name is None:
+        yield ParentName("parent name", None, "is not UTF-16")
+    elif base := name.replace("\\", "/").rstrip("/").rpartition("/")[2]:
+        yield ParentName("parent name", os.path.join(folder, base), None)
+
+
+def _from_locator(image: Image, locator: ParentLocator, folder: str) -> ParentName:
+    source = f"locator {locator.platform.decode('ascii', 'replace')}"
+    space, length = locator.space_bytes, locator.data_length
+    if space is None or not 0 < length <= MAX_LOCATOR_BYTES:
+        return ParentName(source, None, f"has an impossible size (data length {length}, space {locator.data_space})")
+    raw = os.pread(image.fd, length, locator.data_offset) if locator.data_offset < 1 << 62 else b""
+    if len(raw) != length:
+        return ParentName(source, None, "lies outside the file")
+    try:
+        text = raw.decode("utf-8" if locator.platform == b"MacX" else "utf-16-le").rstrip("\0")
+    except UnicodeDecodeError:
+        return ParentName(source, None, "is not text")
+    if "\0" in text or not text:
+        return ParentName(source, None, "is not a path")
+    if locator.platform == b"MacX":
+        return _from_url(source, text)
+    return _from_windows(source, text, folder)
+
+
+def _from_url(source: str, text: str) -> ParentName:
+    try:
+        url = urlsplit(text)
+    except ValueError:
+        return ParentName(source, None, f"is not a URL: {text!r}")
+    path = unquote(url.path)
+    if url.scheme != "file" or url.netloc not in ("", "localhost") or "\0" in path or not path.startswith("/"):
+        return ParentName(source, None, f"names another machine or no file: {text!r}")
+    return ParentName(source, path)
+
+
+def _from_windows(source: str, text: str, folder: str) -> ParentName:
+    path = text.replace("\\", "/")
+    if path.startswith("//"):
+        return ParentName(source, None, f"names another machine: {text!r}")
+    if _DRIVE.match(path):
+        return ParentName(source, None, f"names a drive of another system: {text!r}")
+    return ParentName(source, os.path.normpath(os.path.join(folder, path)))
+
+
+def open_parents(
+    top: Image, *, allowed_dirs: Sequence[str] | None, limit: int = CHAIN_LIMIT, lock: bool = False
+) -> list[Image]:
+    """The whole chain of an open file, top first.
+
+    `allowed_dirs` are the folders in which parents may lie; by default the top's own. With `lock` each parent is locked
+    for reading before its structures are read. On an error the parents opened so far are closed, the top stays the
+    caller's.
+
+    Raises: ParentNotFoundError, ParentMismatchError, ParentRefusedError, ChainCycleError, ChainTooDeepError, VhdError.
+    """
+    images = [top]
+    first = os.path.dirname(real_path(top.fd))
+    allowed = [os.path.realpath(folder) for folder in allowed_dirs] if allowed_dirs is not None else [first]
+    seen = {_identity(top.fd)}
+    try:
+        while images[-1].kind is DiskType.DIFFERENCING:
+            child = images[-1]
+            if len(images) >= limit:
+                raise ChainTooDeepError(
+                    f"{top.path}: the chain has more than {limit} files", path=top.path, structure="chain"
+                )
+            parent = find_parent(child, allowed, lock=lock)
+            identity = _identity(parent.fd)
+            if identity in seen:
+                parent.close()
+                raise ChainCycleError(
+                    f"{child.path}: its parent {parent.path} is also its child", path=child.path, structure="chain"
+                )
+            seen.add(identity)
+            images.append(parent)
+    except BaseException:
+        for image in images[1:]:
+            image.close()
+        raise
+    return images
+
+
+def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False) -> Image:
+    """Open the parent of a differencing disk; `allowed` are real paths of folders."""
+    header = child.header
+    assert header is not None
+    folder = os.path.dirname(real_path(child.fd))
+    complaints: list[str] = []
+    refused, mismatch, broken = False, None, None
+    tried: set[str] = set()
+    for name in parent_names(child, folder):
+        if name.path is None:
+            complaints.append(f"{name.source} {name.complaint}")
+            refused = refused or "names" in (name.complaint or "")
+            continue
+        if name.path in tried:
+            continue
+        tried.add(name.path)
+        try:
+            parent = _open_parent(name.path, allowed, lock=lock)
+            check_parent(child, parent)
+        except NotFoundError:
+            complaints.append(f"{name.source}: there is no {name.path}")
+        except ParentRefusedError as error:
+            refused = True
+            complaints.append(f"{name.source}: {error.message}")
+        except ParentMismatchError as error:
+            mismatch = mismatch or error
+            complaints.append(f"{name.source}: {error.message}")
+            parent.close()
+        except (NotVhdError, DeniedError, VhdDamagedError) as error:
+            broken = broken or error
+            complaints.append(f"{name.source}: {error.message}")
+        else:
+            child.warnings.extend(f"parent {complaint}" for complaint in complaints)
+            return parent
+    if mismatch is not None:
+        raise mismatch
+    if broken is not None:
+        raise broken
+    kind: type[VhdError] = ParentRefusedError if refused else ParentNotFoundError
+    verb = "must not be opened" if refused else "is missing"
+    raise kind(
+        f"{child.path}: its parent {verb}: {'; '.join(complaints) or 'it names none'}",
+        path=child.path,
+        structure="parent locator",
+    )
+
+
+def _open_parent(path: str, allowed: Sequence[str], *, lock: bool) -> Image:
+    # What lies outside the allowed folders is not even opened, so that an error cannot tell whether it exists.
+    if not _is_inside(os.path.realpath(path), allowed):
+        raise _outside(path, allowed)
+    fd = open_file(path)
+    try:
+        if not _is_inside(real_path(fd), allowed):  # a link may have been swapped in since
+            raise _outside(path, allowed)
+        if lock:
+            lock_file(fd, path, for_writing=False)
+        return load_image(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _outside(path: str, allowed: Sequence[str]) -> ParentRefusedError:
+    return ParentRefusedError(
+        f"{path} is outside the allowed folders ({', '.join(allowed)})", path=path, structure="parent locator"
+    )
+
+
+def _is_inside(path: str, folders: Sequence[str]) -> bool:
+    return any(os.path.commonpath([path, folder]) == folder for folder in folders)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def check_parent(child: Image, parent: Image) -> None:
+    """Is this the disk that the child was made on? A parent's other timestamp is only noted.
+
+    Raises: ParentMismatchError.
+    """
+    header = child.header
+    if header is None or child.kind is not DiskType.DIFFERENCING:
+        raise ParentMismatchError(
+            f"{child.path} is {child.kind.word} and has no parent, but {parent.path} was given as one",
+            path=child.path,
+            structure="footer",
+            offset=60,
+        )
+    if header.parent_unique_id != parent.footer.unique_id:
+        raise ParentMismatchError(
+            f"{parent.path} is not the parent of {child.path}: its id is {parent.footer.unique_id.hex()}, "
+            f"not {header.parent_unique_id.hex()}",
+            path=parent.path,
+            structure="footer",
+            offset=68,
+        )
+    stamps = (0, parent.footer.timestamp, int(os.fstat(parent.fd).st_mtime) - EPOCH_S)
+    if header.parent_timestamp not in stamps:
+        child.warnings.append(f"the parent's timestamp is not the one that was noted ({header.parent_timestamp})")

@@ -1,0 +1,159 @@
+"""The pending log: acknowledged metadata that is not in the disk file yet, kept where `kill -9` cannot reach it.
+
+A write that allocates puts its data into the file at once, but the BAT entry or bitmap bits that make it visible must
+not reach the platter before the data does, so they wait in memory for the next flush. Should the process be killed
+meanwhile, the guest would lose writes that it was told are done, although the machine never went down. Therefore each
+change is also stored in a small file, mapped into memory and never synced: the page cache keeps it past the death of
+the process, and after a power cut, when its records may be ahead of the data, the boot id does not match any more.
+
+File (little-endian, this machine only):
+
+    0    8   magic "MULPEND1"            80   8   inode of the top file
+    8    36  boot id, ASCII              88   16  session, also the attribute user.mullion.session of the top file
+    44   16  unique id of the top disk   104  8   generation
+    72   8   device of the top file      4096 ... records of 24 bytes
+
+Record:
+
+    0    4   block          8   4   count, sectors (BITS)
+    4    4   ALLOC: sector of the bitmap; BITS: first sector
+    12   4   kind           16  8   seal: the generation
+
+Invariants: a record counts when its seal is the header's generation, and all before it do; the seal is one aligned
+store, made last. Generations only grow, so a reset is one store as well.
+
+Durability: none against a power cut, by intent. `os.posix_fallocate` makes the room, so a full file system is an error
+at opening, not a SIGBUS later. A log whose boot, disk, file or session is another's is discarded: the session changes
+with each opening for writing, so a log left behind by a provider cannot be replayed over what others wrote since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import uuid
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+from mullion.base.process import boot_id
+from mullion.base.units import KIB
+
+LOG_BYTES: Final = 256 * KIB
+SESSION_ATTRIBUTE: Final = "user.mullion.session"
+
+_MAGIC: Final = b"MULPEND1"
+_HEADER: Final = struct.Struct("<8s36s16s12xQQ16s")
+_GENERATION_WORD: Final = 104 // 8
+_RECORDS_OFFSET: Final = 4096
+_RECORD: Final = struct.Struct("<IIII")
+_RECORD_BYTES: Final = 24
+RECORD_LIMIT: Final = (LOG_BYTES - _RECORDS_OFFSET) // _RECORD_BYTES
+
+
+class RecordKind(IntEnum):
+    """What a record changes."""
+
+    ALLOC = 1
+    BITS = 2
+
+
+class Record(NamedTuple):
+    """One change: ALLOC (block, sector, 0) or BITS (block, first sector, sectors)."""
+
+    kind: int
+    block: int
+    first: int
+    length: int
+
+
+def start_session(top_fd: int) -> None:
+    """Mark the file with a new session: best effort, since not every file system keeps attributes."""
+    with contextlib.suppress(OSError):
+        os.setxattr(top_fd, SESSION_ATTRIBUTE, uuid.uuid4().bytes)
+
+
+def end_session(top_fd: int) -> None:
+    """Take the mark away after a clean close."""
+    with contextlib.suppress(OSError):
+        os.removexattr(top_fd, SESSION_ATTRIBUTE)
+
+
+class PendingLog:
+    """The log of one disk that is open for writing."""
+
+    def __init__(self, path: str, top_fd: int, unique_id: bytes) -> None:
+        """Open or make the log. Raises: OSError, with ENOSPC when there is no room for it."""
+        self.path = path
+        self._top_fd = top_fd
+        self._unique_id = unique_id
+        self._count = 0
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        try:
+            if os.fstat(fd).st_size != LOG_BYTES:
+                os.ftruncate(fd, 0)
+            os.posix_fallocate(fd, 0, LOG_BYTES)
+            self._map = mmap.mmap(fd, LOG_BYTES)
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._map).cast("Q")
+
+    def recover(self) -> tuple[list[Record], bool]:
+        """What the process before us acknowledged: (records, whether the log belongs to this boot and disk)."""
+        found = self._sealed_records()
+        if self._map[: _HEADER.size] == self._header(self._session_of_file()):
+            self._count = len(found)
+            return found, True
+        return found, not found
+
+    def begin(self) -> None:
+        """Start a session of our own on an empty log, which makes every older log of this disk worthless."""
+        start_session(self._top_fd)
+        self.reset()
+        self._map[: _HEADER.size] = self._header(self._session_of_file())
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Keep changes that are about to be acknowledged. The caller has seen to it that there is room."""
+        generation = self._words[_GENERATION_WORD]
+        for kind, block, first, count in records:
+            at = _RECORDS_OFFSET + self._count * _RECORD_BYTES
+            _RECORD.pack_into(self._map, at, block, first, count, kind)
+            self._words[(at + 16) >> 3] = generation
+            self._count += 1
+
+    def reset(self) -> None:
+        """All changes are in the disk file."""
+        self._words[_GENERATION_WORD] += 1
+        self._count = 0
+
+    def close(self, *, remove: bool) -> None:
+        """Let the mapping go; `remove` when nothing is pending any more."""
+        if not self._map.closed:
+            self._words.release()
+            self._map.close()
+            if remove:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path)
+
+    def _header(self, session: bytes) -> bytes:
+        status = os.fstat(self._top_fd)
+        return _HEADER.pack(_MAGIC, boot_id().encode(), self._unique_id, status.st_dev, status.st_ino, session)
+
+    def _session_of_file(self) -> bytes:
+        try:
+            return os.getxattr(self._top_fd, SESSION_ATTRIBUTE)[:16]
+        except OSError:
+            return bytes(16)  # no attributes here: the boot, the disk's id and the inode must do
+
+    def _sealed_records(self) -> list[Record]:
+        generation = self._words[_GENERATION_WORD]
+        found: list[Record] = []
+        while generation and len(found) < RECORD_LIMIT:
+            at = _RECORDS_OFFSET + len(found) * _RECORD_BYTES
+            if self._words[(at + 16) >> 3] != generation:
+                break
+            block, first, count, kind = _RECORD.unpack_from(self._map, at)
+            found.append(Record(kind, block, first, count))
+        return found

@@ -1,0 +1,297 @@
+"""The file at the top of a chain while it is written: room for new blocks, changes that wait, the order of writing.
+
+Durability (FORMAT: "Writing safely"). Between two flushes the file gets data, the bitmaps of blocks that no BAT entry
+points to yet, and a footer at its new end. `flush` then does, in this order:
+
+    1  write the bitmaps of new blocks     4  write BAT entries, and bitmap bits of older blocks
+    2  fdatasync                           5  fdatasync
+    3  (nothing visible has changed yet)   6  reset the pending log
+
+A crash before 4 leaves the state of the last flush and orphan bytes behind the last block; the tail footer may be gone,
+because a new block is written over it, and the copy at byte 0 stands in. During 4 each sector of BAT and bitmap is old
+or new, and what the new ones point to is durable. So a BAT entry never precedes its bitmap, a bit never its data.
+
+Room is taken in batches: the footer goes to the far end once, then blocks fill the gap without more metadata. Closing,
+and the next opening after a crash, give the unused rest back (`mend`).
+
+No space: data, bitmap and footer of a new block are written before anything is recorded. A slot whose write failed is
+emptied and used again, or, where holes cannot be punched, never used again; either way nothing became visible and the
+request can be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from mullion.base.block import Buffer
+from mullion.base.units import MIB, SECTOR_BYTES
+from mullion.vhd import bat as bat_table
+from mullion.vhd import bitmap
+from mullion.vhd.create import DATA_ALIGNMENT, footer_place
+from mullion.vhd.errors import VhdDamagedError, VhdUnsupportedError
+from mullion.vhd.fileio import FileIO
+from mullion.vhd.image import Image
+from mullion.vhd.layout import FOOTER_BYTES, DiskType
+from mullion.vhd.pending import RECORD_LIMIT, PendingLog, Record, RecordKind
+
+RESERVE_BYTES: Final = 64 * MIB
+"""Room that is taken at once for new blocks; sparse, so it costs nothing until it is used."""
+_RESERVE_BLOCKS: Final = 256
+_CACHED_BITMAP_BYTES: Final = MIB
+_DIRTY_BITMAP_BYTES: Final = 4 * MIB
+_RECORDS_PER_WRITE: Final = 2
+
+
+class TopWriter:
+    """A dynamic or differencing disk that is open for writing.
+
+    Threads: `bits` and `data_offset` may be called by anyone; the chain serialises everything else.
+    """
+
+    def __init__(self, image: Image, file_io: FileIO, log: PendingLog | None) -> None:
+        self.image = image
+        self.is_child = image.kind is DiskType.DIFFERENCING
+        self._io = file_io
+        self._log = log
+        self._sectors = image.block_bytes // SECTOR_BYTES
+        self._bitmap_bytes = image.bitmap_bytes
+        self._next = image.footer_offset
+        self._has_grown = False
+        self._records = 0
+        self._state = threading.Lock()
+        self._dirty_bat: set[int] = set()
+        self._new_blocks: set[int] = set()
+        self._dirty_bits: dict[int, int] = {}
+        self._clean_bits: OrderedDict[int, int] = OrderedDict()
+        self._clean_limit = max(4, _CACHED_BITMAP_BYTES // self._bitmap_bytes)
+        self._dirty_limit = max(4, _DIRTY_BITMAP_BYTES // self._bitmap_bytes)
+
+    @property
+    def is_full(self) -> bool:
+        """Too much waits: flush before the next write."""
+        return self._records > RECORD_LIMIT - _RECORDS_PER_WRITE or len(self._dirty_bits) >= self._dirty_limit
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._dirty_bat or self._dirty_bits)
+
+    def data_offset(self, block: int) -> int | None:
+        """Where the block's data begins in the file; None when it is not allocated."""
+        start = self.image.block_start(block)
+        return None if start is None else start + self._bitmap_bytes
+
+    def bits(self, block: int) -> int:
+        """The sector bitmap of a differencing disk's block, waiting changes included."""
+        with self._state:
+            return self._bits(block)
+
+    def _bits(self, block: int) -> int:
+        found = self._dirty_bits.get(block)
+        if found is not None:
+            return found
+        found = self._clean_bits.get(block)
+        if found is not None:
+            self._clean_bits.move_to_end(block)
+            return found
+        start = self.image.block_start(block)
+        found = 0 if start is None else self.image.read_bits(start, 0, self._sectors)
+        self._keep_clean(block, found)
+        return found
+
+    def write_new(self, block: int, within: int, buffers: Sequence[Buffer], length: int) -> None:
+        """Allocate a block and write into it; in a differencing disk the range is in whole sectors.
+
+        Raises: OSError, with nothing changed that can be seen; VhdUnsupportedError at the format's limit.
+        """
+        start = self._take_slot()
+        first, count = within // SECTOR_BYTES, length // SECTOR_BYTES
+        if self.is_child:
+            bits = bitmap.mask(first, count, self._sectors)
+            raw = bitmap.to_raw(bits, self._sectors, self._bitmap_bytes)
+        else:
+            bits, raw = 0, b"\xff" * self._bitmap_bytes
+        fd = self.image.fd
+        try:
+            self._io.write_all(fd, [raw], start)
+            self._io.write_all(fd, buffers, start + self._bitmap_bytes + within)
+        except OSError:
+            self._give_back(start)
+            raise
+        entry = start // SECTOR_BYTES
+        records = [Record(RecordKind.ALLOC, block, entry, 0)]
+        if self.is_child:
+            records.append(Record(RecordKind.BITS, block, first, count))
+        self._record(records)
+        with self._state:
+            self._allocate(block, entry)
+            if self.is_child:
+                self._dirty_bits[block] = bits
+
+    def set_bits(self, block: int, first: int, count: int) -> None:
+        """Make sectors visible whose data was written into an allocated block."""
+        self._record([Record(RecordKind.BITS, block, first, count)])
+        with self._state:
+            self._dirty_bits[block] = self._bits(block) | bitmap.mask(first, count, self._sectors)
+            self._clean_bits.pop(block, None)
+
+    def flush(self) -> None:
+        """Make all that was written durable. May be repeated after an OSError."""
+        fd = self.image.fd
+        if not self.has_pending:
+            self._io.fdatasync(fd)
+            return
+        for block in sorted(self._new_blocks & self._dirty_bits.keys()):
+            self._write_bitmap(block)
+        self._io.fdatasync(fd)
+        self._write_bat()
+        for block in sorted(self._dirty_bits.keys() - self._new_blocks):
+            self._write_bitmap(block)
+        self._io.fdatasync(fd)
+        if self._log is not None:
+            self._log.reset()
+        self._records = 0
+        self._dirty_bat.clear()
+        self._new_blocks.clear()
+        with self._state:
+            for block, bits in self._dirty_bits.items():
+                self._keep_clean(block, bits)
+            self._dirty_bits.clear()
+
+    def replay(self, records: Sequence[Record]) -> None:
+        """Take over what a killed writer had acknowledged; the next flush writes it.
+
+        Raises: VhdDamagedError when the records do not fit the disk.
+        """
+        table = self.image.bat
+        for kind, block, first, count in records:
+            known = block < len(table)
+            if known and kind == RecordKind.ALLOC and table[block] in (bat_table.UNALLOCATED, first):
+                self._allocate(block, first)
+                if self.is_child:
+                    self._dirty_bits[block] = 0
+            elif known and kind == RecordKind.BITS and self.is_child and 0 < count <= self._sectors - first:
+                self._dirty_bits[block] = self.bits(block) | bitmap.mask(first, count, self._sectors)
+            else:
+                raise self._bad_log(f"a record of kind {kind} for block {block}")
+        self._records = len(records)
+        self.image.check_entries()
+        if self.image.damage:
+            raise self._bad_log(self.image.damage[-1])
+
+    def mend(self) -> list[str]:
+        """Put the footer right behind the last block, when it is missing or a crash left it far out."""
+        image = self.image
+        end = image.data_end()
+        place = footer_place(end)
+        unused = image.footer_offset - end
+        said: list[str] = []
+        if not image.has_tail:
+            said.append(f"the footer at the end was missing: it was written again at byte {place}")
+            if image.file_bytes > place + FOOTER_BYTES:
+                said.append(f"{image.file_bytes - end} bytes behind the last block belonged to nothing: given back")
+        elif unused >= image.span_bytes:
+            said.append(f"{unused} bytes behind the last block belonged to nothing: given back")
+        else:
+            return said
+        self._place_footer(place)
+        return said
+
+    def close_gap(self) -> None:
+        """Give back the room that was taken for blocks and not used. Nothing may be pending."""
+        if self._has_grown:
+            self._place_footer(footer_place(self.image.data_end()))
+            self._has_grown = False
+
+    def _place_footer(self, place: int) -> None:
+        image = self.image
+        self._io.write_all(image.fd, [image.footer_raw], place)
+        self._io.fdatasync(image.fd)
+        self._io.ftruncate(image.fd, place + FOOTER_BYTES)
+        self._io.fdatasync(image.fd)
+        image.footer_offset, image.file_bytes, image.has_tail = place, place + FOOTER_BYTES, True
+        self._next = place
+
+    def _take_slot(self) -> int:
+        start = self._align(self._next)
+        if start + self.image.span_bytes > self.image.footer_offset:
+            self._grow(start)
+        self._next = start + self.image.span_bytes
+        return start
+
+    def _align(self, offset: int) -> int:
+        """The first place for a bitmap from which on the data that follows it is aligned."""
+        data = -(-(offset + self._bitmap_bytes) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+        return data - self._bitmap_bytes
+
+    def _grow(self, start: int) -> None:
+        """Move the footer out to make room for blocks from `start` on. One write grows the file and ends it well."""
+        image = self.image
+        stride = -(-image.span_bytes // DATA_ALIGNMENT) * DATA_ALIGNMENT
+        wanted = max(1, min(_RESERVE_BLOCKS, RESERVE_BYTES // stride, image.bat.count(bat_table.UNALLOCATED)))
+        possible = (bat_table.UNALLOCATED * SECTOR_BYTES - 1 - start) // stride + 1
+        if possible <= 0:
+            raise VhdUnsupportedError(
+                f"{image.path} has reached 2 TiB, the largest file that a BAT can address",
+                path=image.path,
+                structure="BAT",
+                remedy="Copy its content to a new disk, which wastes no room on gaps.",
+            )
+        place = footer_place(start + (min(wanted, possible) - 1) * stride + image.span_bytes)
+        try:
+            self._io.write_all(image.fd, [image.footer_raw], place)
+        except OSError:
+            with contextlib.suppress(OSError):  # the old end is the good one still; the first error is the one to tell
+                self._io.ftruncate(image.fd, image.file_bytes)
+            raise
+        image.footer_offset, image.file_bytes = place, place + FOOTER_BYTES
+        self._has_grown = True
+
+    def _give_back(self, start: int) -> None:
+        """A slot whose write failed: empty it for the next one, or leave it as a gap for ever."""
+        span = self.image.span_bytes
+        with contextlib.suppress(OSError):
+            self._io.punch_hole(self.image.fd, start, span)
+            if self._next == start + span:
+                self._next = start
+
+    def _allocate(self, block: int, entry: int) -> None:
+        self.image.bat[block] = entry
+        self._dirty_bat.add(block // bat_table.ENTRIES_PER_SECTOR)
+        self._new_blocks.add(block)
+
+    def _record(self, records: Sequence[Record]) -> None:
+        if self._log is not None:
+            self._log.append(records)
+        self._records += len(records)
+
+    def _write_bitmap(self, block: int) -> None:
+        start = self.image.block_start(block)
+        assert start is not None
+        raw = bitmap.to_raw(self._dirty_bits[block], self._sectors, self._bitmap_bytes)
+        self._io.write_all(self.image.fd, [raw], start)
+
+    def _write_bat(self) -> None:
+        header = self.image.header
+        assert header is not None
+        for index in sorted(self._dirty_bat):
+            raw = bat_table.raw_sector(self.image.bat, index)
+            self._io.write_all(self.image.fd, [raw], header.bat_offset + index * SECTOR_BYTES)
+
+    def _keep_clean(self, block: int, bits: int) -> None:
+        self._clean_bits[block] = bits
+        self._clean_bits.move_to_end(block)
+        while len(self._clean_bits) > self._clean_limit:
+            self._clean_bits.popitem(last=False)
+
+    def _bad_log(self, what: str) -> VhdDamagedError:
+        path = self._log.path if self._log else None
+        return VhdDamagedError(
+            f"{path}: the pending log does not fit {self.image.path}: {what}",
+            path=path,
+            structure="pending log",
+            remedy=f"Remove {path}: writes since the last flush of this disk are lost then.",
+        )
