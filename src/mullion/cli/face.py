@@ -54,7 +54,8 @@ class Face:
         from mullion.base.paths import HostPaths
 
         settings = self.settings
-        return HostPaths(os.path.abspath(settings.data_dir), os.path.abspath(settings.run_dir))
+        run_dir = settings.run_dir if self.socket is None else os.path.dirname(os.path.abspath(self.socket))
+        return HostPaths(os.path.abspath(settings.data_dir), os.path.abspath(run_dir))
 
     @property
     def client(self) -> Client:

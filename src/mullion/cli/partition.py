@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mullion.base.errors import MullionError
 from mullion.cli import complete
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
@@ -58,11 +59,15 @@ def create_partition(
 
     view = create(face, definition_document(name, disks, given), disks)
     if start:
-        operation = face.client.partition_action(name, "start")
-        if wait:
-            from mullion.cli.progress import follow
+        try:
+            operation = face.client.partition_action(name, "start")
+            if wait:
+                from mullion.cli.progress import follow
 
-            follow(face, operation)
+                follow(face, operation)
+        except MullionError:
+            face.note(f"{name}: created, but not started")
+            raise
         view = face.client.partition(name)
     if face.is_json:
         face.emit_json(view)
