@@ -161,7 +161,9 @@ def _definition(fields: Mapping[str, object], source: str, where: str) -> Partit
             fields["memory_bytes"] = parse_size(memory) if isinstance(memory, str) else memory
         except InvalidError as error:
             problems.append(Problem(f"{where}memory", error.message, "a size such as 512M or 4G"))
-    _check(fields, inspect.type_info(PartitionDefinition), where, problems)
+    kind = inspect.type_info(PartitionDefinition)
+    assert isinstance(kind, inspect.StructType)
+    _check_struct(fields, kind, where, problems, aliases=("memory",))
     disks = fields.get("disks")
     if isinstance(disks, Sequence) and not isinstance(disks, str | bytes):
         fields["disks"] = _with_ids(disks)
@@ -257,13 +259,15 @@ def _check(value: object, kind: inspect.Type, path: str, found: list[Problem]) -
             raise AssertionError(f"parse does not know the type {kind!r}")
 
 
-def _check_struct(value: object, kind: inspect.StructType, path: str, found: list[Problem]) -> None:
+def _check_struct(
+    value: object, kind: inspect.StructType, path: str, found: list[Problem], aliases: Sequence[str] = ()
+) -> None:
     here = path.rstrip(".") or "the document"
     if not isinstance(value, Mapping):
         found.append(Problem(here, f"is {_show(value)}", "a table of fields"))
         return
     fields = {field.encode_name: field for field in kind.fields}
-    names = [*fields, *(["memory"] if "memory_bytes" in fields else [])]
+    names = [*fields, *aliases]
     found += [_unknown(str(name), f"{path}{name}", names) for name in value if name not in fields]
     for name, field in fields.items():
         if name in value:

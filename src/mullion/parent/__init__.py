@@ -2,5 +2,6 @@
 
 from mullion.parent.events import EventPage, Events
 from mullion.parent.operations import Operation, Operations
+from mullion.parent.reconcile import Reconciler
 
-__all__ = ["EventPage", "Events", "Operation", "Operations"]
+__all__ = ["EventPage", "Events", "Operation", "Operations", "Reconciler"]

@@ -12,8 +12,9 @@ from litestar.di import NamedDependency
 from litestar.params import PathParameter, QueryParameter, SkipValidation
 from litestar.response import Stream
 
+from mullion.base.units import utc_now
 from mullion.model.states import OperationState
-from mullion.model.views import OperationView
+from mullion.model.views import EventView, OperationView
 from mullion.parent.events import EventPage, Events
 from mullion.parent.operations import Operations
 
@@ -107,7 +108,9 @@ async def _lines(events: Events, closing: asyncio.Event, after: int) -> AsyncIte
     while not closing.is_set():
         page = await events.read(cursor, 200)
         if page.truncated:
-            yield b'{"truncated":true}\n'
+            first = page.events[0].cursor if page.events else page.cursor + 1
+            gap = EventView(first - 1, utc_now(), "events.truncated", "events", {"after": cursor})
+            yield msgspec.json.encode(gap) + b"\n"
         for event in page.events:
             yield msgspec.json.encode(event) + b"\n"
         cursor = page.cursor

@@ -1,0 +1,278 @@
+"""The typed client of the REST API: for the command line, tests and, later, other hosts.
+
+Every method raises what the service answers, as the same class of MullionError with its remedy and context, and
+UnavailableError when no service answers. Each POST carries an Idempotency-Key, so that a lost answer can be asked for
+again without doing the thing twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from mullion.base.errors import (
+    ConflictError,
+    DeadlineError,
+    DeniedError,
+    InvalidError,
+    MullionError,
+    NotFoundError,
+    OperationCancelledError,
+    OperationFailedError,
+    RemoteError,
+    UnavailableError,
+)
+from mullion.client.transport import Answer, Transport
+from mullion.model.definition import PartitionDefinition
+from mullion.model.states import OperationState
+from mullion.model.views import (
+    DiskView,
+    ErrorView,
+    EventView,
+    ImageView,
+    OperationView,
+    PartitionView,
+    StatusView,
+)
+
+if TYPE_CHECKING:
+    from mullion.base.settings import Settings
+    from mullion.client.console import Console
+
+TIMEOUT_S: Final = 60.0
+_POLL_S: Final = 0.5
+_PAGE: Final = 1000
+_SILENCE_S: Final = 60.0
+_T = TypeVar("_T")
+_KIND_OF_STATUS: Final[dict[int, type[MullionError]]] = {
+    400: InvalidError,
+    401: DeniedError,
+    403: DeniedError,
+    404: NotFoundError,
+    409: ConflictError,
+    412: ConflictError,
+    413: InvalidError,
+    503: UnavailableError,
+    504: DeadlineError,
+}
+
+
+class _EventPage(msgspec.Struct):
+    events: list[EventView]
+    cursor: int
+    truncated: bool = False
+
+
+class Client:
+    """A service, seen from outside. Not for several threads at once; close it, or use it in a `with` block."""
+
+    def __init__(
+        self, url: str = "", *, token: str = "", socket_path: str | None = None, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        self._transport = Transport(socket_path=socket_path, url=url, token=token)
+        self._timeout_s = timeout_s
+
+    @classmethod
+    def local(cls, settings: Settings, *, socket: str | None = None) -> Client:
+        """The service of this host, over its unix socket."""
+        from mullion.base.paths import HostPaths
+
+        data_dir, run_dir = os.path.abspath(settings.data_dir), os.path.abspath(settings.run_dir)
+        return cls(socket_path=socket or HostPaths(data_dir, run_dir).api_socket)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    # Service
+
+    def status(self) -> StatusView:
+        return self._get("/status", StatusView)
+
+    # Partitions
+
+    def partitions(self) -> list[PartitionView]:
+        return self._get("/partitions", list[PartitionView])
+
+    def partition(self, name: str) -> PartitionView:
+        return self._get(f"/partitions/{_part(name)}", PartitionView)
+
+    def create_partition(self, definition: PartitionDefinition, *, idempotency_key: str | None = None) -> PartitionView:
+        return self._post("/partitions", definition, PartitionView, idempotency_key)
+
+    def update_partition(self, name: str, definition: PartitionDefinition, etag: str) -> PartitionView:
+        """Replace a definition; `etag` is that of the view which it was made from.
+
+        Raises: PreconditionError when it was changed since.
+        """
+        answer = self._ask("PUT", f"/partitions/{_part(name)}", definition, {"If-Match": _quoted(etag)})
+        return msgspec.json.decode(answer.body, type=PartitionView)
+
+    def delete_partition(self, name: str, *, with_disks: bool = False, etag: str = "*") -> None:
+        query = "?with_disks=true" if with_disks else ""
+        self._ask("DELETE", f"/partitions/{_part(name)}{query}", None, {"If-Match": _quoted(etag)})
+
+    def partition_action(self, name: str, action: str, **options: object) -> OperationView:
+        """Begin start, stop, pause, resume, reset or turn-off."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return self._post(f"/partitions/{_part(name)}/{_part(action)}", given, OperationView)
+
+    def console(self, name: str) -> Console:
+        """Connect to a partition's serial console."""
+        from mullion.client.console import Console
+
+        return Console.open(self._transport, f"/1.0/partitions/{_part(name)}/console", self._timeout_s)
+
+    # Disks and images
+
+    def disks(self) -> list[DiskView]:
+        return self._get("/disks", list[DiskView])
+
+    def disk(self, path: str) -> DiskView:
+        """A disk by its path, or by its name in the pool."""
+        return self._get(f"/disks/show?{urlencode({'path': path})}", DiskView)
+
+    def create_disk(
+        self,
+        *,
+        path: str,
+        size_bytes: int | None = None,
+        type: str = "dynamic",  # noqa: A002 - the API's word
+        parent: str | None = None,
+        block_bytes: int | None = None,
+    ) -> DiskView:
+        fields = {"path": path, "size_bytes": size_bytes, "type": type, "parent": parent, "block_bytes": block_bytes}
+        return self._post("/disks", {name: value for name, value in fields.items() if value is not None}, DiskView)
+
+    def delete_disk(self, path: str) -> None:
+        self._ask("DELETE", f"/disks?{urlencode({'path': path})}", None, {})
+
+    def images(self) -> list[ImageView]:
+        return self._get("/images", list[ImageView])
+
+    def build_image(self, name: str) -> OperationView:
+        return self._post("/images", {"name": name}, OperationView)
+
+    # Operations and events
+
+    def operations(self) -> list[OperationView]:
+        return self._get("/operations", list[OperationView])
+
+    def operation(self, operation_id: str) -> OperationView:
+        return self._get(f"/operations/{_part(operation_id)}", OperationView)
+
+    def cancel(self, operation_id: str) -> OperationView:
+        return self._post(f"/operations/{_part(operation_id)}/cancel", None, OperationView)
+
+    def wait(
+        self,
+        operation: OperationView | str,
+        on_progress: Callable[[OperationView], None] | None = None,
+        *,
+        check: bool = True,
+    ) -> OperationView:
+        """Wait for an operation's end; `on_progress` sees it about twice a second.
+
+        Raises: with `check`, the error of an operation that failed or was cancelled.
+        """
+        operation_id = operation if isinstance(operation, str) else operation.id
+        wait_s = _POLL_S if on_progress is not None else 30.0
+        while True:
+            view = self._get(f"/operations/{_part(operation_id)}/wait?timeout_s={wait_s:g}", OperationView)
+            if on_progress is not None:
+                on_progress(view)
+            if view.state.is_final:
+                break
+        if check and view.state is not OperationState.SUCCEEDED:
+            raise operation_error(view)
+        return view
+
+    def events(self, after: int = 0, follow: bool = False) -> Iterator[EventView]:
+        """Events after a cursor (0: the oldest, -n: the last n); with `follow`, also those to come, until it is closed.
+
+        Where events are no longer kept, one of kind `events.truncated` stands in their place.
+        """
+        return self._follow(after) if follow else self._read_events(after)
+
+    def _read_events(self, after: int) -> Iterator[EventView]:
+        while True:
+            page = self._get(f"/events?after={after}&limit={_PAGE}", _EventPage)
+            if page.truncated and page.events:
+                first = page.events[0]
+                yield EventView(first.cursor - 1, first.at, "events.truncated", "events", {"after": after})
+            yield from page.events
+            if len(page.events) < _PAGE:
+                return
+            after = page.cursor
+
+    def _follow(self, after: int) -> Iterator[EventView]:
+        lines = self._transport.lines(f"/1.0/events/stream?after={after}", {}, _SILENCE_S)
+        if isinstance(lines, Answer):
+            raise _error_of(lines)
+        for line in lines:
+            yield msgspec.json.decode(line, type=EventView)
+
+    # The wire
+
+    def _get(self, path: str, kind: type[_T]) -> _T:
+        return msgspec.json.decode(self._ask("GET", path, None, {}).body, type=kind)
+
+    def _post(self, path: str, body: object, kind: type[_T], key: str | None = None) -> _T:
+        headers = {"Idempotency-Key": key or os.urandom(16).hex()}
+        return msgspec.json.decode(self._ask("POST", path, body, headers).body, type=kind)
+
+    def _ask(self, method: str, path: str, body: object, headers: dict[str, str]) -> Answer:
+        content = None
+        if body is not None:
+            content = msgspec.json.encode(body)
+            headers = {**headers, "Content-Type": "application/json"}
+        answer = self._transport.request(method, f"/1.0{path}", content, headers, self._timeout_s)
+        if answer.status >= 400:
+            raise _error_of(answer)
+        return answer
+
+
+def operation_error(view: OperationView) -> MullionError:
+    """The error of an operation that did not succeed."""
+    if view.error is not None:
+        return MullionError.from_wire(msgspec.to_builtins(view.error))
+    if view.state is OperationState.CANCELLED:
+        return OperationCancelledError(f"operation {view.id} was cancelled", operation=view.id)
+    return OperationFailedError(f"operation {view.id} is {view.state.value}", operation=view.id)
+
+
+def _error_of(answer: Answer) -> MullionError:
+    try:
+        view = msgspec.json.decode(answer.body, type=ErrorView)
+    except msgspec.MsgspecError:
+        text = answer.body[:200].decode(errors="replace").strip()
+        return UnavailableError(
+            f"what answers is not Mullion: status {answer.status}, {text!r}",
+            remedy="Check the address or the socket's path.",
+        )
+    error = MullionError.from_wire(msgspec.to_builtins(view))
+    kind = _KIND_OF_STATUS.get(answer.status)
+    if isinstance(error, RemoteError) and kind is not None:
+        # A class of the service that this program has not loaded: its kind, at least, follows from the status.
+        known = kind.__new__(kind)
+        MullionError.__init__(known, error.message, remedy=error.remedy, **error.context)
+        return known
+    return error
+
+
+def _part(name: str) -> str:
+    """A part of a path, with nothing in it that could be another part."""
+    return quote(name, safe="") if name.strip(".") else "%2E" * max(len(name), 1)
+
+
+def _quoted(etag: str) -> str:
+    return etag if etag == "*" or etag.startswith('"') else f'"{etag}"'

@@ -1,0 +1,198 @@
+"""One HTTP connection to the service: over its unix socket, or over TCP with a token.
+
+`http.client` is imported at the first request, so that `mullion --help` does not pay for it. A connection is kept; when
+the service has closed it meanwhile (a restart), a request that may be repeated is sent once more on a new one: reads,
+and writes with an Idempotency-Key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from mullion.base.errors import DeadlineError, DeniedError, InvalidError, UnavailableError
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection, HTTPResponse
+
+_LINE_LIMIT_BYTES: Final = 4 * 1024 * 1024
+
+
+class Answer(NamedTuple):
+    """What came back: status, headers with lower-case names, body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Transport:
+    """Requests one after another; not for several threads at once.
+
+    Raises: UnavailableError when nobody answers, DeniedError when the socket is closed to us, DeadlineError.
+    """
+
+    def __init__(self, *, socket_path: str | None = None, url: str = "", token: str = "") -> None:
+        self.socket_path = socket_path
+        self.url = url
+        self.token = token
+        self._connection: HTTPConnection | None = None
+        if socket_path is None:
+            parts = urlsplit(url)
+            try:
+                self._host, self._port = parts.hostname, parts.port or 80
+            except ValueError as error:
+                raise InvalidError(f"{url!r} is not a URL: {error}", remedy="Write http://127.0.0.1:8440.") from error
+            if parts.scheme != "http" or not self._host:
+                raise InvalidError(f"{url!r} is not an http URL", remedy="Write http://127.0.0.1:8440.")
+
+    @property
+    def where(self) -> str:
+        return self.socket_path or self.url
+
+    def request(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Answer:
+        """Send a request and read its answer whole."""
+        repeatable = method == "GET" or "Idempotency-Key" in headers
+        while True:
+            fresh = self._connection is None
+            with self._translated(timeout_s):
+                try:
+                    response = self._send(method, path, body, headers, timeout_s)
+                    content = response.read()
+                except ConnectionRefusedError:
+                    raise
+                except ConnectionError as error:
+                    self.close()
+                    if fresh or not repeatable:
+                        raise UnavailableError(
+                            f"the service at {self.where} ended the connection without an answer",
+                            remedy="Look whether it runs (`mullion status`) and what its log says; then try again.",
+                        ) from error
+                    continue
+            return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
+
+    def lines(self, path: str, headers: Mapping[str, str], timeout_s: float) -> Iterator[bytes] | Answer:
+        """The lines of an answer that is a stream, on a connection of its own; or an answer that is not one (an error).
+
+        `timeout_s` is how long the service may be silent.
+        """
+        own = Transport(socket_path=self.socket_path, url=self.url, token=self.token)
+        try:
+            with own._translated(timeout_s):
+                response = own._send("GET", path, None, headers, timeout_s)
+                if response.status != 200:
+                    return Answer(response.status, {}, response.read())
+        except BaseException:
+            own.close()
+            raise
+        return own._read_lines(response, timeout_s)
+
+    def connect(self, timeout_s: float) -> socket.socket:
+        """A connected socket, for the console's websocket."""
+        with self._translated(timeout_s):
+            if self.socket_path is None:
+                return socket.create_connection((self._host, self._port), timeout_s)
+            return _connect_unix(self.socket_path, timeout_s)
+
+    def authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _send(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> HTTPResponse:
+        connection = self._connected(timeout_s)
+        try:
+            connection.request(method, path, body, {**self.authorization(), **headers})
+        except (BrokenPipeError, ConnectionResetError):
+            if body is None:
+                raise
+            # The service may have answered, and refused, before it read all of the body: then the answer is there.
+        return connection.getresponse()
+
+    def _connected(self, timeout_s: float) -> HTTPConnection:
+        if self._connection is None:
+            from http.client import HTTPConnection
+
+            connection = HTTPConnection(self._host or "localhost", self._port) if self.socket_path is None else None
+            self._connection = connection or HTTPConnection("localhost")
+            try:
+                self._connection.sock = self.connect(timeout_s)
+            except BaseException:
+                self._connection = None
+                raise
+        self._connection.sock.settimeout(timeout_s)
+        return self._connection
+
+    def _read_lines(self, response: HTTPResponse, timeout_s: float) -> Iterator[bytes]:
+        try:
+            while True:
+                with self._translated(timeout_s):
+                    try:
+                        line = response.readline(_LINE_LIMIT_BYTES)
+                    except ConnectionError:
+                        return
+                if not line:
+                    return
+                if line.strip():
+                    yield line
+        finally:
+            response.close()
+            self.close()
+
+    @contextlib.contextmanager
+    def _translated(self, timeout_s: float) -> Iterator[None]:
+        """Turn what sockets and HTTP raise into what a person can act on; the connection is given up."""
+        from http.client import HTTPException, RemoteDisconnected
+
+        try:
+            yield
+            return
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+            ours: Exception = UnavailableError(
+                f"the service is not running: nobody answers at {self.where}",
+                remedy="Start it with `mullion serve`, then try again.",
+            )
+            cause: Exception = error
+        except PermissionError as error:
+            ours = DeniedError(
+                f"user id {os.geteuid()} may not use {self.where}",
+                remedy="Run the command as root, or add the user to the group: usermod -aG mullion USER",
+            )
+            cause = error
+        except TimeoutError as error:
+            ours = DeadlineError(
+                f"the service at {self.where} did not answer within {timeout_s:g} s",
+                remedy="Look at its log, and try again.",
+            )
+            cause = error
+        except RemoteDisconnected:
+            raise
+        except (HTTPException, OSError) as error:
+            if isinstance(error, ConnectionError):
+                raise
+            ours = UnavailableError(f"the service at {self.where} cannot be asked: {error}")
+            cause = error
+        self.close()
+        raise ours from cause
+
+
+def _connect_unix(path: str, timeout_s: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
