@@ -14,7 +14,7 @@ import msgspec
 from mullion.model.definition import PartitionDefinition, PowerState
 from mullion.model.states import PartitionState
 
-PREFIX: Final = "/partitions/"
+PREFIX: Final = "partitions/"
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -36,6 +36,7 @@ class PartitionRecord(msgspec.Struct, frozen=True):
     user_id: int | None = None
     started_at: str | None = None
     started_boot_id: str | None = None
+    boot_s: float | None = None
     failure: Failure | None = None
 
     def encode(self) -> bytes:

@@ -1,0 +1,332 @@
+"""Partitions: what administrators ask of them, and the loop that brings each to what is wanted of it.
+
+    ask (start, stop …) ─► record in the store ─┐
+    something ended, QEMU or the provider spoke ┴─► reconcile: observe → plan → apply, one at a time per partition
+
+Invariants: a partition is reconciled by one task at a time; what is wanted is in the store before anything is done
+about it; a start that fails leaves the partition `failed` with its reason, and no process, socket or lock of it behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from mullion.base.errors import AlreadyExistsError, ConflictError, NotFoundError, StateError
+from mullion.base.paths import HostPaths
+from mullion.base.units import utc_now
+from mullion.hypervisor.console import ConsoleHub
+from mullion.model.definition import PartitionDefinition, PowerState
+from mullion.model.states import PartitionState
+from mullion.model.views import OperationView, PartitionView
+from mullion.parent.events import Events
+from mullion.parent.operations import Operation, Operations, Work
+from mullion.parent.store import Condition, Delete, Put, Store
+from mullion.services.disk.controller import DiskController
+from mullion.services.partition.partition import Partition, Surroundings
+from mullion.services.partition.record import PREFIX, PartitionRecord, key_of
+from mullion.services.partition.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+_AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED)
+_UP: Final = (PartitionState.RUNNING, PartitionState.PAUSED)
+
+
+class PartitionController:
+    """All partitions of this host. `open` adopts what runs; `close` lets go of it."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        events: Events,
+        operations: Operations,
+        paths: HostPaths,
+        disks: DiskController,
+        surroundings: Surroundings,
+        allocate_user_id: Callable[[set[int]], int | None],
+    ) -> None:
+        self._store = store
+        self._events = events
+        self._operations = operations
+        self._paths = paths
+        self._disks = disks
+        self._surroundings = surroundings
+        self._allocate_user_id = allocate_user_id
+        self._partitions: dict[str, Partition] = {}
+        for kind, work in (
+            ("partition.start", self._start),
+            ("partition.stop", self._stop),
+            ("partition.pause", self._pause),
+            ("partition.resume", self._resume),
+        ):
+            operations.register_resume(kind, work)
+
+    # -- life of the service -------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Read the records, adopt what runs, and begin to reconcile."""
+        for entry in await self._store.list(PREFIX):
+            record = PartitionRecord.decode(entry.value)
+            self._hold(record, entry.revision)
+        await asyncio.gather(*(partition.adopt() for partition in self._partitions.values()))
+
+    async def close(self) -> None:
+        """Let go of every partition; what runs goes on."""
+        await asyncio.gather(*(partition.release() for partition in self._partitions.values()))
+
+    def _hold(self, record: PartitionRecord, revision: int) -> Partition:
+        name = record.definition.name
+        partition = Partition(
+            record, revision, Runtime(name, self._paths.partition(name)), self._surroundings, self._store, self._events
+        )
+        self._partitions[name] = partition
+        return partition
+
+    def holders(self) -> Mapping[str, str]:
+        """Which file is open for writing in which partition."""
+        return {path: partition.name for partition in self._partitions.values() for path in partition.held_files()}
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    async def list(self) -> tuple[PartitionView, ...]:
+        """All partitions, by name."""
+        found = [self._partitions[name] for name in sorted(self._partitions)]
+        return tuple(await asyncio.gather(*(partition.view() for partition in found)))
+
+    async def get(self, name: str) -> PartitionView:
+        """Raises: NotFoundError."""
+        return await self.find(name).view()
+
+    def find(self, name: str) -> Partition:
+        """Raises: NotFoundError."""
+        try:
+            return self._partitions[name]
+        except KeyError:
+            raise NotFoundError(
+                f"there is no partition {name!r}", remedy="List them: mullion partition list", partition=name
+            ) from None
+
+    def count_states(self) -> dict[str, int]:
+        """How many partitions were in which state when last looked at."""
+        counts: dict[str, int] = {}
+        for partition in self._partitions.values():
+            state = partition.last_state.value
+            counts[state] = counts.get(state, 0) + 1
+        return counts
+
+    # -- definitions ---------------------------------------------------------------------------------------------------
+
+    async def create(self, definition: PartitionDefinition) -> PartitionView:
+        """Keep a new definition; one that is wanted running is started.
+
+        Raises: AlreadyExistsError; InvalidError.
+        """
+        name = definition.name
+        if name in self._partitions:
+            raise AlreadyExistsError(
+                f"there is a partition {name!r} already",
+                remedy=f"Choose another name, or look at it: mullion partition show {name}",
+                partition=name,
+            )
+        self._surroundings.preparer.check_definition(definition)
+        self._check_paths(name)
+        used = {p.record.user_id for p in self._partitions.values() if p.record.user_id is not None}
+        record = PartitionRecord(
+            definition=definition,
+            uuid=definition.uuid or str(uuid.uuid4()),
+            created_at=utc_now(),
+            desired=PowerState.STOPPED,
+            user_id=self._allocate_user_id(used),
+        )
+        partition = self._hold(record, 0)  # before the store has it, so that no second one takes the name or the id
+        try:
+            partition.revision = await self._store.transact(
+                [Condition(key_of(name), 0)], [Put(key_of(name), record.encode())]
+            )
+        except BaseException:
+            del self._partitions[name]
+            raise
+        self._events.publish("partition.created", f"partition/{name}")
+        partition.begin()
+        if definition.power is not PowerState.STOPPED:
+            await self.start(name, paused=definition.power is PowerState.PAUSED)
+        return await partition.view()
+
+    def _check_paths(self, name: str) -> None:
+        paths = self._paths.partition(name)
+        for socket_path in (paths.provider_control, paths.vhost_user("x" * 16)):
+            assert socket_path  # the property raises when the path is too long for a socket
+
+    async def update(self, name: str, definition: PartitionDefinition) -> PartitionView:
+        """Replace the definition. A running partition takes it over at its next start; `power` acts at once.
+
+        Raises: NotFoundError; InvalidError; ConflictError for another name.
+        """
+        partition = self.find(name)
+        if definition.name != name:
+            raise ConflictError(
+                f"the definition is of {definition.name!r}, not of {name!r}", remedy="A partition cannot be renamed."
+            )
+        self._surroundings.preparer.check_definition(definition)
+        before = partition.record.definition
+        definition = msgspec.structs.replace(definition, uuid=definition.uuid or partition.record.uuid)
+        await partition.save(definition=definition)
+        self._events.publish("partition.updated", f"partition/{name}")
+        if definition.power is not before.power:
+            await self._follow_power(name, definition.power)
+        return await partition.view()
+
+    async def _follow_power(self, name: str, power: PowerState) -> None:
+        """The definition's `power` was changed: begin the act that brings it about, if one is needed."""
+        state = (await self.get(name)).state
+        if power is PowerState.STOPPED:
+            if state in _UP:
+                await self.stop(name)
+        elif state in _AT_REST:
+            await self.start(name, paused=power is PowerState.PAUSED)
+        elif power is PowerState.PAUSED and state is PartitionState.RUNNING:
+            await self.pause(name)
+        elif power is PowerState.RUNNING and state is PartitionState.PAUSED:
+            await self.resume(name)
+
+    async def delete(self, name: str, *, with_disks: bool = False) -> None:
+        """Forget a partition that is stopped, with its folder; its disks stay unless asked for.
+
+        Raises: NotFoundError; StateError while it runs; ConflictError when a disk is in use elsewhere.
+        """
+        partition = self.find(name)
+        async with partition.lock:
+            view = await partition.view()
+            if view.state not in _AT_REST:
+                raise StateError(
+                    f"partition {name} is {view.state.value}",
+                    state=view.state.value,
+                    required="stopped",
+                    remedy=f"Stop it first: mullion partition stop {name}",
+                )
+            doomed = self._own_disks(partition) if with_disks else ()
+            await partition.shut()
+            await self._store.transact([Condition(key_of(name), partition.revision)], [Delete(key_of(name))])
+            del self._partitions[name]
+        await partition.release()
+        paths = partition.runtime.paths
+        for path in doomed:
+            await self._disks.delete(path)
+        for folder in (paths.run, paths.data):
+            if os.path.isdir(folder):
+                await asyncio.to_thread(shutil.rmtree, folder)
+        self._events.publish("partition.deleted", f"partition/{name}", {"disks": list(doomed)})
+
+    def _own_disks(self, partition: Partition) -> tuple[str, ...]:
+        """The disk files that go with a partition: writable, present and in no other definition."""
+        others = {
+            self._disks.resolve(disk.path)
+            for other in self._partitions.values()
+            if other is not partition
+            for disk in other.record.definition.disks
+        }
+        own = [self._disks.resolve(disk.path) for disk in partition.record.definition.disks if not disk.read_only]
+        for path in own:
+            if path in others:
+                raise ConflictError(
+                    f"the disk {path} is attached to another partition too",
+                    remedy="Delete the partition without its disks.",
+                    path=path,
+                )
+        return tuple(path for path in own if os.path.exists(path))
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    async def start(self, name: str, *, paused: bool = False) -> OperationView:
+        """Begin to start a partition. Raises: NotFoundError; StateError; ConflictError while another act goes on."""
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self._start(operation, paused=paused)
+
+        return await self._act(name, "start", _AT_REST, work, cancellable=True)
+
+    async def stop(self, name: str, *, force: bool = False, timeout_s: float | None = None) -> OperationView:
+        """Begin to stop one: the guest is asked for `timeout_s` (its definition's without), or not at all by `force`."""
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self._stop(operation, timeout_s=0.0 if force else timeout_s)
+
+        allowed = (*_UP, PartitionState.FAILED) if self.find(name).has_processes() else _UP
+        return await self._act(name, "stop", allowed, work, cancellable=True)
+
+    async def pause(self, name: str) -> OperationView:
+        return await self._act(name, "pause", (PartitionState.RUNNING,), self._pause)
+
+    async def resume(self, name: str) -> OperationView:
+        return await self._act(name, "resume", (PartitionState.PAUSED,), self._resume)
+
+    async def reset(self, name: str) -> OperationView:
+        allowed = (*_UP, PartitionState.FAILED) if self.find(name).has_processes() else _UP
+        return await self._act(name, "reset", allowed, self._reset)
+
+    def console(self, name: str) -> ConsoleHub:
+        """The serial console of a partition, shared by all who look at it."""
+        return self.find(name).console
+
+    async def _act(
+        self, name: str, action: str, allowed: tuple[PartitionState, ...], work: Work, *, cancellable: bool = False
+    ) -> OperationView:
+        state = (await self.get(name)).state
+        if state not in allowed:
+            raise StateError(
+                f"partition {name} is {state.value}: it cannot {action}",
+                state=state.value,
+                required=" or ".join(one.value for one in allowed),
+                partition=name,
+            )
+        return await self._operations.start(f"partition.{action}", f"partition/{name}", work, cancellable=cancellable)
+
+    async def _start(self, operation: Operation, *, paused: bool | None = None) -> Mapping[str, object]:
+        partition = self._target(operation)
+        desired = partition.record.desired
+        if paused is not None or desired is PowerState.STOPPED:
+            desired = PowerState.PAUSED if paused else PowerState.RUNNING
+        try:
+            await partition.start(desired, operation.stage)
+        except asyncio.CancelledError:
+            if operation.cancel_requested:
+                await partition.roll_back()
+            raise
+        view = await partition.view()
+        return {"state": view.state.value, "accelerator": view.accelerator}
+
+    async def _stop(self, operation: Operation, *, timeout_s: float | None = None) -> Mapping[str, object]:
+        partition = self._target(operation)
+        if timeout_s is None:
+            timeout_s = float(partition.record.definition.shutdown_timeout_s)
+        how = await partition.stop(timeout_s, operation.stage, operation.point_of_no_return)
+        return {"state": PartitionState.STOPPED.value, "how": how}
+
+    async def _pause(self, operation: Operation) -> Mapping[str, object]:
+        return await self._set_desired(operation, PowerState.PAUSED)
+
+    async def _resume(self, operation: Operation) -> Mapping[str, object]:
+        return await self._set_desired(operation, PowerState.RUNNING)
+
+    async def _set_desired(self, operation: Operation, desired: PowerState) -> Mapping[str, object]:
+        partition = self._target(operation)
+        await partition.save(desired=desired)
+        await partition.reconcile(operation.stage)
+        return {"state": (await partition.view()).state.value}
+
+    async def _reset(self, operation: Operation) -> Mapping[str, object]:
+        partition = self._target(operation)
+        await partition.reset()
+        return {"state": (await partition.view()).state.value}
+
+    def _target(self, operation: Operation) -> Partition:
+        return self.find(operation.target.removeprefix("partition/"))

@@ -1,0 +1,440 @@
+"""One partition: its record, its processes, and how it gets from what it is to what is wanted of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from mullion.base.errors import MullionError, StateError
+from mullion.base.process import boot_id
+from mullion.base.units import utc_now
+from mullion.hypervisor import ExitReport
+from mullion.hypervisor.accel import AcceleratorChoice
+from mullion.hypervisor.console import ConsoleHub
+from mullion.hypervisor.errors import MachineGoneError, MonitorError
+from mullion.hypervisor.states import ShutdownOutcome, ShutdownStage
+from mullion.model.definition import Accelerator, PowerState
+from mullion.model.states import PartitionState
+from mullion.model.views import PartitionView
+from mullion.parent.events import Events
+from mullion.parent.store import Condition, Put, Store
+from mullion.services.partition.plan import Step, plan_steps
+from mullion.services.partition.preparation import (
+    Preparer,
+    check_direct_boot,
+    machine_spec,
+    prepare_folders,
+    provider_spec,
+)
+from mullion.services.partition.presentation import present
+from mullion.services.partition.provider_link import ProviderFleet
+from mullion.services.partition.record import Failure, GuestStatus, Observed, PartitionRecord, key_of, state_of
+from mullion.services.partition.runtime import PreparedDisk, Runtime
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+_ROUNDS: Final = 4
+_RETRY_S: Final = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""How long to wait before a provider is started again, by how many in a row died young."""
+_SHORT_LIFE_S: Final = 1.0
+_BOOT_SLOT_S: Final = 60.0
+"""A guest without agent gives its boot slot back after this time."""
+_AGENT_POLL_S: Final = 0.25
+_AGENT_WATCH_S: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all partitions of a host share."""
+
+    preparer: Preparer
+    fleet: ProviderFleet
+    boot_slots: asyncio.Semaphore
+    choose_accelerator: Callable[[Accelerator], AcceleratorChoice]
+
+
+class Partition:
+    """A partition as this parent holds it. `begin` or `adopt` starts the task that reconciles it."""
+
+    def __init__(
+        self,
+        record: PartitionRecord,
+        revision: int,
+        runtime: Runtime,
+        surroundings: Surroundings,
+        store: Store,
+        events: Events,
+    ) -> None:
+        self.record = record
+        self.revision = revision
+        self.runtime = runtime
+        self.lock = asyncio.Lock()
+        self.last_state = PartitionState.STOPPED
+        self._surroundings = surroundings
+        self._store = store
+        self._events = events
+        self._observed = Observed()
+        self._choice: AcceleratorChoice | None = None
+        self._dirty = asyncio.Event()
+        self._is_starting = False
+        self._is_stopping = False
+        self._is_shut = False
+        self._provider_since_s = 0.0
+        self._short_lives = 0
+        self._saving = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self.console = ConsoleHub(runtime.paths.console, runtime.paths.console_log)
+        runtime.wake = self._dirty.set
+
+    @property
+    def name(self) -> str:
+        return self.record.definition.name
+
+    def has_processes(self) -> bool:
+        return self.runtime.machine is not None or self.runtime.provider is not None
+
+    def held_files(self) -> tuple[str, ...]:
+        """The disk files that are open for writing here."""
+        if self.runtime.provider is None:
+            return ()
+        return tuple(disk.chain[0] for disk in self.runtime.disks if not disk.read_only)
+
+    # -- life in this parent -------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start the task that reconciles whenever something has changed."""
+        self._task = asyncio.create_task(self._reconcile_for_ever(), name=f"reconcile {self.name}")
+
+    async def adopt(self) -> None:
+        """Connect to what runs, judge what has ended while nobody looked, and begin."""
+        runtime = self.runtime
+        report = await runtime.adopt(self.record.uuid)
+        if self.has_processes():
+            await self._find_disks_again()
+        started_here = self.record.started_boot_id == boot_id()
+        if runtime.machine is None and started_here and self.record.desired is not PowerState.STOPPED:
+            if report is not None or self.record.failure is None:
+                await self._ended(report)
+        elif runtime.machine is not None:
+            self._choose_accelerator()
+            self._watch_guest()
+            self._events.publish("partition.adopted", f"partition/{self.name}")
+        self.begin()
+        self._dirty.set()
+
+    async def _find_disks_again(self) -> None:
+        try:
+            self.runtime.disks = await asyncio.to_thread(
+                self._surroundings.preparer.find_disks, self.name, self.record.definition
+            )
+        except MullionError as error:
+            # The guest runs on descriptors that are open; only a new provider would need the files.
+            log.warning("%s: its disks cannot be read now: %s", self.name, error)
+
+    async def release(self) -> None:
+        """Let go: the processes run on."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.console.close()
+        await self.runtime.release()
+
+    async def shut(self) -> None:
+        """The partition is being deleted: end what is left of it. The caller holds the lock."""
+        self._is_shut = True
+        await self._end_processes()
+
+    async def save(self, **changes: object) -> None:
+        """Change the record, in the store first."""
+        async with self._saving:
+            record = msgspec.structs.replace(self.record, **changes)
+            key = key_of(self.name)
+            self.revision = await self._store.transact([Condition(key, self.revision)], [Put(key, record.encode())])
+            self.record = record
+
+    # -- acts ----------------------------------------------------------------------------------------------------------
+
+    async def start(self, desired: PowerState, say: Say) -> None:
+        """Bring it up. On failure nothing of it is left, and the record says why.
+
+        Raises: whatever kept it from starting.
+        """
+        async with self.lock:
+            self._is_starting = True
+            try:
+                if self.runtime.machine is not None and self._observed.guest is GuestStatus.PANICKED:
+                    await self._end_processes()
+                await self.save(
+                    desired=desired, failure=None, started_at=utc_now(), started_boot_id=boot_id(), boot_s=None
+                )
+                await self._converge(say)
+            except MullionError as error:
+                await self._fail(error)
+                raise
+            except OSError as error:
+                await self._fail(MullionError(str(error), remedy="Look into the service's log."))
+                raise
+            finally:
+                self._is_starting = False
+        await self._note_state()
+
+    async def roll_back(self) -> None:
+        """A start was cancelled: nothing of it stays."""
+        async with self.lock:
+            await self.save(desired=PowerState.STOPPED)
+            await self._end_processes()
+        await self._note_state()
+
+    async def stop(self, timeout_s: float, say: Say, commit: Callable[[], None]) -> str:
+        """Go down the ladder and take everything away. Answers with the rung that brought it down.
+
+        Without the lock while the guest shuts down: its provider must be kept alive meanwhile.
+        """
+        self._is_stopping = True
+        how = ShutdownStage.OFF
+        try:
+            await self._note_state()
+            machine = self.runtime.machine
+            if machine is not None:
+                async for step in machine.shutdown(timeout_s):
+                    say(f"{step.stage.value}: {step.detail}")
+                    if (
+                        step.outcome is ShutdownOutcome.DONE
+                        and step.stage is not ShutdownStage.RESUME
+                        and how is ShutdownStage.OFF
+                    ):
+                        how = step.stage
+                    if step.stage is ShutdownStage.OFF:
+                        commit()
+            commit()
+            async with self.lock:
+                say("flushing the disks")
+                await self.save(desired=PowerState.STOPPED, failure=None)
+                await self._end_processes()
+        finally:
+            self._is_stopping = False
+        await self._note_state()
+        return how.value
+
+    async def reset(self) -> None:
+        """Press the reset button."""
+        async with self.lock:
+            machine = self.runtime.machine
+            if machine is None:
+                raise StateError(f"partition {self.name} does not run", state="stopped", required="running")
+            await machine.reset()
+        self._events.publish("partition.reset", f"partition/{self.name}")
+
+    # -- reconciling ---------------------------------------------------------------------------------------------------
+
+    async def reconcile(self, say: Say = lambda _: None) -> None:
+        """Look, plan and act once, until nothing is to be done."""
+        async with self.lock:
+            if not self._is_shut:
+                await self._converge(say)
+        await self._note_state()
+
+    async def _reconcile_for_ever(self) -> None:
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            try:
+                await self.reconcile()
+            except Exception as error:  # the root of this task: it must outlive whatever one round met
+                log.error("%s: %s", self.name, error, exc_info=not isinstance(error, MullionError))
+                await self._reconcile_failed(error)
+
+    async def _reconcile_failed(self, error: Exception) -> None:
+        if self.runtime.machine is None:
+            known = error if isinstance(error, MullionError) else MullionError(str(error))
+            async with self.lock:
+                await self._fail(known)
+        else:  # most often a provider that does not start: the guest waits for it, so try again
+            await asyncio.sleep(_RETRY_S[-1])
+            self._dirty.set()
+
+    async def _converge(self, say: Say) -> None:
+        for _ in range(_ROUNDS):
+            self._observed = await self.runtime.observe()
+            if await self._note_end():
+                continue
+            steps = plan_steps(self.record.desired, self._observed, is_failed=self.record.failure is not None)
+            if self._is_stopping:  # the ladder has the guest; only its disks are ours
+                steps = tuple(
+                    step for step in steps if step is Step.START_PROVIDER and self.runtime.machine is not None
+                )
+            if not steps:
+                return
+            for step in steps:
+                say(step.value)
+                await self._apply(step, say)
+        self._dirty.set()
+
+    async def _note_end(self) -> bool:
+        """Record that the guest or QEMU ended by itself; True when that has changed what is wanted."""
+        machine = self.runtime.machine
+        if self._is_stopping:
+            return False
+        if machine is not None and self._observed.guest is GuestStatus.ABSENT:
+            await self._ended(await self.runtime.drop_machine())
+            return True
+        if self._observed.guest is GuestStatus.POWERED_OFF and self.record.desired is not PowerState.STOPPED:
+            self._events.publish("partition.powered-off", f"partition/{self.name}", {"by": "guest"})
+            await self.save(desired=PowerState.STOPPED)
+            return True
+        if self._observed.guest is GuestStatus.PANICKED and self.record.failure is None:
+            await self.save(
+                failure=Failure(
+                    "the guest's kernel panicked; it is stopped as it was",
+                    f"Look at its console log, then: mullion partition start {self.name}",
+                )
+            )
+        return False
+
+    async def _ended(self, report: ExitReport | None) -> None:
+        """QEMU ended without being asked."""
+        if report is not None and report.is_clean:
+            await self.save(desired=PowerState.STOPPED)
+            self._events.publish("partition.powered-off", f"partition/{self.name}", {"by": "QEMU"})
+            return
+        reason = str(report) if report is not None else "QEMU has vanished and left no exit status"
+        await self.save(
+            failure=Failure(
+                reason,
+                f"Start it again: mullion partition start {self.name}",
+                report.status if report else None,
+                (report.log_excerpt or None) if report else None,
+            )
+        )
+        self._events.publish("partition.failed", f"partition/{self.name}", {"reason": reason})
+
+    async def _apply(self, step: Step, say: Say) -> None:
+        runtime, record = self.runtime, self.record
+        match step:
+            case Step.CLEAN:
+                runtime.clean()
+            case Step.PREPARE:
+                runtime.disks = await asyncio.to_thread(self._prepare)
+            case Step.START_PROVIDER:
+                await self._before_provider()
+                await runtime.start_provider(
+                    self._surroundings.fleet, provider_spec(record, runtime.paths, runtime.disks)
+                )
+                self._provider_since_s = time.monotonic()
+            case Step.START_QEMU:
+                choice = self._choose_accelerator()
+                await runtime.start_machine(machine_spec(record, runtime.paths, runtime.disks, choice.accelerator))
+            case Step.RESUME:
+                if self._observed.guest in (GuestStatus.ABSENT, GuestStatus.PRELAUNCH):
+                    say("waiting for a boot slot")
+                    await self._surroundings.boot_slots.acquire()
+                    self._watch_guest(holds_slot=True)
+                await runtime.resume()
+            case Step.PAUSE:
+                await runtime.pause()
+            case Step.QUIT_QEMU:
+                await runtime.quit_machine()
+            case Step.STOP_PROVIDER:
+                await runtime.stop_provider()
+
+    def _prepare(self) -> tuple[PreparedDisk, ...]:
+        prepare_folders(self.runtime.paths, self.record.user_id)
+        check_direct_boot(self.record.definition)
+        return self._surroundings.preparer.find_disks(self.name, self.record.definition)
+
+    async def _before_provider(self) -> None:
+        """A provider died under its guest: start another at once, unless they die as soon as they are started."""
+        if self.runtime.machine is None:
+            return
+        if not self.runtime.disks:
+            await self._find_disks_again()
+        lived_s = time.monotonic() - self._provider_since_s
+        self._short_lives = self._short_lives + 1 if lived_s < _SHORT_LIFE_S else 0
+        self._events.publish("partition.provider-restarted", f"partition/{self.name}", {"in_a_row": self._short_lives})
+        await asyncio.sleep(_RETRY_S[min(self._short_lives, len(_RETRY_S) - 1)])
+
+    async def _fail(self, error: MullionError) -> None:
+        log.error("%s: %s", self.name, error)
+        await self._end_processes()
+        await self.save(
+            desired=PowerState.STOPPED,
+            failure=Failure(error.message, error.remedy, log_excerpt=_text(error.context.get("log_excerpt"))),
+        )
+        self._events.publish(
+            "partition.failed", f"partition/{self.name}", {"reason": error.message, "code": error.code}
+        )
+
+    async def _end_processes(self) -> None:
+        await self.runtime.quit_machine()
+        await self.runtime.stop_provider()
+        self.runtime.clean()
+        self._observed = await self.runtime.observe()
+
+    def _choose_accelerator(self) -> AcceleratorChoice:
+        self._choice = self._surroundings.choose_accelerator(self.record.definition.accelerator)
+        return self._choice
+
+    # -- the guest -----------------------------------------------------------------------------------------------------
+
+    def _watch_guest(self, *, holds_slot: bool = False) -> None:
+        self.runtime.run(self._follow_guest(holds_slot), "guest")
+
+    async def _follow_guest(self, holds_slot: bool) -> None:
+        """Wait for the agent, note how long the boot took, and look at it now and then."""
+        machine, guest = self.runtime.machine, self.runtime.guest
+        slot_until_s = time.monotonic() + _BOOT_SLOT_S
+        try:
+            while machine is not None and self.runtime.machine is machine and machine.exit_report is None:
+                answers = await machine.agent_ping()
+                if answers != guest.agent_answers:
+                    await self._agent_changed(answers)
+                if holds_slot and (answers or time.monotonic() > slot_until_s):
+                    self._surroundings.boot_slots.release()
+                    holds_slot = False
+                await asyncio.sleep(_AGENT_WATCH_S if answers else _AGENT_POLL_S)
+        finally:
+            if holds_slot:
+                self._surroundings.boot_slots.release()
+
+    async def _agent_changed(self, answers: bool) -> None:
+        guest = self.runtime.guest
+        guest.agent_answers = answers
+        if not answers:
+            return
+        if guest.released_s is not None and self.record.boot_s is None:
+            await self.save(boot_s=round(time.monotonic() - guest.released_s, 3))
+        self._events.publish("partition.agent-answers", f"partition/{self.name}", {"boot_s": self.record.boot_s})
+
+    # -- seeing --------------------------------------------------------------------------------------------------------
+
+    async def view(self) -> PartitionView:
+        """The partition as it is now; what QEMU said last when its monitor does not answer."""
+        try:
+            self._observed = await self.runtime.observe()
+        except (MonitorError, MachineGoneError) as error:
+            log.warning("%s: %s", self.name, error)
+        return present(self.record, self.revision, self._state(), self.runtime, self._choice)
+
+    def _state(self) -> PartitionState:
+        return state_of(self.record, self._observed, is_stopping=self._is_stopping, is_starting=self._is_starting)
+
+    async def _note_state(self) -> None:
+        """Publish a change of state."""
+        self._observed = await self.runtime.observe()
+        state = self._state()
+        if state is not self.last_state:
+            data = {"from": self.last_state.value, "to": state.value}
+            self.last_state = state
+            self._events.publish("partition.state", f"partition/{self.name}", data)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,150 @@
+"""What a definition becomes before its processes start: folders, found disks, specifications of provider and QEMU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mullion.base.errors import InvalidError, NotFoundError
+from mullion.base.paths import PartitionPaths
+from mullion.hypervisor import MachineSpec, ResolvedDisk
+from mullion.hypervisor.firmware import prepare_uefi
+from mullion.model.definition import Accelerator, Bus, Firmware, Machine, PartitionDefinition
+from mullion.services.disk.controller import DiskController
+from mullion.services.partition.record import PartitionRecord
+from mullion.services.partition.runtime import PreparedDisk
+from mullion.vhd import DiskBusyError
+
+_SERIAL_LIMIT_CHARS: Final = 20
+"""VIRTIO_BLK_ID_BYTES; ATA serial numbers have as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparer:
+    """Finds what a partition needs on this host. Blocking: call it in a thread."""
+
+    disks: DiskController
+    holders: Callable[[], Mapping[str, str]]
+
+    def check_definition(self, definition: PartitionDefinition) -> None:
+        """Refuse what can never start on any host.
+
+        Raises: InvalidError that names the field.
+        """
+        seen: set[str] = set()
+        for position, disk in enumerate(definition.disks):
+            path = self.disks.resolve(disk.path)
+            if path in seen:
+                raise InvalidError(
+                    f"disks[{position}].path: {path} is attached twice", remedy="Attach each disk once.", field="disks"
+                )
+            seen.add(path)
+            if disk.bus is Bus.IDE and definition.machine is not Machine.PC:
+                raise InvalidError(
+                    f"disks[{position}].bus: the machine q35 has no IDE controller",
+                    remedy="Use bus sata, or machine pc.",
+                    field=f"disks[{position}].bus",
+                )
+
+    def find_disks(self, name: str, definition: PartitionDefinition) -> tuple[PreparedDisk, ...]:
+        """The chains of the definition's disks.
+
+        Raises: NotFoundError for a missing file; VhdError for a damaged one; DiskBusyError when another partition
+        has it.
+        """
+        return tuple(
+            PreparedDisk(disk.id or f"disk{position}", disk.bus, disk.read_only, self._find_chain(name, disk.path))
+            for position, disk in enumerate(definition.disks)
+        )
+
+    def _find_chain(self, name: str, disk_path: str) -> tuple[str, ...]:
+        path = self.disks.resolve(disk_path)
+        chain = tuple(file.path for file in self.disks.inspect(path).files)
+        holders = self.holders()
+        for file in chain:
+            holder = holders.get(file)
+            if holder is not None and holder != name:
+                raise DiskBusyError(
+                    f"{file} is open for writing in partition {holder}",
+                    remedy=f"Stop it first: mullion partition stop {holder}; or attach another disk.",
+                    path=file,
+                    holder=holder,
+                )
+        return chain
+
+
+def prepare_folders(paths: PartitionPaths, user_id: int | None) -> None:
+    """Make the partition's folders: `data` for logs and firmware, `run` for sockets, with the owner they need."""
+    os.makedirs(paths.data, mode=0o755, exist_ok=True)
+    os.makedirs(paths.run, mode=0o755, exist_ok=True)
+    os.makedirs(paths.pending_dir, mode=0o700, exist_ok=True)
+    if user_id is not None:
+        os.chown(paths.pending_dir, user_id, user_id)
+        for entry in os.scandir(paths.pending_dir):
+            os.chown(entry.path, user_id, user_id, follow_symlinks=False)
+
+
+def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...]) -> Mapping[str, Any]:
+    """The provider's specification (`mullion.provider.main.ProviderSpec`) as JSON."""
+    return {
+        "partition": record.definition.name,
+        "control": paths.provider_control,
+        "pending_dir": paths.pending_dir,
+        "log": paths.provider_log,
+        "uid": record.user_id,
+        "gid": record.user_id,
+        "disks": [
+            {
+                "id": disk.id,
+                "chain": list(disk.chain),
+                "read_only": disk.read_only,
+                "serial": serial_of(record, disk),
+                "vhost_user": paths.vhost_user(disk.id) if disk.bus is Bus.VIRTIO else None,
+                "nbd": paths.nbd(disk.id),
+            }
+            for disk in disks
+        ],
+    }
+
+
+def machine_spec(
+    record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...], accelerator: Accelerator
+) -> MachineSpec:
+    """QEMU's specification. Raises: MissingToolError when the firmware is not installed."""
+    owner = None if record.user_id is None else (record.user_id, record.user_id)
+    uefi = record.definition.firmware is Firmware.UEFI
+    return MachineSpec(
+        definition=record.definition,
+        uuid=record.uuid,
+        paths=paths,
+        accelerator=accelerator,
+        firmware=prepare_uefi(paths, owner) if uefi else None,
+        run_as=owner,
+        disks=tuple(
+            ResolvedDisk(
+                id=disk.id,
+                bus=disk.bus,
+                read_only=disk.read_only,
+                socket=paths.vhost_user(disk.id) if disk.bus is Bus.VIRTIO else paths.nbd(disk.id),
+                serial=serial_of(record, disk),
+                export=disk.id,
+            )
+            for disk in disks
+        ),
+    )
+
+
+def check_direct_boot(definition: PartitionDefinition) -> None:
+    """Raises: NotFoundError when a kernel or initrd of the definition is missing."""
+    if definition.direct_boot is None:
+        return
+    for field, path in (("kernel", definition.direct_boot.kernel), ("initrd", definition.direct_boot.initrd)):
+        if path is not None and not os.path.isfile(path):
+            raise NotFoundError(f"direct_boot.{field}: {path} does not exist", remedy="Correct the path.", path=path)
+
+
+def serial_of(record: PartitionRecord, disk: PreparedDisk) -> str:
+    """A serial number that stays with partition and disk: the guest finds it in /dev/disk/by-id."""
+    return f"{disk.id}-{record.uuid[:8]}"[-_SERIAL_LIMIT_CHARS:]

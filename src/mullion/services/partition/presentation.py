@@ -1,0 +1,63 @@
+"""How a partition is shown: record and observation become the API's view."""
+
+from __future__ import annotations
+
+from mullion.hypervisor.accel import AcceleratorChoice
+from mullion.model.definition import Bus
+from mullion.model.states import PartitionState
+from mullion.model.views import AttachedDiskView, PartitionView
+from mullion.services.partition.record import PartitionRecord
+from mullion.services.partition.runtime import Runtime
+
+
+def present(
+    record: PartitionRecord,
+    revision: int,
+    state: PartitionState,
+    runtime: Runtime,
+    choice: AcceleratorChoice | None,
+) -> PartitionView:
+    """The view of a partition in this state."""
+    name = record.definition.name
+    reason = remedy = None
+    failure = record.failure if state is PartitionState.FAILED else None
+    if failure is not None:
+        reason, remedy = failure.reason, failure.remedy
+    elif runtime.shortages:
+        reason = "; ".join(f"{disk}: {why}" for disk, why in sorted(runtime.shortages.items()))
+        remedy = "Make room on the disk's filesystem: the partition goes on by itself within a second or two."
+    machine, provider = runtime.machine, runtime.provider
+    is_up = machine is not None
+    return PartitionView(
+        name=name,
+        uuid=record.uuid,
+        state=state,
+        definition=record.definition,
+        etag=str(revision),
+        reason=reason,
+        remedy=remedy,
+        accelerator=choice.accelerator.value if choice and is_up else None,
+        accelerator_reason=choice.reason if choice and is_up else None,
+        qemu_pid=machine.identity.pid if machine is not None else None,
+        provider_pid=provider.pid if provider is not None else None,
+        started_at=record.started_at if is_up else None,
+        boot_s=record.boot_s if is_up else None,
+        agent_answers=runtime.guest.agent_answers and is_up,
+        guest_addresses=runtime.guest.addresses if is_up else (),
+        exit_status=failure.exit_status if failure is not None else None,
+        log_excerpt=failure.log_excerpt if failure is not None else None,
+        disks=tuple(
+            AttachedDiskView(
+                id=disk.id,
+                bus=disk.bus.value,
+                read_only=disk.read_only,
+                chain=disk.chain,
+                nbd_socket=runtime.paths.nbd(disk.id) if provider is not None and disk.bus is not Bus.VIRTIO else None,
+            )
+            for disk in runtime.disks
+        )
+        if is_up
+        else (),
+        folder=runtime.paths.data,
+        console_log=runtime.paths.console_log,
+    )

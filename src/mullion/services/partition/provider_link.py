@@ -1,0 +1,189 @@
+"""The parent's end of the providers: the zygote that forks them and the control socket of each.
+
+Both speak one JSON object a line (`mullion.provider.zygote`, `mullion.provider.control`). A provider outlives the
+zygote and the parent; only its control socket and its identity file lead back to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from mullion.base.errors import DeadlineError, MullionError, UnavailableError
+from mullion.base.process import ProcessIdentity, spawn
+from mullion.provider.zygote import spawn_argv
+
+log = logging.getLogger(__name__)
+
+_START_DEADLINE_S: Final = 30.0
+_ANSWER_DEADLINE_S: Final = 30.0
+_LINE_LIMIT_BYTES: Final = 256 * 1024
+
+
+class ProviderError(MullionError):
+    """A provider refused to serve a disk, or went away; code and remedy are its own."""
+
+    code = "provider"
+    exit_code = 8
+    http_status = 409
+    default_remedy = "Read the partition's provider.log."
+
+
+def _error_from(answer: Mapping[str, Any]) -> MullionError:
+    """The error that a provider reports, as one of ours."""
+    error = answer["error"]
+    return MullionError.from_wire(error) if isinstance(error, dict) else ProviderError(str(error))
+
+
+class ProviderFleet:
+    """Starts providers through a zygote, which is started when first needed and again when it has died."""
+
+    def __init__(self, log_path: str) -> None:
+        self._log_path = log_path
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._waiting: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
+        self._numbers = itertools.count(1)
+        self._starting = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Start the zygote unless it runs."""
+        async with self._starting:
+            if self._writer is not None:
+                return
+            ours, theirs = socket.socketpair()
+            with theirs:
+                argv = spawn_argv(theirs.fileno())
+                # The zygote ends with our socket: nobody waits for it, the Popen object is not kept.
+                process = spawn(argv, log_path=self._log_path, pass_fds=(theirs.fileno(),))
+            ours.setblocking(False)
+            reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LINE_LIMIT_BYTES)
+            self._reader_task = asyncio.create_task(self._read(reader, process.wait), name="zygote")
+
+    async def _read(self, reader: asyncio.StreamReader, reap: Callable[[], int]) -> None:
+        while line := await reader.readline():
+            message = json.loads(line)
+            if "id" in message:
+                waiting = self._waiting.pop(message["id"], None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
+            elif "exited" in message:
+                log.info("provider %s ended with status %s", message["exited"], message.get("status"))
+        self._writer = None
+        status = await asyncio.to_thread(reap)
+        log.warning("the zygote ended with status %s; the next provider starts another", status)
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(UnavailableError("the zygote died", remedy="Try again: a new one is started."))
+        self._waiting.clear()
+
+    async def spawn(self, spec: Mapping[str, Any]) -> ProcessIdentity:
+        """Fork a provider and return when it serves its disks.
+
+        Raises: the error that the provider reports (a VhdError, DiskBusyError …); DeadlineError; UnavailableError.
+        """
+        await self.open()
+        assert self._writer is not None
+        number = next(self._numbers)
+        answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        self._writer.write(json.dumps({"id": number, "spawn": spec}).encode() + b"\n")
+        await self._writer.drain()
+        try:
+            message = await asyncio.wait_for(answer, _START_DEADLINE_S)
+        except TimeoutError as error:
+            raise DeadlineError(f"the provider did not answer within {_START_DEADLINE_S:g} s of its start") from error
+        finally:
+            self._waiting.pop(number, None)
+        if "error" in message:
+            raise _error_from(message)
+        identity = ProcessIdentity.of(message["pid"])
+        if identity is None:
+            raise ProviderError("the provider ended as soon as it was ready")
+        return identity
+
+    async def close(self) -> None:
+        """Let the zygote go; providers stay."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._reader_task is not None:
+            self._reader_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader_task
+
+
+class ProviderLink:
+    """A connection to one provider's control socket. `on_event` gets its events, and None when the socket closes."""
+
+    def __init__(self, path: str, on_event: Callable[[Mapping[str, Any] | None], None]) -> None:
+        self._path = path
+        self._on_event = on_event
+        self._answers: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
+        self._turn = asyncio.Lock()
+        self._writer: asyncio.StreamWriter | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Connect and subscribe.
+
+        Raises: UnavailableError when nobody listens.
+        """
+        try:
+            reader, self._writer = await asyncio.open_unix_connection(self._path, limit=_LINE_LIMIT_BYTES)
+        except OSError as error:
+            raise UnavailableError(
+                f"the provider does not listen at {self._path}: {os.strerror(error.errno or 0)}"
+            ) from error
+        self._task = asyncio.create_task(self._read(reader), name=f"provider link {self._path}")
+        await self.request("subscribe")
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ConnectionResetError):
+            while line := await reader.readline():
+                message = json.loads(line)
+                if "event" in message:
+                    self._on_event(message)
+                else:
+                    self._answers.put_nowait(message)
+        self._answers.put_nowait({"error": "the provider closed its control socket"})
+        self._on_event(None)
+
+    async def request(self, command: str, **arguments: object) -> Mapping[str, Any]:
+        """Ask one thing.
+
+        Raises: the error that the provider reports; DeadlineError; UnavailableError when it is gone.
+        """
+        async with self._turn:
+            if self._writer is None:
+                raise UnavailableError("the provider's control socket is closed")
+            try:
+                self._writer.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
+                await self._writer.drain()
+                answer = await asyncio.wait_for(self._answers.get(), _ANSWER_DEADLINE_S)
+            except TimeoutError as error:
+                await self.close()
+                raise DeadlineError(
+                    f"the provider did not answer {command!r} within {_ANSWER_DEADLINE_S:g} s"
+                ) from error
+            except ConnectionError as error:
+                raise UnavailableError(f"the provider went away during {command!r}") from error
+        if "error" in answer:
+            raise _error_from(answer)
+        return answer
+
+    async def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
