@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
+_PATIENCE_S: Final = 1.0
+
+
 def _completer(fetch: Callable[[Client], Iterable[tuple[str, str]]]) -> Completer:
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
@@ -25,6 +28,7 @@ def _completer(fetch: Callable[[Client], Iterable[tuple[str, str]]]) -> Complete
         from mullion.base.errors import MullionError
 
         face = ctx.ensure_object(Face)
+        face.patience_s = _PATIENCE_S
         try:
             return [CompletionItem(word, help=note) for word, note in fetch(face.client) if word.startswith(incomplete)]
         except MullionError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TextIO, TypeVar
 
 import click
 
-from mullion.base.errors import InvalidError, MullionError, RemoteError
+from mullion.base.errors import InvalidError, MullionError
 
 if TYPE_CHECKING:
     from mullion.base.paths import HostPaths
@@ -34,6 +34,7 @@ class Face:
     token_file: str | None = None
     quiet: bool = False
     no_color: bool = False
+    patience_s: float = 60.0
     invoked: str = "mullion"
     overrides: dict[str, str | int] = field(default_factory=dict)
     connect: Callable[[Face], Client] | None = None
@@ -142,11 +143,10 @@ class Face:
 def wire_fields(error: MullionError) -> dict[str, object]:
     """An error as the API's ErrorView; one of a kind that only the service knows under the service's own code."""
     fields = error.to_wire()
-    if isinstance(error, RemoteError):
-        context = dict(error.context)
-        code, exit_code = context.pop("remote_code", error.code), context.pop("remote_exit_code", error.exit_code)
-        fields |= {"code": code, "exit_code": exit_code, "context": context}
-    return fields
+    context = fields["context"]
+    assert isinstance(context, dict)
+    code, exit_code = context.pop("remote_code", error.code), context.pop("remote_exit_code", error.exit_code)
+    return fields | {"code": code, "exit_code": exit_code}
 
 
 def exit_code_of(error: MullionError) -> int:
@@ -164,10 +164,10 @@ def _connect(face: Face) -> Client:
     if face.url is not None:
         if face.socket is not None:
             raise InvalidError("--socket and --url exclude each other", remedy="Give one of the two.")
-        return Client(face.url, token=read_token(face))
+        return Client(face.url, token=read_token(face), timeout_s=face.patience_s)
     if face.token_file is not None:
         raise InvalidError("--token-file without --url", remedy="Tokens are for --url; a socket knows its caller.")
-    return Client.local(face.settings, socket=face.socket)
+    return Client(socket_path=face.socket or face.paths.api_socket, timeout_s=face.patience_s)
 
 
 def read_token(face: Face) -> str:
