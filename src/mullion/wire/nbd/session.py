@@ -146,7 +146,7 @@ class Handshake:
 
     def _receive_flags(self, data: bytes) -> bytes:
         flags = CLIENT_FLAGS.unpack(data)[0]
-        if flags & ~_SERVER_FLAGS:
+        if flags & ~int(_SERVER_FLAGS):  # of an IntFlag, ~ would keep to the bits that have names
             raise NbdProtocolError(f"the client answered with unknown flags {flags:#x}")
         self._flags = HandshakeFlag(flags)
         self._expect_header()
