@@ -94,12 +94,7 @@ def _create_if_missing(face: Face, spec: DiskSpec) -> tuple[str, ...]:
     try:
         face.client.disk(spec.path)
     except NotFoundError:
-        view = face.client.create_disk(
-            path=spec.path,
-            size_bytes=spec.size_bytes,
-            type="differencing" if spec.parent is not None else "dynamic",
-            parent=spec.parent,
-        )
+        view = face.client.create_disk(path=spec.path, size_bytes=spec.size_bytes, parent=spec.parent)
         face.note(f"created disk {view.path}")
         return (view.path,)
     face.note(f"disk {spec.path} exists and is used as it is")

@@ -81,7 +81,7 @@ def create_disk(
     view = face.client.create_disk(
         path=disk_path(name),
         size_bytes=size,
-        type="differencing" if parent is not None else kind or "dynamic",
+        type=kind or "dynamic",
         parent=parent_path(parent) if parent is not None else None,
         block_bytes=block_size,
     )

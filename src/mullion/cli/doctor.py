@@ -39,6 +39,8 @@ def host_checks(face: Face) -> tuple[CheckView, ...]:
 
     Raises: OperationFailedError when it does not print checks.
     """
+    import shlex
+
     import msgspec
 
     from mullion.base.process import run
@@ -46,12 +48,15 @@ def host_checks(face: Face) -> tuple[CheckView, ...]:
     from mullion.model.views import CheckView
 
     argv = daemon_argv("doctor", "--format", "json")
-    done = run(argv, timeout_s=_DEADLINE_S, env=daemon_environment(face.overrides), check=False)
+    done = run(argv, timeout_s=_DEADLINE_S, env=daemon_environment(face), check=False)
     try:
         return msgspec.json.decode(done.stdout, type=tuple[CheckView, ...])
     except msgspec.MsgspecError as error:
         said = (done.stderr or done.stdout).decode(errors="replace").strip()
-        raise OperationFailedError(f"the host check ended with exit status {done.returncode}: {said}") from error
+        raise OperationFailedError(
+            f"the host check ended with exit status {done.returncode}: {said}",
+            remedy=f"Run it by hand: {shlex.join(argv)}",
+        ) from error
 
 
 def render(face: Face, checks: tuple[CheckView, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import sys
@@ -28,6 +29,8 @@ _STOP_DEADLINE_S: Final = 30.0
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.25
 _EXCERPT_BYTES: Final = 4000
+_DATA_DIR_MODE: Final = 0o711  # partitions of users of their own pass through it to what is theirs
+_ERROR: Final = re.compile(r"^mullion: (?P<message>.*)(?:\n  → (?P<remedy>.*))?$", re.MULTILINE)
 
 
 def daemon_argv(*words: str) -> list[str]:
@@ -35,14 +38,16 @@ def daemon_argv(*words: str) -> list[str]:
     return [sys.executable, "-P", "-m", DAEMON, *words]
 
 
-def daemon_environment(overrides: dict[str, str | int]) -> dict[str, str]:
-    """Our environment, with the settings of the command line as variables, which outrank every other source."""
+def daemon_environment(face: Face) -> dict[str, str]:
+    """Our environment, with the settings of the command line as variables, which outrank every other source.
+
+    Folders are absolute: the daemon does not run where we do.
+    """
     from mullion.base.settings import SETTINGS
 
+    paths = face.paths
+    overrides = {**face.overrides, "data_dir": paths.data_dir, "run_dir": paths.run_dir}
     chosen = {s.variable: str(overrides[s.name]) for s in SETTINGS if s.name in overrides}
-    for folder in ("MULLION_DATA_DIR", "MULLION_RUN_DIR"):
-        if folder in chosen:
-            chosen[folder] = os.path.abspath(chosen[folder])
     return {**os.environ, **chosen}
 
 
@@ -87,7 +92,7 @@ def serve(face: Face, /, detach: bool, **given: str | int | None) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, daemon_argv("serve"), daemon_environment(face.overrides))  # noqa: S606 - becomes the daemon
+    os.execve(sys.executable, daemon_argv("serve"), daemon_environment(face))  # noqa: S606 - becomes the daemon
 
 
 def describe_addresses(view: StatusView) -> str:
@@ -111,20 +116,31 @@ def ensure_service(face: Face) -> tuple[StatusView, bool]:
     from mullion.base.process import spawn
 
     paths = face.paths
-    os.makedirs(paths.data_dir, mode=0o750, exist_ok=True)
+    os.makedirs(paths.data_dir, mode=_DATA_DIR_MODE, exist_ok=True)
     log_begins = os.path.getsize(paths.log) if os.path.exists(paths.log) else 0
-    process = spawn(daemon_argv("serve"), log_path=paths.log, env=daemon_environment(face.overrides), cwd="/")
+    process = spawn(daemon_argv("serve"), log_path=paths.log, env=daemon_environment(face), cwd="/")
     pidfd = os.pidfd_open(process.pid)
     try:
         return _wait_until_it_answers(face, pidfd), True
     except (UnavailableError, DeadlineError) as error:
-        status = process.poll()
-        excerpt = log_excerpt(paths.log, log_begins)
-        ending = "does not answer" if status is None else f"ended at once with exit status {status}"
-        message = f"the service {ending}{f': {excerpt}' if excerpt else ''}"
-        raise type(error)(message, remedy=f"Its log is {paths.log}; `mullion doctor` checks the host.") from error
+        raise why_it_ended(process.poll(), log_excerpt(paths.log, log_begins), paths.log) from error
     finally:
         os.close(pidfd)
+
+
+def why_it_ended(status: int | None, excerpt: str, log_path: str) -> MullionError:
+    """The error of a service that did not come up: its own last words, if it had any. `status` is None: it still runs."""
+    spoken = list(_ERROR.finditer(excerpt))
+    if status is not None and spoken:
+        fields = spoken[-1].groupdict()
+        return UnavailableError(
+            f"the service did not start: {fields['message']}", remedy=fields["remedy"], remote_exit_code=status
+        )
+    ending = "does not answer" if status is None else f"ended at once with exit status {status}"
+    return UnavailableError(
+        f"the service {ending}{f': {excerpt}' if excerpt else ''}",
+        remedy=f"Its log is {log_path}; `mullion doctor` checks the host.",
+    )
 
 
 def _wait_until_it_answers(face: Face, pidfd: int) -> StatusView:

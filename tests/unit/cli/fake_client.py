@@ -144,6 +144,7 @@ class FakeClient:
         if full in self._disks:
             raise AlreadyExistsError(f"{full} exists")
         files = (full,) if parent is None else (full, self._path(parent))
+        type = type if parent is None else "differencing"  # noqa: A001 - the API's word
         chain = tuple(ChainFileView(f, type, size_bytes or 0, 1536, "id", read_only=n > 0) for n, f in enumerate(files))
         self._disks[full] = DiskView(full, path, type, size_bytes or 64 * 1024**2, 1536, 0, chain)
         return self._disks[full]

@@ -102,7 +102,7 @@ def test_a_new_disk_is_deleted_again_when_the_partition_cannot_be_created(mullio
     failed = mullion("partition", "create", "web", "--disk", "web,parent=image:demo", "--disk", "data,size=1G")
     assert failed.exit_code == DeniedError.exit_code
     assert asked(service, "create_disk") == [
-        ("web", None, "differencing", "image:demo", None),
+        ("web", None, "dynamic", "image:demo", None),
         ("data", GIB, "dynamic", None, None),
     ]
     assert asked(service, "delete_disk") == [f"{POOL}/data.vhd", f"{POOL}/web.vhd"]
@@ -257,7 +257,7 @@ def test_the_demo_creates_what_is_missing_and_may_be_repeated(mullion, service):
     first = mullion("demo")
     assert first.exit_code == 0, first.stderr
     assert asked(service, "build_image") == ["demo"]
-    assert asked(service, "create_disk") == [("demo", None, "differencing", "image:demo", None)]
+    assert asked(service, "create_disk") == [("demo", None, "dynamic", "image:demo", None)]
     for expected in ("demo is running", "tcg: KVM cannot", "3.2 s", "http://127.0.0.1:8440", "partition console demo"):
         assert expected in first.stdout
     second = mullion("demo", "--format", "json")

@@ -6,9 +6,9 @@ import pytest
 
 from mullion.base.errors import InvalidError
 from mullion.cli.doctor import render
-from mullion.cli.face import Face, how_invoked, read_token
+from mullion.cli.face import Face, exit_code_of, how_invoked, read_token
 from mullion.cli.progress import progress_line
-from mullion.cli.service import daemon_argv, daemon_environment
+from mullion.cli.service import daemon_argv, daemon_environment, why_it_ended
 from mullion.model.states import OperationState
 from mullion.model.views import CheckView, OperationView
 
@@ -69,11 +69,25 @@ def test_a_token_is_read_from_its_file(tmp_path):
 
 def test_settings_reach_the_daemon_by_its_environment(monkeypatch):
     monkeypatch.setenv("MULLION_LISTEN", "none")
-    environment = daemon_environment({"data_dir": "data", "boot_slots": 3})
+    monkeypatch.setenv("MULLION_RUN_DIR", "run")
+    environment = daemon_environment(Face(overrides={"data_dir": "data", "boot_slots": 3}))
     assert environment["MULLION_DATA_DIR"] == os.path.join(os.getcwd(), "data")
+    assert environment["MULLION_RUN_DIR"] == os.path.join(os.getcwd(), "run")
     assert environment["MULLION_BOOT_SLOTS"] == "3"
     assert environment["MULLION_LISTEN"] == "none"
     assert daemon_argv("doctor")[1:] == ["-P", "-m", "mullion.daemon", "doctor"]
+
+
+def test_a_service_that_did_not_start_is_quoted():
+    log = "2030 error __main__ no\nmullion: another program listens on 127.0.0.1:1\n  → Set `listen` to none.\n"
+    error = why_it_ended(4, log, "/d/mullion.log")
+    assert error.message == "the service did not start: another program listens on 127.0.0.1:1"
+    assert error.remedy == "Set `listen` to none."
+    assert exit_code_of(error) == 4
+    crashed = why_it_ended(-9, "half a line", "/d/mullion.log")
+    assert crashed.message == "the service ended at once with exit status -9: half a line"
+    assert "/d/mullion.log" in crashed.remedy
+    assert why_it_ended(None, "", "/d/mullion.log").message == "the service does not answer"
 
 
 def test_doctor_aligns_its_verdicts_and_shows_what_mends():
