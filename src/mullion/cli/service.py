@@ -69,7 +69,9 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(cls=Command, short_help="Run the service of this host.")
-@click.option("--detach", is_flag=True, help="Start it in the background and return when it answers.")
+@click.option(
+    "--detach/--foreground", default=False, help="Start it in the background and return when it answers, or stay."
+)
 @settings_options
 @pass_face
 def serve(face: Face, /, detach: bool, **given: str | int | None) -> None:
@@ -129,7 +131,7 @@ def ensure_service(face: Face) -> tuple[StatusView, bool]:
 
 
 def why_it_ended(status: int | None, excerpt: str, log_path: str) -> MullionError:
-    """The error of a service that did not come up: its own last words, if it had any. `status` is None: it still runs."""
+    """The error of a service that did not come up: its own last words, if any. `status` None: it still runs."""
     spoken = list(_ERROR.finditer(excerpt))
     if status is not None and spoken:
         fields = spoken[-1].groupdict()
