@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final, Literal
 
-from mullion.base.errors import InvalidError, UnavailableError
+from mullion.base.errors import InvalidError, MissingToolError, UnavailableError
 from mullion.base.files import replace_file
 from mullion.base.process import run
 from mullion.base.units import GIB
@@ -94,25 +94,17 @@ def build_demo_image(
             return current
         try:
             packages = source.resolve(_PACKAGES, _KERNELS[kernel])
+            key = _key(packages, extra, kernel)
+            folder = f"{images_dir}/demo-{key}"
+            if not os.path.exists(folder):
+                progress("fetching packages", 0.1)
+                _build(folder, name, source.fetch(packages), extra, progress)
         except UnavailableError as error:
-            if current is None:
+            if current is None or isinstance(error, MissingToolError):
                 raise
             log.warning("%s: staying with the image that was built at %s", error, current.built_at)
             return current
         seen = f"{_own_part({}, kernel)} {source.fingerprint()}"  # resolving may have fetched lists
-        key = _key(packages, extra, kernel)
-        folder = f"{images_dir}/demo-{key}"
-        if not os.path.exists(folder):
-            _build(
-                images_dir=images_dir,
-                folder=folder,
-                name=name,
-                key=key,
-                packages=packages,
-                source=source,
-                extra=extra,
-                progress=progress,
-            )
         built = replace(_load(folder), packages_seen=seen)
         _save(folder, built)
         if not extra:
@@ -126,24 +118,12 @@ def find_built(images_dir: str, name: str) -> BuiltImage | None:
     return _current(images_dir, name)
 
 
-def _build(
-    *,
-    images_dir: str,
-    folder: str,
-    name: str,
-    key: str,
-    packages: Sequence[Package],
-    source: PackageSource,
-    extra: Mapping[str, Entry],
-    progress: Progress,
-) -> None:
-    progress("fetching packages", 0.1)
-    debs = source.fetch(packages)
+def _build(folder: str, name: str, debs: Mapping[str, str], extra: Mapping[str, Entry], progress: Progress) -> None:
     progress("unpacking packages", 0.4)
     files = read_guest_files(debs)
     progress("making the disk", 0.7)
     initramfs, root = build_trees(files, extra)
-    work = tempfile.mkdtemp(prefix=".building-", dir=images_dir)
+    work = tempfile.mkdtemp(prefix=".building-", dir=os.path.dirname(folder))
     try:
         result = f"{work}/result"
         os.mkdir(result)
@@ -161,7 +141,7 @@ def _build(
             initrd_path=f"{folder}/initrd.img",
             size_bytes=DISK_BYTES,
             built_at=now,
-            key=key,
+            key=folder.rpartition("-")[2],
             packages_seen="",
         )
         _save(result, image)
@@ -170,7 +150,7 @@ def _build(
             _sync(f"{result}/{file_name}")
         _sync(result)
         os.rename(result, folder)
-        _sync(images_dir)
+        _sync(os.path.dirname(folder))
     finally:
         shutil.rmtree(work)
 

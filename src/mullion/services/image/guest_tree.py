@@ -26,6 +26,7 @@ _SCRIPTS: Final = os.path.join(os.path.dirname(__file__), "guest")
 _REQUIRED_MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_console")
 _EARLY_MODULES: Final = (
     *("virtio_scsi", "sd_mod", "crct10dif_generic", "crct10dif_pclmul", "ata_piix", "ata_generic", "ahci", "nvme"),
+    *("ext4", "crc32c_generic", "crc32c_intel"),
     *("evdev", "button", "pvpanic_mmio", "pvpanic_pci"),
 )
 _ROOT_MODULES: Final = (
