@@ -81,7 +81,12 @@ class Daemon:
             images = ImageController(paths)
             fleet = ProviderFleet(paths.log)
             stack.push_async_callback(fleet.close)
-            disks = DiskController(paths, images.resolve, lambda: partitions.holders())  # noqa: PLW0108 - made below
+            disks = DiskController(
+                paths,
+                images.resolve,
+                holders=lambda: partitions.holders(),  # noqa: PLW0108 - made below
+                attached=lambda: partitions.attached(),  # noqa: PLW0108 - made below
+            )
             partitions = PartitionController(
                 store=store,
                 events=events,

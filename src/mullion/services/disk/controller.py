@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from mullion.base.errors import InvalidError, MullionError, NotFoundError
+from mullion.base.errors import ConflictError, InvalidError, MullionError, NotFoundError
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB, SECTOR_BYTES
 from mullion.model.views import ChainFileView, DiskView
@@ -18,14 +18,23 @@ SUFFIXES: Final = (".vhd", ".avhd")
 
 
 class DiskController:
-    """Creates and shows disks. `holders` tells which partition has which file open for writing."""
+    """Creates, shows and deletes disks.
+
+    `holders` tells which partition has which file open for writing, `attached` which one's definition names it.
+    """
 
     def __init__(
-        self, paths: HostPaths, resolve_image: Callable[[str], str], holders: Callable[[], Mapping[str, str]]
+        self,
+        paths: HostPaths,
+        resolve_image: Callable[[str], str],
+        *,
+        holders: Callable[[], Mapping[str, str]],
+        attached: Callable[[], Mapping[str, str]],
     ) -> None:
         self._paths = paths
         self._resolve_image = resolve_image
         self._holders = holders
+        self._attached = attached
 
     def resolve(self, name_or_path: str) -> str:
         """The absolute path behind `/path/to.vhd`, `name` (of the pool) or `image:name`.
@@ -113,8 +122,34 @@ class DiskController:
         return await asyncio.to_thread(self._view, path)
 
     async def delete(self, name_or_path: str) -> None:
-        """Remove a disk's file. The caller has made sure that nothing uses it."""
-        await asyncio.to_thread(os.unlink, self.resolve(name_or_path))
+        """Remove a disk's file.
+
+        Raises: NotFoundError; ConflictError when a partition's definition names it or a disk of the pool is its child.
+        """
+        path = self.resolve(name_or_path)
+        partition = self._attached().get(path)
+        if partition is not None:
+            raise ConflictError(
+                f"the disk {path} belongs to partition {partition}",
+                remedy=f"Take it out of the definition, or: mullion partition delete {partition} --with-disks",
+                path=path,
+            )
+        await asyncio.to_thread(self._delete, path)
+
+    def _delete(self, path: str) -> None:
+        if not os.path.exists(path):
+            raise NotFoundError(f"the disk {path} does not exist", path=path)
+        for view in self._list():
+            if path in [file.path for file in view.chain[1:]]:
+                raise ConflictError(
+                    f"the disk {path} is a parent of {view.path}, which would lose its content",
+                    remedy=f"Delete {view.name} first, if it is not needed.",
+                    path=path,
+                )
+        if path.startswith(self._paths.images + "/"):
+            raise ConflictError(f"{path} belongs to an image", remedy="Images are kept for the disks made from them.")
+        inspect_chain(path)  # raises for what is not a VHD: nothing else is deleted here
+        os.unlink(path)
 
     def _view(self, path: str) -> DiskView:
         info = self.inspect(path)

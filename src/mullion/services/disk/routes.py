@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from litestar import Response, get, post
+from litestar import Response, delete, get, post
 from litestar.params import QueryParameter
 from msgspec import Meta, Struct
 
@@ -50,4 +50,13 @@ async def show_disk(
     return await disks.show(path)
 
 
-ROUTES: Final = (list_disks, create_disk, show_disk)
+@delete("/1.0/disks", tags=_TAGS)
+async def delete_disk(
+    disks: Service[DiskController],
+    path: Annotated[str, QueryParameter(description="a name in the pool or an absolute path")],
+) -> None:
+    """Delete a disk that no partition's definition names and that is no other's parent."""
+    await disks.delete(path)
+
+
+ROUTES: Final = (list_disks, create_disk, show_disk, delete_disk)

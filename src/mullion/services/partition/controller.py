@@ -86,7 +86,12 @@ class PartitionController:
     def _hold(self, record: PartitionRecord, revision: int) -> Partition:
         name = record.definition.name
         partition = Partition(
-            record, revision, Runtime(name, self._paths.partition(name)), self._surroundings, self._store, self._events
+            record,
+            revision,
+            runtime=Runtime(name, self._paths.partition(name)),
+            surroundings=self._surroundings,
+            store=self._store,
+            events=self._events,
         )
         self._partitions[name] = partition
         return partition
@@ -94,6 +99,14 @@ class PartitionController:
     def holders(self) -> Mapping[str, str]:
         """Which file is open for writing in which partition."""
         return {path: partition.name for partition in self._partitions.values() for path in partition.held_files()}
+
+    def attached(self) -> Mapping[str, str]:
+        """Which file is named by the definition of which partition."""
+        return {
+            self._disks.resolve(disk.path): partition.name
+            for partition in self._partitions.values()
+            for disk in partition.record.definition.disks
+        }
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -255,7 +268,7 @@ class PartitionController:
         return await self._act(name, "start", _AT_REST, work, cancellable=True)
 
     async def stop(self, name: str, *, force: bool = False, timeout_s: float | None = None) -> OperationView:
-        """Begin to stop one: the guest is asked for `timeout_s` (its definition's without), or not at all by `force`."""
+        """Begin to stop one: the guest is asked for `timeout_s` (by default its definition's); by `force` not at all."""
 
         async def work(operation: Operation) -> Mapping[str, object]:
             return await self._stop(operation, timeout_s=0.0 if force else timeout_s)

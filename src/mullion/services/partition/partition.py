@@ -68,6 +68,7 @@ class Partition:
         self,
         record: PartitionRecord,
         revision: int,
+        *,
         runtime: Runtime,
         surroundings: Surroundings,
         store: Store,

@@ -75,8 +75,10 @@ async def delete_partition(
     partitions: Service[PartitionController],
     name: PathName,
     with_disks: Annotated[bool, QueryParameter(description="delete its writable disks too")] = False,
+    if_match: Annotated[str | None, HeaderParameter(name="If-Match")] = None,
 ) -> None:
-    """Forget a partition that is stopped."""
+    """Forget a partition that is stopped. If-Match takes the view's `etag`, or `*`."""
+    check_match(if_match, (await partitions.get(name)).etag, f"partition {name}")
     await partitions.delete(name, with_disks=with_disks)
 
 
