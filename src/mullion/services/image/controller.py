@@ -28,20 +28,24 @@ class ImageController:
         found = (find_built(self._images_dir, name) for name in sorted(_KERNELS))
         return tuple(_view(built) for built in found if built is not None)
 
+    def check_name(self, name: str) -> None:
+        """Raises: NotFoundError for a name that is not known."""
+        _kernel(name)
+
     def get(self, name: str) -> ImageView:
         """Raises: NotFoundError for a name that is not known, or not built yet."""
         return _view(self._find(name))
 
     def check_name(self, name: str) -> None:
         """Raises: NotFoundError for a name that is not known."""
-        self._kernel(name)
+        _kernel(name)
 
     def build(self, name: str, progress: Progress) -> ImageView:
         """Have the image built from the present packages; at once if it is.
 
         Raises: NotFoundError for a name that is not known; what `build_demo_image` raises.
         """
-        kernel = self._kernel(name)
+        kernel = _kernel(name)
         return _view(
             build_demo_image(self._images_dir, cache_dir=self._cache_dir, progress=progress, kernel=kernel),
         )
@@ -58,7 +62,7 @@ class ImageController:
         return self._find(source.removeprefix(PREFIX)).path
 
     def _find(self, name: str) -> BuiltImage:
-        self._kernel(name)
+        _kernel(name)
         built = find_built(self._images_dir, name)
         if built is None:
             raise NotFoundError(
@@ -66,13 +70,13 @@ class ImageController:
             )
         return built
 
-    @staticmethod
-    def _kernel(name: str) -> Kernel:
-        if name not in _KERNELS:
-            raise NotFoundError(
-                f"there is no image {name!r}", remedy=f"Images that can be built: {', '.join(_KERNELS)}.", image=name
-            )
-        return _KERNELS[name]
+
+def _kernel(name: str) -> Kernel:
+    if name not in _KERNELS:
+        raise NotFoundError(
+            f"there is no image {name!r}", remedy=f"Images that can be built: {', '.join(_KERNELS)}.", image=name
+        )
+    return _KERNELS[name]
 
 
 def _view(built: BuiltImage) -> ImageView:
