@@ -11,11 +11,9 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
-
-from mullion.base.block import BlockDevice, Buffer, Extent, WritableBuffer
 
 RETRY_INTERVAL_S: Final = 1.0
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -98,58 +96,6 @@ class SpaceGate:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-
-
-class SpaceWaitingDevice:
-    """A disk whose writes wait for space instead of failing; everything else passes through."""
-
-    def __init__(self, device: BlockDevice, gate: SpaceGate, disk_id: str) -> None:
-        self._device = device
-        self._gate = gate
-        self._disk_id = disk_id
-
-    @property
-    def size_bytes(self) -> int:
-        return self._device.size_bytes
-
-    @property
-    def read_only(self) -> bool:
-        return self._device.read_only
-
-    def pread(self, offset: int, buffer: WritableBuffer) -> None:
-        self._device.pread(offset, buffer)
-
-    def pwrite(self, offset: int, buffer: Buffer) -> None:
-        self._persist(lambda: self._device.pwrite(offset, buffer))
-
-    def flush(self) -> None:
-        self._persist(self._device.flush)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._persist(lambda: self._device.discard(offset, length))
-
-    def write_zeroes(self, offset: int, length: int) -> None:
-        self._persist(lambda: self._device.write_zeroes(offset, length))
-
-    def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        return self._device.extents(offset, length)
-
-    def close(self) -> None:
-        """The device below is shared: its owner closes it."""
-
-    def _persist(self, attempt: Callable[[], None]) -> None:
-        waited = False
-        while True:
-            try:
-                attempt()
-            except OSError as error:
-                if not is_no_space(error) or not self._gate.wait_for_space(error, self._disk_id):
-                    raise
-                waited = True
-            else:
-                if waited:
-                    self._gate.recovered(self._disk_id)
-                return
 
 
 def mount_point(path: str) -> str:

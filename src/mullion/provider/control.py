@@ -1,0 +1,196 @@
+"""The control socket of a provider: answers commands, tells subscribers what happens. Runs in the main thread.
+
+Commands and their answers (`control_client` has the framing): `status` → partition, pid, uptime and every disk;
+`flush` → every disk is durable; `retry` → writers that wait for space try again; `subscribe` → events from now on;
+`quit` → the provider flushes, closes and ends, after the answer.
+Events: `no_space`, `space`, `broken`, `connected`, `disconnected`, each with `disk`, and `reason` where there is one.
+
+Limits: 16 clients, lines of 64 KiB; who does not read its answers is disconnected at 256 KiB.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import select
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Final
+
+from mullion.base.errors import InvalidError, MullionError
+from mullion.provider.control_client import COMMANDS, LineDecoder, encode
+
+log = logging.getLogger(__name__)
+
+MAX_CLIENTS: Final = 16
+OUTPUT_LIMIT_BYTES: Final = 256 * 1024
+_READ_BYTES: Final = 16 * 1024
+
+
+class _Client:
+    """One connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.decoder = LineDecoder()
+        self.output = bytearray()
+        self.is_subscribed = False
+        self.is_ending = False  # closed as soon as the output is sent
+
+
+class ControlServer:
+    """Serves the control socket until it is told to quit."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        actions: Mapping[str, Callable[[], Mapping[str, object]]],
+        quit_fd: int,
+    ) -> None:
+        """`actions` answer `status`, `flush` and `retry`; `run` returns when `quit_fd` becomes readable."""
+        self._listener = listener
+        self._actions = actions
+        self._quit_fd = quit_fd
+        self._clients: dict[int, _Client] = {}
+        self._events: collections.deque[Mapping[str, object]] = collections.deque(maxlen=1024)
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._is_quitting = False
+        for fd in (listener.fileno(), quit_fd, self._event_fd):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def publish(self, event: Mapping[str, object]) -> None:
+        """Tell all subscribers; may be called from any thread."""
+        self._events.append(event)
+        os.eventfd_write(self._event_fd, 1)
+
+    def run(self) -> None:
+        """Serve until `quit` or until the quit descriptor becomes readable."""
+        while not self._is_quitting:
+            for fd, events in self._epoll.poll():
+                if fd == self._quit_fd:
+                    self._is_quitting = True
+                elif fd == self._event_fd:
+                    self._push_events()
+                elif fd == self._listener.fileno():
+                    self._accept()
+                else:
+                    self._serve(fd, events)
+
+    def close(self) -> None:
+        """Say what is left to say, and close everything."""
+        self._push_events()
+        for client in tuple(self._clients.values()):
+            self._drop(client)
+        self._epoll.close()
+        os.close(self._event_fd)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _address = self._listener.accept()
+        except OSError as error:
+            log.warning("control: a client could not be accepted: %s", error)
+            return
+        connection.setblocking(False)
+        client = _Client(connection)
+        self._clients[connection.fileno()] = client
+        self._epoll.register(connection.fileno(), select.EPOLLIN)
+        if len(self._clients) > MAX_CLIENTS:
+            client.is_ending = True
+            self._send(
+                client,
+                _failure(
+                    InvalidError(
+                        f"more than {MAX_CLIENTS} control connections", remedy="Close one of the others first."
+                    )
+                ),
+            )
+
+    def _serve(self, fd: int, events: int) -> None:
+        client = self._clients.get(fd)
+        if client is None:
+            return
+        if events & select.EPOLLOUT:
+            self._flush_output(client)
+        if not events & ~select.EPOLLOUT or client.is_ending:
+            return
+        try:
+            data = client.connection.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # reset by the peer: the same as the end
+        if not data:
+            self._drop(client)
+            return
+        try:
+            for message in client.decoder.feed(data):
+                self._send(client, self._answer(client, message))
+        except MullionError as error:
+            client.is_ending = True
+            self._send(client, _failure(error))
+
+    def _answer(self, client: _Client, message: Mapping[str, object]) -> Mapping[str, object]:
+        tag = {"id": message["id"]} if "id" in message else {}
+        try:
+            return tag | self._act(client, message.get("command"))
+        except MullionError as error:
+            return tag | _failure(error)
+
+    def _act(self, client: _Client, command: object) -> dict[str, object]:
+        action = self._actions.get(command) if isinstance(command, str) else None
+        if action is not None:
+            return dict(action())
+        if command == "subscribe":
+            client.is_subscribed = True
+            return {"subscribed": True}
+        if command == "quit":
+            self._is_quitting = True
+            return {"quitting": True}
+        raise InvalidError(f"{command!r} is not a command", remedy=f"Commands: {', '.join(COMMANDS)}.")
+
+    def _push_events(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._event_fd)
+        while self._events:
+            event = self._events.popleft()
+            for client in tuple(self._clients.values()):
+                if client.is_subscribed:
+                    self._send(client, event)
+
+    def _send(self, client: _Client, message: Mapping[str, object]) -> None:
+        client.output += encode(message)
+        self._flush_output(client)
+
+    def _flush_output(self, client: _Client) -> None:
+        if client.connection.fileno() < 0:
+            return
+        try:
+            while client.output:
+                sent = client.connection.send(client.output)
+                del client.output[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(client)
+            return
+        if len(client.output) > OUTPUT_LIMIT_BYTES or (client.is_ending and not client.output):
+            self._drop(client)
+            return
+        wanted = select.EPOLLIN | (select.EPOLLOUT if client.output else 0)
+        self._epoll.modify(client.connection.fileno(), wanted)
+
+    def _drop(self, client: _Client) -> None:
+        fd = client.connection.fileno()
+        if fd < 0:
+            return
+        self._epoll.unregister(fd)
+        del self._clients[fd]
+        client.connection.close()
+
+
+def _failure(error: MullionError) -> dict[str, object]:
+    return {"error": error.to_wire()}

@@ -1,0 +1,56 @@
+"""The control protocol of a provider without its I/O: one JSON object a line, for both ends.
+
+A request is `{"command": name, "id": anything}`; `id` may be left out and comes back with the answer. An answer is an
+object without `event`; it has `error` (`code`, `message`, `remedy`, `context`, `exit_code`) when the command failed.
+An event, sent to those who subscribed, has `event` and `disk`. Answers come in the order of the requests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Final
+
+from mullion.base.errors import InvalidError, TooLargeError
+
+LINE_LIMIT_BYTES: Final = 64 * 1024
+COMMANDS: Final = ("status", "flush", "retry", "subscribe", "quit")
+
+
+def encode(message: Mapping[str, object]) -> bytes:
+    """A message as a line."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def encode_command(command: str, request_id: int | str | None = None) -> bytes:
+    """A request as a line. Raises: InvalidError for a command that does not exist."""
+    if command not in COMMANDS:
+        raise InvalidError(f"{command!r} is not a command", remedy=f"Commands: {', '.join(COMMANDS)}.")
+    return encode({"command": command} if request_id is None else {"command": command, "id": request_id})
+
+
+class LineDecoder:
+    """Cuts what arrives into lines and lines into objects. After an error the connection is to be closed."""
+
+    def __init__(self, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
+        self._buffer = bytearray()
+        self._limit_bytes = limit_bytes
+
+    def feed(self, data: bytes) -> list[dict[str, object]]:
+        """The objects that are complete now. Raises: TooLargeError for a line too long, InvalidError for another."""
+        self._buffer += data
+        *lines, rest = self._buffer.split(b"\n")
+        self._buffer = rest
+        if max(map(len, (*lines, rest))) > self._limit_bytes:
+            raise TooLargeError(f"a line of more than {self._limit_bytes} bytes")
+        return [_decode(bytes(line)) for line in lines if line.strip()]
+
+
+def _decode(line: bytes) -> dict[str, object]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidError(f"a line is not JSON: {error}", remedy="Send one JSON object a line.") from error
+    if not isinstance(message, dict):
+        raise InvalidError("a line is not a JSON object", remedy="Send one JSON object a line.")
+    return message

@@ -1,0 +1,327 @@
+"""One provider: the process that serves a partition's disks.
+
+It starts with the rights of whoever forked it, gives them up (`startup`), opens the chains, offers each disk as
+vhost-user-blk and as NBD, says that it is ready, and then answers its control socket until SIGTERM or `quit`. It needs
+nobody: parent and zygote may die, the guest goes on.
+
+Ready is one JSON line: `{"ready": true, "pid": n, "disks": [{"id", "size_bytes", "read_only", "warnings"}]}`, or
+`{"error": {code, message, remedy, context, exit_code}, "pid": n}`, after which it exits with status 1.
+Durability: at the end every ring finishes the request it is at, then every chain is flushed and closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from mullion.base.errors import MullionError, NoSpaceError, OperationFailedError
+from mullion.provider.blk import BlkDevice
+from mullion.provider.control import ControlServer
+from mullion.provider.control_client import encode
+from mullion.provider.nbd_export import NbdExport
+from mullion.provider.space import Shortage, SpaceGate, is_no_space
+from mullion.provider.spec import DiskSpec, ProviderSpec
+from mullion.provider.startup import (
+    PROCESS_NAME,
+    bind_listener,
+    drop_privileges,
+    open_chain_files,
+    set_process_name,
+)
+from mullion.provider.vhost_export import Served, VhostExport
+from mullion.vhd import Chain
+
+log = logging.getLogger(__name__)
+
+_THREAD_STACK_BYTES: Final = 256 * 1024
+
+
+@dataclass(slots=True)
+class _Disk:
+    """A disk that is served."""
+
+    spec: DiskSpec
+    chain: Chain
+    vhost: VhostExport | None = None
+    nbd: NbdExport | None = None
+
+
+class Provider:
+    """The disks of one partition, and what the control socket says about them."""
+
+    def __init__(self, spec: ProviderSpec) -> None:
+        self._spec = spec
+        self._started_s = time.monotonic()
+        self._disks: list[_Disk] = []
+        self._gate = SpaceGate(self._space_changed)
+        self._quit_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._control: ControlServer | None = None
+
+    def open(self) -> None:
+        """Open, bind, drop privileges, load the chains and start to serve. Raises: MullionError, OSError."""
+        spec = self._spec
+        with contextlib.ExitStack() as undo:
+            files: list[list[int]] = []
+            undo.callback(lambda: _close_files(files))
+            files.extend(open_chain_files(disk) for disk in spec.disks)
+            sockets: dict[str, socket.socket] = {}
+            undo.callback(lambda: _close_sockets(sockets))
+            for path in _socket_paths(spec):
+                sockets[path] = bind_listener(path, uid=spec.uid, gid=spec.gid)
+            if spec.pending_dir is not None:
+                _make_folder(spec.pending_dir, spec.uid, spec.gid)
+            drop_privileges(spec.uid, spec.gid)
+            undo.callback(self._close_chains)
+            for disk in spec.disks:
+                self._disks.append(_Disk(disk, self._load(disk, files.pop(0))))
+            undo.callback(self._stop_exports)
+            self._control = ControlServer(sockets.pop(spec.control), self._actions(), self._quit_fd)
+            for served in self._disks:
+                self._serve(served, sockets)
+            undo.pop_all()
+
+    def _load(self, disk: DiskSpec, fds: list[int]) -> Chain:
+        pending = None
+        if self._spec.pending_dir is not None and not disk.read_only:
+            pending = f"{self._spec.pending_dir}/{disk.id}"
+        chain = Chain.from_descriptors(
+            fds, disk.chain, read_only=disk.read_only, pending_path=pending, holder=self._spec.partition
+        )
+        for warning in chain.warnings:
+            log.warning("disk %s: %s", disk.id, warning)
+        return chain
+
+    def _serve(self, served: _Disk, sockets: dict[str, socket.socket]) -> None:
+        disk, chain = served.spec, served.chain
+        self._gate.register(disk.id, disk.chain[0])
+        if disk.vhost_user is not None:
+            blk = BlkDevice(chain, disk.id, disk.serial or disk.id)
+            served.vhost = VhostExport(sockets.pop(disk.vhost_user), blk, self._gate, self._notify)
+            served.vhost.start()
+        if disk.nbd is not None:
+            served.nbd = NbdExport(
+                disk.nbd,
+                chain,
+                name=disk.id,
+                read_only=disk.read_only,
+                gate=self._gate,
+                listener=sockets.pop(disk.nbd),
+            )
+            served.nbd.start()
+
+    def ready(self) -> Mapping[str, object]:
+        """What is told to whoever waits for the start."""
+        return {
+            "ready": True,
+            "pid": os.getpid(),
+            "disks": [
+                {
+                    "id": served.spec.id,
+                    "size_bytes": served.chain.size_bytes,
+                    "read_only": served.chain.read_only,
+                    "warnings": served.chain.warnings,
+                }
+                for served in self._disks
+            ],
+        }
+
+    def run(self) -> None:
+        """Answer the control socket until the end."""
+        assert self._control is not None, "opened before it is run"
+        self._control.run()
+
+    def quit(self) -> None:
+        """Make `run` return; a signal handler may call it."""
+        os.eventfd_write(self._quit_fd, 1)
+
+    def close(self) -> None:
+        """Stop serving, flush and close. Raises: the first error of a disk that could not be flushed."""
+        self._gate.close()
+        errors = self._stop_exports()
+        errors += self._close_chains()
+        if self._control is not None:
+            self._control.close()
+        for path in _socket_paths(self._spec):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # the folder may be the parent's alone
+                os.unlink(path)
+        os.close(self._quit_fd)
+        if errors:
+            raise errors[0]
+
+    def _stop_exports(self) -> list[Exception]:
+        errors: list[Exception] = []
+        for served in self._disks:
+            for export in (served.vhost, served.nbd):
+                if export is not None:
+                    try:
+                        export.stop()
+                    except MullionError as error:
+                        errors.append(error)
+        return errors
+
+    def _close_chains(self) -> list[Exception]:
+        errors: list[Exception] = []
+        for served in self._disks:
+            try:
+                served.chain.close()
+            except (OSError, MullionError) as error:
+                log.error("disk %s could not be closed cleanly: %s", served.spec.id, error)
+                errors.append(error)
+        return errors
+
+    # What the control socket asks.
+
+    def _actions(self) -> Mapping[str, Callable[[], Mapping[str, object]]]:
+        return {"status": self.status, "flush": self._flush, "retry": self._retry}
+
+    def status(self) -> Mapping[str, object]:
+        """The provider and its disks as JSON values."""
+        return {
+            "partition": self._spec.partition,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started_s, 3),
+            "disks": [self._disk_status(served) for served in self._disks],
+        }
+
+    def _disk_status(self, served: _Disk) -> Mapping[str, object]:
+        disk, vhost, nbd = served.spec, served.vhost, served.nbd
+        state, reason, filesystem = Served.OK, None, None
+        shortage = self._gate.shortage(disk.id)
+        if vhost is not None and vhost.broken_reason is not None:
+            state, reason = Served.BROKEN, vhost.broken_reason
+        elif shortage is not None:
+            state, reason, filesystem = Served.NO_SPACE, shortage.reason, shortage.filesystem
+        fields: dict[str, object] = {
+            "id": disk.id,
+            "state": state.value,
+            "reason": reason,
+            "filesystem": filesystem,
+            "size_bytes": served.chain.size_bytes,
+            "read_only": served.chain.read_only,
+            "chain": list(disk.chain),
+            "vhost_user": None,
+            "nbd": None,
+        }
+        if vhost is not None:
+            counters = vhost.counters
+            fields["vhost_user"] = {
+                "path": disk.vhost_user,
+                "connected": vhost.is_connected,
+                "requests": counters.requests,
+                "bytes": counters.bytes,
+            }
+        if nbd is not None:
+            fields["nbd"] = {"path": disk.nbd, **nbd.counters._asdict()}
+        return fields
+
+    def _flush(self) -> Mapping[str, object]:
+        for served in self._disks:
+            try:
+                served.chain.flush()
+            except OSError as error:
+                where = f"disk {served.spec.id} cannot be flushed: {error.strerror or error}"
+                if is_no_space(error):
+                    raise NoSpaceError(where, disk=served.spec.id) from error
+                raise OperationFailedError(where, remedy="Look after the storage below it.") from error
+        return {"flushed": [served.spec.id for served in self._disks]}
+
+    def _retry(self) -> Mapping[str, object]:
+        self._gate.retry()
+        return {"retrying": True}
+
+    def _space_changed(self, event: str, disk: str, shortage: Shortage | None) -> None:
+        if shortage is None:
+            log.info("disk %s: writing again", disk)
+            self._publish({"event": event, "disk": disk})
+            return
+        log.warning("disk %s: no space left on %s: writes wait", disk, shortage.filesystem)
+        self._publish({"event": event, "disk": disk, "reason": shortage.reason, "filesystem": shortage.filesystem})
+
+    def _notify(self, event: str, disk: str, reason: str) -> None:
+        self._publish({"event": event, "disk": disk, "reason": reason} if reason else {"event": event, "disk": disk})
+
+    def _publish(self, event: Mapping[str, object]) -> None:
+        if self._control is not None:
+            self._control.publish(event)
+
+
+def run(spec: ProviderSpec, report_fd: int) -> int:
+    """Be a provider until the end; the exit status. `report_fd` gets the line that says ready or why not."""
+    set_process_name(PROCESS_NAME)
+    threading.stack_size(_THREAD_STACK_BYTES)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    provider = Provider(spec)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: provider.quit())
+    try:
+        provider.open()
+    except MullionError as error:
+        log.error("%s: %s", spec.partition, error)
+        _report(report_fd, {"error": error.to_wire(), "pid": os.getpid()})
+        return 1
+    except OSError as error:
+        failure = OperationFailedError(f"the provider cannot start: {error}", remedy=f"See {spec.log}.")
+        log.error("%s: %s", spec.partition, failure)
+        _report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
+        return 1
+    log.info("%s: serving %d disks", spec.partition, len(spec.disks))
+    _report(report_fd, provider.ready())
+    provider.run()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    log.info("%s: ending", spec.partition)
+    try:
+        provider.close()
+    except (MullionError, OSError) as error:
+        log.error("%s: ended with unflushed data: %s", spec.partition, error)
+        return 1
+    return 0
+
+
+def _report(fd: int, message: Mapping[str, object]) -> None:
+    """Nobody may wait for it any more, which is no reason to end."""
+    with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as file:
+        file.write(encode(message))
+
+
+def _socket_paths(spec: ProviderSpec) -> list[str]:
+    offered = [path for disk in spec.disks for path in (disk.vhost_user, disk.nbd) if path is not None]
+    return [spec.control, *offered]
+
+
+def _close_files(files: Sequence[Sequence[int]]) -> None:
+    for fds in files:
+        for fd in fds:
+            os.close(fd)
+
+
+def _close_sockets(sockets: Mapping[str, socket.socket]) -> None:
+    for path, listener in sockets.items():
+        listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _make_folder(path: str, uid: int | None, gid: int | None) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+        os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+
+
+def main() -> int:
+    """`python -m mullion.provider.main SPEC.json`: a provider by hand, in the foreground, ready line on stdout."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with open(sys.argv[1], encoding="utf-8") as file:
+        spec = ProviderSpec.from_json(file.read())
+    return run(spec, os.dup(1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

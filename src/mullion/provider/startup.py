@@ -1,0 +1,119 @@
+"""What a provider does with the rights it starts with, before it gives them up: open files, bind sockets, change user.
+
+Order, each step before the next: open every file of every chain by its given path → bind the sockets → drop to the
+partition's user → parse. Nothing that a guest wrote is looked at with more rights than the partition's own user has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from typing import Final
+
+from mullion.base.errors import AlreadyExistsError, DeniedError, InvalidError, MullionError, NotFoundError
+from mullion.provider.spec import DiskSpec
+
+PROCESS_NAME: Final = "mullion-prov"
+_BACKLOG: Final = 16
+
+
+def open_chain_files(disk: DiskSpec) -> list[int]:
+    """Descriptors of a disk's files, top first: the top for writing unless the disk is read-only.
+
+    Raises: NotFoundError, DeniedError, InvalidError; whatever was opened is closed again then.
+    """
+    fds: list[int] = []
+    try:
+        for number, path in enumerate(disk.chain):
+            fds.append(_open_file(path, writable=number == 0 and not disk.read_only))
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
+
+
+def _open_file(path: str, *, writable: bool) -> int:
+    """A regular file, and no symbolic link in its last component; nothing else is even opened (O_PATH)."""
+    probe = -1
+    try:
+        probe = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(probe).st_mode):
+            raise InvalidError(
+                f"{path} is not a regular file", remedy="Give the path of a VHD file, not of a link.", path=path
+            )
+        access = os.O_RDWR if writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{probe}", access | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _file_error(error, path) from error
+    finally:
+        if probe >= 0:
+            os.close(probe)
+
+
+def _file_error(error: OSError, path: str) -> MullionError:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return NotFoundError(
+            f"there is no disk file {path}", remedy="Put the file back, or detach the disk.", path=path
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DeniedError(f"{path} may not be opened: {error.strerror}", path=path)
+    return InvalidError(
+        f"{path} cannot be opened: {error.strerror}", remedy="Look after the file system that it is on.", path=path
+    )
+
+
+def bind_listener(path: str, *, uid: int | None, gid: int | None) -> socket.socket:
+    """A listening socket that only its user may connect to; what a dead process left there is removed.
+
+    Raises: AlreadyExistsError when somebody listens there, or the path is no socket; OSError.
+    """
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)  # nobody can connect before `listen`
+        if uid is not None or gid is not None:
+            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise AlreadyExistsError(f"{path} is there and is not a socket", remedy="Move the file away.", path=path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(path)
+    if code == errno.ECONNREFUSED:
+        os.unlink(path)
+    elif code != errno.ENOENT:
+        raise AlreadyExistsError(
+            f"another process listens on {path}", remedy="End the other provider of this partition first.", path=path
+        )
+
+
+def drop_privileges(uid: int | None, gid: int | None) -> None:
+    """Become the partition's user for good. Raises: DeniedError."""
+    try:
+        if gid is not None or uid is not None:
+            os.setgroups([])
+        if gid is not None:
+            os.setresgid(gid, gid, gid)
+        if uid is not None:
+            os.setresuid(uid, uid, uid)
+    except PermissionError as error:
+        raise DeniedError(f"cannot become user {uid}, group {gid}: {error.strerror}") from error
+
+
+def set_process_name(name: str) -> None:
+    """What `ps -o comm` shows."""
+    with open("/proc/self/comm", "w", encoding="ascii") as file:
+        file.write(name)
