@@ -36,10 +36,6 @@ class ImageController:
         """Raises: NotFoundError for a name that is not known, or not built yet."""
         return _view(self._find(name))
 
-    def check_name(self, name: str) -> None:
-        """Raises: NotFoundError for a name that is not known."""
-        _kernel(name)
-
     def build(self, name: str, progress: Progress) -> ImageView:
         """Have the image built from the present packages; at once if it is.
 
