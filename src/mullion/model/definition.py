@@ -11,13 +11,20 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct, field
 
-NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-"""A name is an RFC 1123 label: it serves as host name and as file name."""
+NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(?!\n)$"
+"""A name is an RFC 1123 label: it serves as host name and as file name. `$` alone would let a last newline through."""
 
 Name = Annotated[
     str, Meta(pattern=NAME_PATTERN, description="lower-case letters, digits and inner hyphens, at most 63 characters")
 ]
-DiskId = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="the disk's name within its partition")]
+DiskId = Annotated[
+    str,
+    Meta(
+        pattern=r"^([a-z][a-z0-9-]{0,15})?(?!\n)$",
+        description="the disk's name within its partition: a lower-case letter, then letters, digits and hyphens, at "
+        "most 16 characters; empty to have one assigned",
+    ),
+]
 MemoryBytes = Annotated[int, Meta(ge=16 * 1024 * 1024, le=16 * 1024**4, multiple_of=1024 * 1024)]
 VcpuCount = Annotated[int, Meta(ge=1, le=288)]
 

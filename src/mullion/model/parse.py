@@ -68,7 +68,7 @@ def parse_document(
     Raises: InvalidError as `parse_partition`.
     """
     document = dict(data) if isinstance(data, Mapping) else load(data, source=source, format=format)
-    kind = document.pop("kind", "apply" if "partition" in document else "partition")
+    kind = document.pop("kind", "apply" if "partition" in document and "name" not in document else "partition")
     if kind == "partition":
         return (_definition(document, source, ""),)
     if kind != "apply":
@@ -153,6 +153,10 @@ def to_toml(definition: PartitionDefinition) -> str:
 def _definition(fields: Mapping[str, object], source: str, where: str) -> PartitionDefinition:
     fields = dict(fields)
     problems: list[Problem] = []
+    disks = fields.get("disks")
+    if isinstance(disks, list | tuple):
+        fields["disks"] = _with_ids(disks)
+        problems += _disk_problems(fields["disks"], where)
     if "memory" in fields:
         try:
             memory = fields.pop("memory")
@@ -164,10 +168,7 @@ def _definition(fields: Mapping[str, object], source: str, where: str) -> Partit
     kind = inspect.type_info(PartitionDefinition)
     assert isinstance(kind, inspect.StructType)
     _check_struct(fields, kind, where, problems, aliases=("memory",))
-    disks = fields.get("disks")
-    if isinstance(disks, Sequence) and not isinstance(disks, str | bytes):
-        fields["disks"] = _with_ids(disks)
-        problems += _disk_problems(fields["disks"], where)
+    problems += [Problem(f"{where}{name}", "holds a NUL character", "a text without one") for name in _with_nul(fields)]
     if fields.get("uuid") and not _is_uuid(fields["uuid"]):
         problems.append(Problem(f"{where}uuid", f"is {fields['uuid']!r}", "a UUID, or nothing: one is made"))
     if problems:
@@ -180,6 +181,17 @@ def _with_ids(disks: Sequence[object]) -> list[object]:
         {**disk, "id": f"disk{number}"} if isinstance(disk, Mapping) and not disk.get("id") else disk
         for number, disk in enumerate(disks)
     ]
+
+
+def _with_nul(value: object, path: str = "") -> list[str]:
+    """The fields whose text holds a NUL: no path and no command line can."""
+    if isinstance(value, str):
+        return [path] if "\0" in value else []
+    if isinstance(value, Mapping):
+        return [found for name, item in value.items() for found in _with_nul(item, f"{path}.{name}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        return [found for number, item in enumerate(value) for found in _with_nul(item, f"{path}[{number}]")]
+    return []
 
 
 def _disk_problems(disks: object, where: str) -> list[Problem]:
@@ -211,7 +223,10 @@ def _check(value: object, kind: inspect.Type, path: str, found: list[Problem]) -
 
     match kind:
         case inspect.Metadata():
-            _check(value, kind.type, path, found)
+            inner: list[Problem] = []
+            _check(value, kind.type, path, inner)
+            words = (kind.extra_json_schema or {}).get("description")
+            found += [one._replace(allowed=str(words)) if words and one.path == here else one for one in inner]
         case inspect.AnyType():
             return
         case inspect.UnionType():

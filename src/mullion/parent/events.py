@@ -89,7 +89,7 @@ class Events:
     def publish(self, kind: str, target: str, data: Mapping[str, object] | None = None) -> None:
         """Something happened: readers see it as soon as it is in the store. Never blocks and never fails."""
         self._published += 1
-        if len(self._pending) >= self._keep + self._writing:
+        if len(self._pending) >= max(self._keep, _BATCH) + self._writing:
             del self._pending[self._writing]  # the oldest that is not being written at this moment
             self._lost += 1
         self._pending.append(_Pending(self._clock(), kind, target, dict(data or {})))

@@ -130,8 +130,9 @@ class Operations:
 
     async def open(self) -> None:
         """Read the operations that are kept."""
-        for entry in await self._store.list(self._prefix):
-            view = msgspec.json.decode(entry.value, type=OperationView)
+        entries = await self._store.list(self._prefix)
+        views = [msgspec.json.decode(entry.value, type=OperationView) for entry in entries]
+        for view in sorted(views, key=lambda view: view.created_at):
             operation = Operation(self, view, view.cancellable, exclusive=True)
             if view.state.is_final:
                 operation.ended.set()
@@ -371,7 +372,7 @@ async def _call(work: Work, operation: Operation) -> Mapping[str, object] | None
 
 
 def new_id() -> str:
-    """An id that is unique and sorts by its time: 11 hex digits of milliseconds since 1970, 6 of chance."""
+    """An id that is unique and roughly sorts by its time: 11 hex digits of milliseconds since 1970, 6 of chance."""
     return f"{time.time_ns() // 1_000_000:011x}-{os.urandom(3).hex()}"
 
 

@@ -1,8 +1,8 @@
 """The reconciling driver: brings each target from what is to what is wanted, again and again until nothing is left.
 
-For one target at a time: observe, plan (pure), apply the steps in order, observe again; an empty plan is the end. A step
-that fails, or a plan that does not get empty, is tried again with growing pauses (0.5 s doubling to 60 s) or at the next
-hint, whichever comes first. Every step may be repeated, so a crash at any point costs nothing but the time.
+For one target at a time: observe, plan (pure), apply the steps in order, observe again; an empty plan is the end. A
+step that fails, or a plan that does not get empty, is tried again with growing pauses (0.5 s doubling to 60 s) or at
+the next hint, whichever comes first. Every step may be repeated, so a crash at any point costs nothing but the time.
 
 Targets do not wait for each other; two rounds of one target never overlap.
 """
