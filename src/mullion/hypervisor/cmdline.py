@@ -193,7 +193,7 @@ def _memory(spec: MachineSpec) -> Iterator[str]:
 def _disks(spec: MachineSpec, bus: str) -> Iterator[str]:
     definition = spec.definition
     counts = dict.fromkeys(Bus, 0)
-    for index, disk in enumerate(spec.disks):
+    for index, disk in enumerate(spec.disks, start=1):  # boot index 0 belongs to a kernel of the host (-kernel)
         place, counts[disk.bus] = counts[disk.bus], counts[disk.bus] + 1
         match disk.bus:
             case Bus.VIRTIO:

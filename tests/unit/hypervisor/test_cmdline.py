@@ -55,7 +55,8 @@ CASES = {
         firmware=FirmwareFiles("/usr/share/OVMF/OVMF_CODE_4M.fd", "/d/web/firmware-vars.fd"),
     ),
     "q35-direct-boot": spec_of(
-        PartitionDefinition("kern", direct_boot=DirectBoot("/k/vmlinuz", "/k/initrd", "console=ttyS0 quiet"))
+        PartitionDefinition("kern", direct_boot=DirectBoot("/k/vmlinuz", "/k/initrd", "console=ttyS0 quiet")),
+        virtio("d0"),
     ),
 }
 
@@ -95,7 +96,7 @@ def test_equal_input_gives_equal_output() -> None:
 def test_every_disk_has_its_own_boot_index_in_order() -> None:
     argv = cmdline(spec_of(Q35, virtio("a"), emulated("b", Bus.SATA), virtio("c")))
     indices = [re.search(r"id=disk-(\w+).*bootindex=(\d+)", device) for device in pairs(argv, "-device")]
-    assert [match.groups() for match in indices if match] == [("a", "0"), ("b", "1"), ("c", "2")]
+    assert [match.groups() for match in indices if match] == [("a", "1"), ("b", "2"), ("c", "3")]
 
 
 def test_a_disk_may_have_the_name_of_one_of_our_devices() -> None:
