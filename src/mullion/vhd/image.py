@@ -34,6 +34,7 @@ from mullion.vhd.layout import (
 )
 
 FIXED_GRANULE_BYTES: Final = 1 << 21
+TAIL_WARNING: Final = "the footer at the end is missing or damaged"
 
 _FOREIGN: Final = (
     (b"vhdxfile", 0, "a VHDX"),
@@ -131,6 +132,8 @@ class Image:
                 structure="sector bitmap",
                 offset=start,
             )
+        if length * 8 == count:
+            return int.from_bytes(raw, "big")
         return (int.from_bytes(raw, "big") >> (length * 8 - (first & 7) - count)) & ((1 << count) - 1)
 
     def check_entries(self) -> None:
@@ -239,7 +242,7 @@ def _find_footer(fd: int, path: str, file_bytes: int) -> Image:
         if tail is None:
             image = Image(fd, path, front, front_raw, None, empty, file_bytes, file_bytes, False, [(0, FOOTER_BYTES)])
             assert tail_error is not None
-            image.warnings.append(f"the footer at the end is missing or damaged: {tail_error[0]}")
+            image.warnings.append(f"{TAIL_WARNING}: {tail_error[0]}")
             return image
         image = Image(fd, path, front, front_raw, None, empty, file_bytes, tail_offset, True, [(0, FOOTER_BYTES)])
         if tail_raw != front_raw:

@@ -34,7 +34,7 @@ from mullion.vhd import bitmap
 from mullion.vhd.create import DATA_ALIGNMENT, footer_place
 from mullion.vhd.errors import VhdDamagedError, VhdUnsupportedError
 from mullion.vhd.fileio import FileIO
-from mullion.vhd.image import Image
+from mullion.vhd.image import TAIL_WARNING, Image
 from mullion.vhd.layout import FOOTER_BYTES, DiskType
 from mullion.vhd.pending import RECORD_LIMIT, PendingLog, Record, RecordKind
 
@@ -190,10 +190,11 @@ class TopWriter:
         unused = image.footer_offset - end
         said: list[str] = []
         if not image.has_tail:
+            image.warnings = [text for text in image.warnings if not text.startswith(TAIL_WARNING)]
             said.append(f"the footer at the end was missing: it was written again at byte {place}")
             if image.file_bytes > place + FOOTER_BYTES:
                 said.append(f"{image.file_bytes - end} bytes behind the last block belonged to nothing: given back")
-        elif unused >= image.span_bytes:
+        elif unused >= image.span_bytes and image.footer_offset > place:
             said.append(f"{unused} bytes behind the last block belonged to nothing: given back")
         else:
             return said
@@ -205,6 +206,11 @@ class TopWriter:
         if self._has_grown:
             self._place_footer(footer_place(self.image.data_end()))
             self._has_grown = False
+
+    def close_log(self, *, remove: bool) -> None:
+        """Let the pending log go; `remove` it when nothing waits any more."""
+        if self._log is not None:
+            self._log.close(remove=remove)
 
     def _place_footer(self, place: int) -> None:
         image = self.image

@@ -1,0 +1,56 @@
+"""Making the top of a chain ready to be written, whatever the last writer's end was.
+
+States that are mended at once, and told in the chain's warnings: a pending log of a writer that was killed (replayed);
+no footer at the end (written again behind the last block); room behind the last block that belongs to nothing (given
+back). A file with other damage is refused for writing and stays readable. Each step may be repeated after a crash.
+"""
+
+from __future__ import annotations
+
+from mullion.vhd.errors import VhdDamagedError
+from mullion.vhd.fileio import FileIO
+from mullion.vhd.image import Image
+from mullion.vhd.locking import write_holder
+from mullion.vhd.pending import PendingLog, start_session
+from mullion.vhd.top import TopWriter
+
+
+def open_top(
+    top: Image, *, pending_path: str | None, holder: str, file_io: FileIO
+) -> tuple[TopWriter | None, list[str]]:
+    """Recover a top that is locked for writing: (its writer, None for a fixed disk; what was done).
+
+    Raises: VhdDamagedError; OSError.
+    """
+    if top.damage:
+        raise VhdDamagedError(f"{top.path} can only be read: {'; '.join(top.damage)}", path=top.path, structure="file")
+    if top.header is None:
+        start_session(top.fd)
+        write_holder(top.fd, holder)
+        return None, []
+    log = PendingLog(pending_path, top.fd, top.footer.unique_id) if pending_path is not None else None
+    try:
+        writer = TopWriter(top, file_io, log)
+        said = _replay(writer, log) if log is not None else []
+        said += writer.mend()
+        if log is not None:
+            log.begin()
+        else:
+            start_session(top.fd)
+        write_holder(top.fd, holder)
+    except BaseException:
+        if log is not None:
+            log.close(remove=False)
+        raise
+    return writer, said
+
+
+def _replay(writer: TopWriter, log: PendingLog) -> list[str]:
+    records, is_ours = log.recover()
+    if not records:
+        return []
+    if not is_ours:
+        return [f"{log.path} was of another boot, disk or session: discarded"]
+    writer.replay(records)
+    writer.flush()
+    return [f"{len(records)} changes of a writer that was killed were carried out"]

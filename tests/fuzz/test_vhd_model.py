@@ -1,0 +1,15 @@
+"""The disk machine of the unit tests, run for longer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.unit.vhd.disk_machine import DiskMachine
+
+pytestmark = pytest.mark.fuzz
+
+TestDiskForLong = DiskMachine.TestCase
+TestDiskForLong.settings = settings(
+    max_examples=400, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -1,0 +1,274 @@
+"""A disk against a bytearray: random requests, kills, power cuts and full file systems between any two changes.
+
+What is promised, and checked after every death, for each sector on its own:
+
+- killed, with a pending log: exactly what was acknowledged; a request under way may be done in part
+- power cut: what the last finished flush promised, or anything written since
+- no space: nothing but the refused request's own sectors may differ, and repeating it succeeds
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import mullion.vhd.pending
+from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, open_chain
+from tests.unit.vhd.power_cut import SECTOR, KilledError, RecordingIO
+
+OFFSETS = st.floats(0, 0.999)
+LENGTHS = st.sampled_from([1, 300, 512, 513, 1024, 4096, 5000, 20000])
+FUSES = st.integers(0, 12)
+
+
+class DiskMachine(RuleBasedStateMachine):
+    """One chain under test; its top is recorded."""
+
+    chain: Chain
+
+    @initialize(
+        kind=st.sampled_from(["dynamic", "over dynamic", "over fixed", "over child"]),
+        block_bytes=st.sampled_from([512, 2048, 4096, 16384]),
+        sectors=st.integers(1, 160),
+        seed=st.integers(0, 2**32),
+    )
+    def create(self, kind: str, block_bytes: int, sectors: int, seed: int) -> None:
+        self.folder = tempfile.mkdtemp(prefix="vhd-", dir="/tmp")
+        self.patch = pytest.MonkeyPatch()
+        self.boot = 0
+        self.patch.setattr(mullion.vhd.pending, "boot_id", lambda: f"boot {self.boot:031}")
+        self.choose = random.Random(seed)
+        self.size = sectors * SECTOR
+        self.top = f"{self.folder}/top.vhd"
+        self.pending = f"{self.folder}/pending"
+        self.model = bytearray(self.size)
+        if kind == "dynamic":
+            create_dynamic(self.top, self.size, block_bytes=block_bytes)
+        else:
+            self._create_parents(kind)
+            create_differencing(self.top, f"{self.folder}/p.vhd", block_bytes=block_bytes, size_bytes=self.size)
+        self.io = RecordingIO(self.top)
+        self.chain = self._open()
+        self._flushed()
+
+    def _create_parents(self, kind: str) -> None:
+        parent = f"{self.folder}/p.vhd"
+        base = f"{self.folder}/base.vhd" if kind == "over child" else parent
+        size = max(SECTOR, self.size - self.choose.choice([0, 0, 3]) * SECTOR)  # a parent may be smaller
+        if kind == "over fixed":
+            create_fixed(base, size)
+        else:
+            create_dynamic(base, size, block_bytes=self.choose.choice([1024, 8192]))
+        layers = [base]
+        if kind == "over child":
+            create_differencing(parent, base, block_bytes=4096)
+            layers.append(parent)
+        for layer in layers:
+            with open_chain(layer) as chain:
+                for _ in range(6):
+                    offset = self.choose.randrange(size)
+                    content = self.choose.randbytes(min(self.choose.choice([512, 3000]), size - offset))
+                    chain.pwrite(offset, content)
+                    self.model[offset : offset + len(content)] = content
+
+    def _open(self) -> Chain:
+        return open_chain(self.top, pending_path=self.pending, file_io=self.io)
+
+    def _range(self, place: float, length: int) -> tuple[int, int]:
+        offset = int(place * self.size)
+        return offset, min(length, self.size - offset)
+
+    def _sectors(self, offset: int, length: int) -> range:
+        return range(offset // SECTOR, -(-(offset + length) // SECTOR))
+
+    def _flushed(self) -> None:
+        """From here on a power cut must not lose what the model has."""
+        self.since_flush: dict[int, list[bytes]] = {}
+        self.at_flush = bytes(self.model)
+
+    def _became(self, offset: int, length: int) -> None:
+        for sector in self._sectors(offset, length):
+            now = bytes(self.model[sector * SECTOR : (sector + 1) * SECTOR])
+            self.since_flush.setdefault(sector, []).append(now)
+
+    def _content(self) -> bytearray:
+        content = bytearray(self.size)
+        self.chain.pread(0, content)
+        return content
+
+    # ------------------------------------------------------------------ requests
+
+    @rule(place=OFFSETS, length=LENGTHS)
+    def write(self, place: float, length: int) -> None:
+        offset, length = self._range(place, length)
+        content = self.choose.randbytes(length)
+        cut = self.choose.randrange(length + 1)
+        self.chain.pwritev(offset, [memoryview(content)[:cut], memoryview(content)[cut:]])
+        self.model[offset : offset + length] = content
+        self._became(offset, length)
+
+    @rule(place=OFFSETS, length=LENGTHS)
+    def write_zeroes(self, place: float, length: int) -> None:
+        offset, length = self._range(place, length)
+        self.chain.write_zeroes(offset, length)
+        self.model[offset : offset + length] = bytes(length)
+        self._became(offset, length)
+
+    @rule(place=OFFSETS, length=LENGTHS)
+    def discard(self, place: float, length: int) -> None:
+        offset, length = self._range(place, length)
+        self.chain.discard(offset, length)
+        now = self._content()
+        for sector in self._sectors(offset, length):
+            part = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            assert now[part] in (self.model[part], bytes(SECTOR))
+            self.model[part] = now[part]
+        self._became(offset, length)
+
+    @rule()
+    def flush(self) -> None:
+        self.chain.flush()
+        self._flushed()
+
+    @rule(place=OFFSETS, length=LENGTHS)
+    def read(self, place: float, length: int) -> None:
+        offset, length = self._range(place, length)
+        buffer = bytearray(length)
+        self.chain.pread(offset, buffer)
+        assert buffer == self.model[offset : offset + length]
+
+    @rule()
+    def reopen(self) -> None:
+        self.chain.close()
+        assert not os.path.exists(self.pending)
+        self.chain = self._open()
+        assert not [text for text in self.chain.warnings if "footer at the end" in text or "behind" in text]
+        self._flushed()
+
+    @rule()
+    def list_extents(self) -> None:
+        at = 0
+        for extent in self.chain.extents(0, self.size):
+            assert extent.offset == at
+            assert extent.length > 0
+            at += extent.length
+            if extent.kind.value != "data":
+                assert not any(self.model[extent.offset : at])
+        assert at == self.size
+
+    # ------------------------------------------------------------------ deaths
+
+    @rule(place=OFFSETS, length=LENGTHS, fuse=FUSES, end=st.sampled_from(["kill", "power", "close"]))
+    def die(self, place: float, length: int, fuse: int, end: str) -> None:
+        """Die in the middle of a write, of a flush or of the closing that follows."""
+        offset, length = self._range(place, length)
+        content = self.choose.randbytes(length)
+        wanted = bytearray(self.model)
+        wanted[offset : offset + length] = content
+        self.io.fuse, self.io.fuse_kills = fuse, True
+        under_way = self._sectors(offset, length)
+        try:
+            self.chain.pwrite(offset, content)
+            self.model, under_way = wanted, range(0)
+            self._became(offset, length)
+            self.chain.flush()
+            self._flushed()
+            if end == "close":
+                self.chain.close()
+        except KilledError:
+            pass
+        for sector in under_way:
+            new = wanted[sector * SECTOR : (sector + 1) * SECTOR]
+            self.since_flush.setdefault(sector, []).append(bytes(new))
+        self._come_back(under_way, wanted, power=end == "power")
+
+    def _come_back(self, under_way: range, wanted: bytearray, *, power: bool) -> None:
+        """Reopen after a death; opening may die as well, once or twice."""
+        self.chain.abandon()
+        deaths = self.choose.choice([0, 0, 1, 2])
+        while True:
+            self.io.fuse = None
+            if power:
+                self.io.cut_power(self.choose)
+                self.boot += 1
+                if self.choose.random() < 0.3:
+                    Path(self.pending).unlink(missing_ok=True)
+            if power:
+                self.io = RecordingIO(self.top)
+            self.io.fuse = self.choose.randrange(6) if deaths else None
+            try:
+                self.chain = self._open()
+                self.io.fuse = None
+                break
+            except KilledError:
+                deaths -= 1
+        now = self._content()
+        for sector in range(self.size // SECTOR):
+            part = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            if power:
+                allowed = [self.at_flush[part], *self.since_flush.get(sector, [])]
+                assert now[part] in allowed, f"sector {sector}"
+            elif sector in under_way:
+                assert now[part] in (self.model[part], wanted[part]), f"sector {sector}"
+            else:
+                assert now[part] == self.model[part], f"sector {sector}"
+        for sector in range(self.size // SECTOR) if power else under_way:
+            part = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            self.model[part] = now[part]
+        if power:
+            self.chain.flush()
+            self._flushed()
+        elif under_way:
+            self._became(under_way[0] * SECTOR, len(under_way) * SECTOR)
+
+    @rule(place=OFFSETS, length=LENGTHS, fuse=FUSES)
+    def run_out_of_space(self, place: float, length: int, fuse: int) -> None:
+        offset, length = self._range(place, length)
+        content = self.choose.randbytes(length)
+        before = bytes(self.model)
+        self.io.fuse, self.io.fuse_kills = fuse, False
+        try:
+            self.chain.pwrite(offset, content)
+            self.model[offset : offset + length] = content
+            self._became(offset, length)
+            self.chain.flush()
+            self._flushed()
+        except OSError:
+            self.io.fuse = None
+            now = self._content()
+            touched = self._sectors(offset, length)
+            assert now[: touched.start * SECTOR] == before[: touched.start * SECTOR]
+            assert now[touched.stop * SECTOR :] == before[touched.stop * SECTOR :]
+            self.model[offset : offset + length] = content
+            self._became(offset, length)
+            for sector in touched:  # what was written in part may be there after a power cut
+                self.since_flush[sector].insert(0, bytes(now[sector * SECTOR : (sector + 1) * SECTOR]))
+            self.chain.pwrite(offset, content)
+        finally:
+            self.io.fuse = None
+        assert self._content() == self.model
+
+    # ------------------------------------------------------------------ always
+
+    @precondition(lambda self: hasattr(self, "chain"))
+    @invariant()
+    def content_is_the_models(self) -> None:
+        assert self._content() == self.model
+
+    def teardown(self) -> None:
+        if hasattr(self, "chain"):
+            self.chain.close()
+            with open_chain(self.top, read_only=True) as chain:
+                content = bytearray(self.size)
+                chain.pread(0, content)
+                assert content == self.model
+                assert not [text for text in chain.warnings if "geometry is zero" not in text]
+            self.patch.undo()
+            shutil.rmtree(self.folder)

@@ -1,0 +1,15 @@
+"""The disk machine, as long as a unit test may take; `tests/fuzz/test_vhd_model.py` lets it run longer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.unit.vhd.disk_machine import DiskMachine
+
+pytestmark = pytest.mark.unit
+
+TestDisk = DiskMachine.TestCase
+TestDisk.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
