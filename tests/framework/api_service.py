@@ -47,7 +47,7 @@ class ApiService:
         try:
             self.call(self._start)
         except BaseException:
-            self._end()
+            self.__exit__()
             raise
         return self
 

@@ -14,18 +14,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from mullion.base.errors import (
-    ConflictError,
-    DeadlineError,
-    DeniedError,
-    InvalidError,
-    MullionError,
-    NotFoundError,
-    OperationCancelledError,
-    OperationFailedError,
-    RemoteError,
-    UnavailableError,
-)
+from mullion.base.errors import MullionError, OperationCancelledError, OperationFailedError, UnavailableError
 from mullion.client.transport import Answer, Transport
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
@@ -48,17 +37,6 @@ _POLL_S: Final = 0.5
 _PAGE: Final = 1000
 _SILENCE_S: Final = 60.0
 _T = TypeVar("_T")
-_KIND_OF_STATUS: Final[dict[int, type[MullionError]]] = {
-    400: InvalidError,
-    401: DeniedError,
-    403: DeniedError,
-    404: NotFoundError,
-    409: ConflictError,
-    412: ConflictError,
-    413: InvalidError,
-    503: UnavailableError,
-    504: DeadlineError,
-}
 
 
 class _EventPage(msgspec.Struct):
@@ -259,14 +237,7 @@ def _error_of(answer: Answer) -> MullionError:
             f"what answers is not Mullion: status {answer.status}, {text!r}",
             remedy="Check the address or the socket's path.",
         )
-    error = MullionError.from_wire(msgspec.to_builtins(view))
-    kind = _KIND_OF_STATUS.get(answer.status)
-    if isinstance(error, RemoteError) and kind is not None:
-        # A class of the service that this program has not loaded: its kind, at least, follows from the status.
-        known = kind.__new__(kind)
-        MullionError.__init__(known, error.message, remedy=error.remedy, **error.context)
-        return known
-    return error
+    return MullionError.from_wire(msgspec.to_builtins(view))
 
 
 def _part(name: str) -> str:

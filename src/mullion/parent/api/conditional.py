@@ -45,7 +45,7 @@ class Conditional:
 
         async def sending(message: Message) -> None:
             nonlocal held
-            if message["type"] == "http.response.start" and message["status"] == 200:
+            if message["type"] == "http.response.start" and message["status"] == 200 and _is_json(message):
                 held = message
                 return
             if held is not None:
@@ -60,6 +60,12 @@ class Conditional:
             await send(message)
 
         await self._app(scope, receive, sending)
+
+
+def _is_json(start: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"application/json") for name, value in start["headers"]
+    )
 
 
 def _tag(start: Message, body: bytes) -> str:

@@ -24,12 +24,13 @@ PREFIX: Final = "/1.0"
 _ERROR_SCHEMA: Final = {
     "type": "object",
     "title": "ErrorView",
-    "required": ["code", "message", "remedy", "context"],
+    "required": ["code", "message", "remedy", "context", "exit_code"],
     "properties": {
         "code": {"type": "string", "description": "stable, for programs; docs/errors.md lists all"},
         "message": {"type": "string", "description": "what happened"},
         "remedy": {"type": "string", "description": "what to do next"},
         "context": {"type": "object", "description": "what it was about: path, partition, operation"},
+        "exit_code": {"type": "integer", "description": "what a command that meets it ends with"},
     },
 }
 _METHODS: Final = frozenset({"get", "put", "post", "delete", "patch"})
