@@ -69,25 +69,26 @@ class Provider:
     def open(self) -> None:
         """Open, bind, drop privileges, load the chains and start to serve. Raises: MullionError, OSError."""
         spec = self._spec
-        with contextlib.ExitStack() as undo:
-            files: list[list[int]] = []
-            undo.callback(lambda: _close_files(files))
+        files: list[list[int]] = []
+        sockets: dict[str, socket.socket] = {}
+        try:
             files.extend(open_chain_files(disk) for disk in spec.disks)
-            sockets: dict[str, socket.socket] = {}
-            undo.callback(lambda: _close_sockets(sockets))
             for path in _socket_paths(spec):
                 sockets[path] = bind_listener(path, uid=spec.uid, gid=spec.gid)
             if spec.pending_dir is not None:
                 _make_folder(spec.pending_dir, spec.uid, spec.gid)
             drop_privileges(spec.uid, spec.gid)
-            undo.callback(self._close_chains)
             for disk in spec.disks:
                 self._disks.append(_Disk(disk, self._load(disk, files.pop(0))))
-            undo.callback(self._stop_exports)
             self._control = ControlServer(sockets.pop(spec.control), self._actions(), self._quit_fd)
             for served in self._disks:
                 self._serve(served, sockets)
-            undo.pop_all()
+        except BaseException:
+            self._stop_exports()
+            self._close_chains()
+            _close_files(files)
+            _close_sockets(sockets)
+            raise
 
     def _load(self, disk: DiskSpec, fds: list[int]) -> Chain:
         pending = None
@@ -272,7 +273,6 @@ def run(spec: ProviderSpec, report_fd: int) -> int:
         log.error("%s: %s", spec.partition, failure)
         _report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
         return 1
-    log.info("%s: serving %d disks", spec.partition, len(spec.disks))
     _report(report_fd, provider.ready())
     provider.run()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -38,6 +38,7 @@ CHAIN_LIMIT: Final = 1024
 BUDGET_REQUESTS: Final = 512
 """After so many requests of one ring the other rings and the control of the connection get a turn."""
 
+_EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _NO_NOTIFY: Final = 1
 _ENTRY_BYTES: Final = 16
 # A descriptor's flags, and flags | next << 16 as they stand in a driver's usual table of three.
@@ -83,7 +84,7 @@ class Ring:
         self._memory = memory
         self._size = size
         self._barrier = barrier
-        self._event_idx = bool(features & DeviceFeature.RING_EVENT_IDX)
+        self._event_idx = bool(features & _EVENT_IDX)
         if address.descriptor % 16 or address.available % 2 or address.used % 4:
             raise GuestFault(f"vring {address.index} is not aligned")
         used = memory.ring_part(address.used, 6 + 8 * size)
@@ -270,8 +271,8 @@ class Ring:
                 raise GuestFault(f"request {head}: descriptor {index} of {entries}, {seen} in the chain")
             address, length, shape = _DESCRIPTOR(table, index * _ENTRY_BYTES)
             flags = shape & 0xFFFF
-            if flags & DescriptorFlag.INDIRECT:
-                if is_indirect or flags & DescriptorFlag.NEXT or length % _ENTRY_BYTES or not length:
+            if flags & _INDIRECT:
+                if is_indirect or flags & _NEXT or length % _ENTRY_BYTES or not length:
                     raise GuestFault(f"request {head}: an indirect table of {length} bytes, flags {flags:#x}")
                 if length > CHAIN_LIMIT * _ENTRY_BYTES:
                     raise GuestFault(f"request {head}: an indirect table of {length} bytes")
@@ -279,13 +280,13 @@ class Ring:
                 table = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
                 entries, is_indirect, index = length // _ENTRY_BYTES, True, 0
                 continue
-            if flags & DescriptorFlag.WRITE:
+            if flags & _WRITE:
                 writable += self._memory.segments(address, length)
             elif writable:
                 raise GuestFault(f"request {head}: a descriptor to read after one to write")
             else:
                 readable += self._memory.segments(address, length)
-            if not flags & DescriptorFlag.NEXT:
+            if not flags & _NEXT:
                 return readable, writable
             index = shape >> 16
 

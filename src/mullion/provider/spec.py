@@ -97,9 +97,9 @@ class ProviderSpec:
             raise InvalidError(f"the provider's specification is not JSON: {error}") from error
         return cls.from_fields(_mapping(fields, "provider"))
 
-    def to_fields(self) -> dict[str, object]:
+    def to_wire(self) -> dict[str, object]:
         """As JSON's values."""
-        return asdict(self)
+        return {**asdict(self), "disks": [{**asdict(disk), "chain": list(disk.chain)} for disk in self.disks]}
 
 
 def _check_names(fields: Mapping[str, object], kind: type[DiskSpec] | type[ProviderSpec], where: str) -> None:

@@ -115,5 +115,8 @@ def drop_privileges(uid: int | None, gid: int | None) -> None:
 
 def set_process_name(name: str) -> None:
     """What `ps -o comm` shows."""
-    with open("/proc/self/comm", "w", encoding="ascii") as file:
-        file.write(name)
+    fd = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, name.encode())
+    finally:
+        os.close(fd)

@@ -33,7 +33,7 @@ from mullion.wire.vhost_user.virtio_blk import MAX_QUEUES, SECTOR_BYTES, BlkFeat
 
 log = logging.getLogger(__name__)
 
-_FEATURES: Final = (
+_FEATURES: Final = int(
     BlkFeature.SEG_MAX
     | BlkFeature.BLK_SIZE
     | BlkFeature.FLUSH
@@ -43,7 +43,8 @@ _FEATURES: Final = (
     | DeviceFeature.RING_EVENT_IDX
     | DeviceFeature.VERSION_1
 )
-_WRITABLE_FEATURES: Final = BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES
+_WRITABLE_FEATURES: Final = int(BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES)
+_READ_ONLY_FEATURE: Final = int(BlkFeature.RO)
 _FD: Final = array.array("i").itemsize
 _EDGE: Final = select.EPOLLIN | select.EPOLLET
 
@@ -223,7 +224,7 @@ class VhostExport:
         self._connection = connection
         self._session = Session(self)
         self._epoll.register(connection.fileno(), select.EPOLLIN)
-        log.info("disk %s: front-end connected", self._blk.disk_id)
+        log.debug("disk %s: front-end connected", self._blk.disk_id)
         self._notify("connected", self._blk.disk_id, "")
 
     def _receive(self) -> None:
@@ -254,7 +255,7 @@ class VhostExport:
         connection, session = self._connection, self._session
         if connection is None or session is None:
             return
-        log.info("disk %s: front-end disconnected: %s", self._blk.disk_id, reason)
+        log.debug("disk %s: front-end disconnected: %s", self._blk.disk_id, reason)
         session.close()
         self._epoll.unregister(connection.fileno())
         connection.close()
@@ -281,7 +282,7 @@ class VhostExport:
     @property
     def device_features(self) -> int:
         read_only = self._blk.device.read_only
-        return int(_FEATURES | (BlkFeature.RO if read_only else _WRITABLE_FEATURES))
+        return _FEATURES | (_READ_ONLY_FEATURE if read_only else _WRITABLE_FEATURES)
 
     @property
     def queue_count(self) -> int:

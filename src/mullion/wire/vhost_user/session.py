@@ -40,9 +40,15 @@ from mullion.wire.vhost_user.messages import (
     VringState,
 )
 
-OFFERED_PROTOCOL_FEATURES: Final = (
+OFFERED_PROTOCOL_FEATURES: Final = int(
     ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD
 )
+
+# Plain numbers at run time: the methods of `enum` would be private memory of every provider.
+_PROTOCOL_FEATURES: Final = int(DeviceFeature.PROTOCOL_FEATURES)
+_REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
+_NEED_REPLY: Final = int(Flag.NEED_REPLY)
+_REPLY_FLAGS: Final = VERSION | int(Flag.REPLY)
 
 
 class Reply(NamedTuple):
@@ -114,7 +120,7 @@ class Session:
         self._fds: list[int] = []
         self._header: Header | None = None
         self._features = 0
-        self._protocol_features = ProtocolFeature(0)
+        self._protocol_features = 0
         self._has_memory = False
         self._vrings = tuple(Vring(index) for index in range(backend.queue_count))
         self._handlers: dict[Request, Callable[[bytes], Reply | bytes | None]] = {
@@ -185,7 +191,7 @@ class Session:
 
     def _dispatch(self, header: Header, payload: bytes) -> list[Reply]:
         handler = self._handlers.get(header.request)  # type: ignore[call-overload]  # a foreign number is no Request
-        wants_ack = bool(header.flags & Flag.NEED_REPLY) and ProtocolFeature.REPLY_ACK in self._protocol_features
+        wants_ack = header.flags & _NEED_REPLY and self._protocol_features & _REPLY_ACK
         try:
             if handler is None:
                 raise ProtocolError(f"message {header.request} is not known or not offered")
@@ -203,15 +209,15 @@ class Session:
         if answer is None:
             return []
         reply = answer if isinstance(answer, Reply) else Reply(answer, ())
-        head = Header(header.request, VERSION | Flag.REPLY, len(reply.data))
+        head = Header(header.request, _REPLY_FLAGS, len(reply.data))
         return [Reply(head.pack() + reply.data, reply.fds)]
 
     def _get_features(self, _payload: bytes) -> bytes:
-        return U64(self._backend.device_features | DeviceFeature.PROTOCOL_FEATURES).pack()
+        return U64(self._backend.device_features | _PROTOCOL_FEATURES).pack()
 
     def _set_features(self, payload: bytes) -> None:
         features = U64.unpack(payload).value
-        unknown = features & ~(self._backend.device_features | DeviceFeature.PROTOCOL_FEATURES)
+        unknown = features & ~(self._backend.device_features | _PROTOCOL_FEATURES)
         if unknown:
             raise ProtocolError(f"features {unknown:#x} were not offered")
         self._features = features
@@ -221,9 +227,9 @@ class Session:
 
     def _set_protocol_features(self, payload: bytes) -> None:
         features = U64.unpack(payload).value
-        if features & ~int(OFFERED_PROTOCOL_FEATURES):
+        if features & ~OFFERED_PROTOCOL_FEATURES:
             raise ProtocolError(f"protocol features {features:#x} were not offered")
-        self._protocol_features = ProtocolFeature(features)
+        self._protocol_features = features
 
     def _set_owner(self, _payload: bytes) -> None:
         """Nothing to do: the connection is the owner."""
@@ -283,7 +289,7 @@ class Session:
         self._stop(vring)
         self._drop_kick(vring)
         vring.kick_fd = fd
-        if not self._features & DeviceFeature.PROTOCOL_FEATURES:
+        if not self._features & _PROTOCOL_FEATURES:
             vring.enabled = True
         self._start_if_ready(vring)
 
