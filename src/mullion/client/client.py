@@ -14,7 +14,13 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from mullion.base.errors import MullionError, OperationCancelledError, OperationFailedError, UnavailableError
+from mullion.base.errors import (
+    MullionError,
+    NotFoundError,
+    OperationCancelledError,
+    OperationFailedError,
+    UnavailableError,
+)
 from mullion.client.transport import Answer, Transport
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
@@ -93,7 +99,7 @@ class Client:
         Raises: PreconditionError when it was changed since.
         """
         answer = self._ask("PUT", f"/partitions/{_part(name)}", definition, {"If-Match": _quoted(etag)})
-        return msgspec.json.decode(answer.body, type=PartitionView)
+        return _decoded(answer, PartitionView)
 
     def delete_partition(self, name: str, *, with_disks: bool = False, etag: str = "*") -> None:
         query = "?with_disks=true" if with_disks else ""
@@ -202,11 +208,11 @@ class Client:
     # The wire
 
     def _get(self, path: str, kind: type[_T]) -> _T:
-        return msgspec.json.decode(self._ask("GET", path, None, {}).body, type=kind)
+        return _decoded(self._ask("GET", path, None, {}), kind)
 
     def _post(self, path: str, body: object, kind: type[_T], key: str | None = None) -> _T:
         headers = {"Idempotency-Key": key or os.urandom(16).hex()}
-        return msgspec.json.decode(self._ask("POST", path, body, headers).body, type=kind)
+        return _decoded(self._ask("POST", path, body, headers), kind)
 
     def _ask(self, method: str, path: str, body: object, headers: dict[str, str]) -> Answer:
         content = None
@@ -228,20 +234,33 @@ def operation_error(view: OperationView) -> MullionError:
     return OperationFailedError(f"operation {view.id} is {view.state.value}", operation=view.id)
 
 
+def _decoded(answer: Answer, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(answer.body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise _not_ours(answer) from error
+
+
+def _not_ours(answer: Answer) -> UnavailableError:
+    text = answer.body[:200].decode(errors="replace").strip()
+    return UnavailableError(
+        f"what answers is not this version of Mullion: status {answer.status}, {text!r}",
+        remedy="Check the address or the socket's path, and the version of the service.",
+    )
+
+
 def _error_of(answer: Answer) -> MullionError:
     try:
         view = msgspec.json.decode(answer.body, type=ErrorView)
     except msgspec.MsgspecError:
-        text = answer.body[:200].decode(errors="replace").strip()
-        return UnavailableError(
-            f"what answers is not Mullion: status {answer.status}, {text!r}",
-            remedy="Check the address or the socket's path.",
-        )
+        return _not_ours(answer)
     return MullionError.from_wire(msgspec.to_builtins(view))
 
 
 def _part(name: str) -> str:
-    """A part of a path, with nothing in it that could be another part."""
+    """A part of a path, with nothing in it that could be another part. Raises: NotFoundError: no name has a slash."""
+    if "/" in name:
+        raise NotFoundError(f"there is nothing named {name!r}", name=name)
     return quote(name, safe="") if name.strip(".") else "%2E" * max(len(name), 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class Console:
     """Bytes from the guest by iteration, bytes to the guest by `send`. One thread may iterate while another sends."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: ClientConnection, stack: ExitStack) -> None:
         self._connection = connection
+        self._stack = stack
 
     @classmethod
     def open(cls, transport: Transport, path: str, timeout_s: float) -> Console:
@@ -30,14 +32,17 @@ class Console:
 
         sock = transport.connect(timeout_s)
         host = "localhost" if transport.socket_path else transport.url.partition("://")[2].rstrip("/")
+        stack = ExitStack()
         try:
-            connection = connect(
-                f"ws://{host}{path}",
-                sock=sock,
-                additional_headers=transport.authorization(),
-                compression=None,
-                open_timeout=timeout_s,
-                proxy=None,
+            connection = stack.enter_context(
+                connect(
+                    f"ws://{host}{path}",
+                    sock=sock,
+                    additional_headers=transport.authorization(),
+                    compression=None,
+                    open_timeout=timeout_s,
+                    proxy=None,
+                )
             )
         except InvalidStatus as error:
             sock.close()
@@ -46,7 +51,7 @@ class Console:
             sock.close()
             raise UnavailableError(f"the console cannot be opened: {error}") from error
         sock.settimeout(None)
-        return cls(connection)
+        return cls(connection, stack)
 
     def __iter__(self) -> Iterator[bytes]:
         """What the guest writes, until the console ends or is closed."""
@@ -73,6 +78,7 @@ class Console:
 
     def close(self) -> None:
         """May be called again, and from another thread than the one that iterates."""
+        self._stack.close()
         self._connection.close()
 
 

@@ -87,7 +87,9 @@ class Transport:
             with own._translated(timeout_s):
                 response = own._send("GET", path, None, headers, timeout_s)
                 if response.status != 200:
-                    return Answer(response.status, {}, response.read())
+                    answer = Answer(response.status, {}, response.read())
+                    own.close()
+                    return answer
         except BaseException:
             own.close()
             raise

@@ -17,7 +17,7 @@ from litestar.params import FromPath, SkipValidation
 from mullion.parent.api.asgi import App
 from mullion.parent.api.auth import Authority
 from mullion.parent.api.conditional import Conditional
-from mullion.parent.api.errors import answer_exception
+from mullion.parent.api.errors import answer_exception, keep_exception
 from mullion.parent.api.gate import BODY_LIMIT_BYTES, Gate
 from mullion.parent.api.idempotency import Idempotency
 from mullion.parent.api.openapi import openapi_config
@@ -54,6 +54,7 @@ def create_app(
         route_handlers=[*ROUTES, *routes],
         dependencies={name: _provide(service) for name, service in known.items()},
         exception_handlers={Exception: answer_exception},
+        after_exception=[keep_exception],
         openapi_config=openapi_config(),
         logging_config=None,
         request_max_body_size=BODY_LIMIT_BYTES,

@@ -8,7 +8,9 @@ from http import HTTPStatus
 
 import msgspec
 from litestar import Response
+from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.types import Scope as LitestarScope
 
 from mullion.base.errors import DeniedError, InvalidError, MullionError, NotFoundError, TooLargeError, UnavailableError
 from mullion.model.parse import explain
@@ -74,6 +76,13 @@ async def send_error(send: Send, error: BaseException, *, close: bool = False, w
     await send({"type": f"{kind}.body", "body": body, "more_body": False})
 
 
+async def keep_exception(error: Exception, scope: LitestarScope) -> None:
+    """Litestar's hook after an exception: a websocket's is kept for the gate, which answers it."""
+    if scope["type"] == ScopeType.WEBSOCKET:
+        ours = translate_status(error, "websocket", scope["path"]) if isinstance(error, HTTPException) else error
+        scope["state"]["exception"] = ours
+
+
 def answer_exception(request: AnyRequest, error: Exception) -> Response[ErrorView]:
     """Litestar's exception handler for every exception of a route."""
     ours = translate(request, error)
@@ -87,23 +96,27 @@ def translate(request: AnyRequest, error: Exception) -> Exception:
     """Our error for an exception of the HTTP layer; any other is left as it is."""
     if not isinstance(error, HTTPException):
         return error
-    path = request.url.path
+    if isinstance(error, ValidationException) and isinstance(error.extra, list):
+        return _invalid(request, error.extra)
+    return translate_status(error, request.method, request.url.path)
+
+
+def translate_status(error: HTTPException, method: str, path: str) -> Exception:
+    """Our error for a status that the HTTP layer has chosen."""
     match error.status_code:
         case HTTPStatus.NOT_FOUND:
             return NotFoundError(f"there is nothing at {path}", remedy="GET /1.0/openapi.json lists what there is.")
         case HTTPStatus.METHOD_NOT_ALLOWED:
-            return MethodError(f"{request.method} is not possible at {path}")
+            return MethodError(f"{method} is not possible at {path}")
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             return TooLargeError("the request is too large")
         case HTTPStatus.SERVICE_UNAVAILABLE:
             return UnavailableError(error.detail)
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return error
-    if isinstance(error, ValidationException) and isinstance(error.extra, list):
-        return _invalid(request, error.extra)
     if error.status_code == HTTPStatus.BAD_REQUEST:
         return InvalidError(f"the request cannot be read: {error.detail}", remedy="Send a body of JSON in UTF-8.")
-    return RefusedError(f"{request.method} {path} is refused: {error.detail}")
+    return RefusedError(f"{method} {path} is refused: {error.detail}")
 
 
 def _invalid(request: AnyRequest, problems: Sequence[Mapping[str, str]]) -> InvalidError:

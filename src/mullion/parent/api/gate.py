@@ -3,6 +3,9 @@
 A body over 1 MiB is refused by its Content-Length, or as soon as that much of a chunked body has come. What the client
 goes on sending is dropped piece by piece by uvicorn, because closing the connection under a sender would cost it the
 answer.
+
+A websocket that is refused before it was accepted gets the same error as a request would, in place of its handshake;
+one that fails later is closed with 4000 + the error's status, and its message as the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from mullion.base.errors import InvalidError, TooLargeError
 from mullion.base.units import MIB, format_size
 from mullion.parent.api.asgi import App, Message, Receive, Scope, Send
 from mullion.parent.api.auth import Authority
-from mullion.parent.api.errors import send_error
+from mullion.parent.api.errors import send_error, status_of
+from mullion.parent.faults import error_view
 
 log = logging.getLogger(__name__)
 BODY_LIMIT_BYTES: Final = MIB
@@ -42,9 +46,17 @@ class Gate:
 
         async def sending(message: Message) -> None:
             nonlocal started, status
-            started = True
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif message["type"] == "websocket.close" and "exception" in state:
+                error = state.pop("exception")
+                if not started:
+                    await send_error(send, error, websocket=True)
+                    started = True
+                    return
+                view = error_view(error)
+                message = {"type": "websocket.close", "code": 4000 + status_of(error), "reason": view.message[:100]}
+            started = True
             await send(message)
 
         try:

@@ -31,7 +31,10 @@ from mullion.parent.faults import error_view
 
 log = logging.getLogger(__name__)
 _BACKLOG = 256
-logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its info lines say what ours say
+_UVICORN_LOG = logging.getLogger("uvicorn.error")
+_UVICORN_LOG.setLevel(logging.WARNING)  # its info lines say what ours say
+# uvicorn 0.54 says this of every websocket that is refused with an answer of its own, after it has sent that answer.
+_UVICORN_LOG.addFilter(lambda record: "without completing handshake" not in record.getMessage())
 _GRACE_S = 5
 
 
