@@ -20,6 +20,7 @@ from mullion.base.process import boot_id, find_program, run
 from mullion.hypervisor import accel_probe
 from mullion.hypervisor.cmdline import QEMU
 from mullion.model.definition import Accelerator
+from mullion.model.views import CheckView
 
 KVM_DEVICE: Final = "/dev/kvm"
 PROBE_S: Final = 10.0
@@ -95,6 +96,12 @@ def examine_kvm(cache_path: str, *, device: str = KVM_DEVICE, qemu: str = QEMU) 
     os.makedirs(os.path.dirname(cache_path), mode=0o750, exist_ok=True)
     replace_file(cache_path, text.encode(), durable=False)
     return verdict
+
+
+def accelerator_check(choice: AcceleratorChoice) -> CheckView:
+    """The choice as a line of `mullion doctor`; TCG is slow, but nothing is missing."""
+    verdict = "ok" if choice.accelerator is Accelerator.KVM else "note"
+    return CheckView("accelerator", verdict, f"{choice.accelerator.value}: {choice.reason}", choice.remedy)
 
 
 def kvm_groups(device: str = KVM_DEVICE) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from typing import Final
 from mullion.base.errors import InvalidError
 from mullion.base.paths import PartitionPaths
 from mullion.base.units import MIB
-from mullion.model.definition import Accelerator, Bus, Firmware, Machine, PartitionDefinition
+from mullion.model.definition import Accelerator, Bus, Firmware, Machine, PartitionDefinition, Transport
 
 QEMU: Final = "qemu-system-x86_64"
 SPARE_ROOT_PORTS: Final = 6
@@ -48,7 +48,7 @@ LISTENER_NAMES: Final = ("qmp", "rescue", "agent", "console")
 
 @dataclass(frozen=True, slots=True)
 class ResolvedDisk:
-    """A disk whose provider serves it: on `socket`, vhost-user-blk for a virtio disk, NBD for the emulated ones."""
+    """A disk whose provider serves it on `socket`: vhost-user-blk or NBD for a virtio disk, NBD for an emulated one."""
 
     id: str
     bus: Bus
@@ -56,6 +56,7 @@ class ResolvedDisk:
     read_only: bool = False
     serial: str = ""
     export: str = ""
+    transport: Transport = Transport.VHOST_USER
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,16 +199,18 @@ def _disks(spec: MachineSpec, bus: str) -> Iterator[str]:
         match disk.bus:
             case Bus.VIRTIO:
                 _check_place(definition, disk, place, VIRTIO_SLOTS)
+                where = {"bus": bus, "addr": f"{0x0A + place:02x}", "num-queues": "1", "config-wce": "off"}
+                if disk.transport is Transport.NBD:
+                    yield from _over_nbd(disk, "virtio-blk-pci", index, **where)
+                    continue
                 name = f"disk-{disk.id}"  # our prefix: a disk may be called `watchdog`
                 yield from ("-chardev", _options("socket", id=name, path=disk.socket, reconnect=str(RECONNECT_S)))
                 yield from _device(
                     "vhost-user-blk-pci",
                     id=name,
                     chardev=name,
-                    bus=bus,
-                    addr=f"{0x0A + place:02x}",
                     bootindex=str(index),
-                    **{"num-queues": "1", "config-wce": "off"},
+                    **where,
                 )
             case Bus.SATA:
                 if definition.machine is not Machine.Q35:
@@ -228,10 +231,16 @@ def _emulated(disk: ResolvedDisk, index: int, **place: str) -> Iterator[str]:
             remedy="Put the disk on bus virtio, or put a differencing disk over it and attach that.",
             disk=disk.id,
         )
+    yield from _over_nbd(disk, "ide-hd", index, **place)
+
+
+def _over_nbd(disk: ResolvedDisk, driver: str, index: int, **options: str) -> Iterator[str]:
+    """A disk of QEMU's own, backed by the provider's NBD export. What fails pauses the guest; `cont` repeats it."""
     name = f"disk-{disk.id}"
     node = {
         "driver": "nbd",
         "node-name": name,
+        "read-only": disk.read_only,
         "server": {"type": "unix", "path": disk.socket},
         "export": disk.export,
         "reconnect-delay": NBD_RECONNECT_S,
@@ -239,14 +248,14 @@ def _emulated(disk: ResolvedDisk, index: int, **place: str) -> Iterator[str]:
     }
     yield from ("-blockdev", json.dumps(node))
     yield from _device(
-        "ide-hd",
+        driver,
         id=name,
         drive=name,
         serial=disk.serial or disk.id,
         bootindex=str(index),
         werror="stop",
         rerror="stop",
-        **place,
+        **options,
     )
 
 

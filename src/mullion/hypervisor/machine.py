@@ -140,7 +140,17 @@ class Machine:
         return await self.agent.ping(timeout_s)
 
     async def agent_shutdown(self) -> None:
-        await self.agent.shutdown()
+        # The agent says nothing when it obeys, and a quick guest is down before we have given up waiting for a refusal.
+        asked = asyncio.create_task(self.agent.shutdown(), name=f"agent shutdown {self._identity.pid}")
+        down = asyncio.create_task(self._wait_event("SHUTDOWN"), name=f"shutdown event {self._identity.pid}")
+        try:
+            await asyncio.wait((asked, down), return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                await asked
+        finally:
+            asked.cancel()
+            down.cancel()
+            await asyncio.gather(asked, down, return_exceptions=True)
 
     def shutdown(self, timeout_s: float) -> AsyncIterator[ShutdownStep]:
         return shutdown_ladder(self, timeout_s)
@@ -203,6 +213,14 @@ class Machine:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    async def _wait_event(self, name: str) -> None:
+        came = asyncio.Event()
+        unsubscribe = self.subscribe(lambda event: came.set() if event.name == name else None)
+        try:
+            await came.wait()
+        finally:
+            unsubscribe()
 
     async def _ensure_session(self) -> QmpSession:
         """The session that is open, or a new one on the first monitor that answers."""
