@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -27,10 +26,10 @@ from mullion.base.errors import MullionError
 from mullion.base.paths import HostPaths
 from mullion.base.settings import Settings
 from mullion.base.units import utc_now
-from mullion.host import ServiceLock, allocate_user_id, check_host
+from mullion.host import ServiceLock, allocate_uid, host_checks, isolates, prepare_host_folders
 from mullion.hypervisor.accel import AcceleratorChoice, probe_accelerator
 from mullion.model.definition import Accelerator
-from mullion.model.views import StatusView
+from mullion.model.views import CheckView, StatusView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operations
 from mullion.parent.store import SqliteStore, Store
@@ -69,7 +68,8 @@ class Daemon:
             asyncio.get_running_loop().add_signal_handler(number, self._ending.set)
         paths, settings = self._paths, self._settings
         async with contextlib.AsyncExitStack() as stack:
-            make_folders(paths)
+            isolated = isolates(settings.isolation)
+            prepare_host_folders(paths, isolated=isolated)
             stack.enter_context(ServiceLock(paths.service_lock))
             store = await SqliteStore.open(paths.database)
             stack.push_async_callback(store.close)
@@ -83,10 +83,12 @@ class Daemon:
             stack.push_async_callback(fleet.close)
             disks = DiskController(
                 paths,
+                store,
                 images.resolve,
                 holders=lambda: partitions.holders(),  # noqa: PLW0108 - made below
                 attached=lambda: partitions.attached(),  # noqa: PLW0108 - made below
             )
+            await disks.open()
             partitions = PartitionController(
                 store=store,
                 events=events,
@@ -99,7 +101,7 @@ class Daemon:
                     boot_slots=asyncio.Semaphore(settings.boot_slots or _SLOTS_PER_CORE * (os.cpu_count() or 1)),
                     choose_accelerator=self._choose_accelerator,
                 ),
-                allocate_user_id=partial(allocate_user_id, settings.isolation),
+                allocate_uid=allocate_uid if isolated else None,
             )
             await partitions.open()
             stack.push_async_callback(partitions.close)
@@ -180,11 +182,16 @@ class Daemon:
         )
 
 
-def make_folders(paths: HostPaths) -> None:
-    """Make the service's folders. Others may pass through them to what is theirs, not list them."""
-    for folder in (paths.data_dir, paths.run_dir, f"{paths.data_dir}/partitions", f"{paths.run_dir}/p"):
-        os.makedirs(folder, mode=0o711, exist_ok=True)
-    os.makedirs(paths.disks, mode=0o750, exist_ok=True)
+def check_host(settings: Settings) -> tuple[CheckView, ...]:
+    """What `mullion doctor` shows; works without the service."""
+    paths = HostPaths(settings.data_dir, settings.run_dir)
+    try:
+        choice = probe_accelerator(paths.accelerator_cache, forced=Accelerator(settings.accelerator))
+        verdict = "ok" if choice.accelerator is Accelerator.KVM else "note"
+        accelerator = CheckView("accelerator", verdict, f"{choice.accelerator.value}: {choice.reason}", choice.remedy)
+    except MullionError as error:
+        accelerator = CheckView("accelerator", "missing", error.message, error.remedy)
+    return host_checks(paths, accelerator=accelerator, isolation=settings.isolation)
 
 
 def main(argv: list[str]) -> int:

@@ -37,6 +37,18 @@ class Bus(enum.Enum):
     IDE = "ide"
 
 
+class Transport(enum.Enum):
+    """How QEMU reaches the provider of a virtio disk; the guest sees the same device either way.
+
+    `auto` takes shared memory (vhost-user) where the guest runs on KVM, and the NBD socket under TCG: translated code
+    is not told of memory that another process writes (docs/adr/0009-transport-under-tcg.md).
+    """
+
+    AUTO = "auto"
+    VHOST_USER = "vhost-user"
+    NBD = "nbd"
+
+
 class Machine(enum.Enum):
     """The machine type: q35 (PCI Express) or, for old guests, pc (1996's chipset)."""
 
@@ -72,6 +84,7 @@ class DiskAttachment(Struct, frozen=True, forbid_unknown_fields=True):
     id: DiskId = ""
     bus: Bus = Bus.VIRTIO
     read_only: bool = False
+    transport: Transport = Transport.AUTO
 
 
 class DirectBoot(Struct, frozen=True, forbid_unknown_fields=True):

@@ -52,6 +52,7 @@ class AttachedDiskView(Struct, frozen=True):
     bus: str
     read_only: bool
     chain: tuple[str, ...]
+    transport: str
     nbd_socket: str | None = None
 
 

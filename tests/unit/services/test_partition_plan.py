@@ -18,7 +18,7 @@ observations = st.builds(
     guest=st.sampled_from(GuestStatus),
     provider_alive=st.booleans(),
     needs_provider=st.booleans(),
-    holds_space=st.booleans(),
+    is_stalled=st.booleans(),
 )
 
 
@@ -30,7 +30,7 @@ def result_of(step: Step, observed: Observed) -> Observed:
         Step.RESUME: {"guest": GuestStatus.RUNNING},
         Step.PAUSE: {"guest": GuestStatus.PAUSED},
         Step.QUIT_QEMU: {"guest": GuestStatus.ABSENT},
-        Step.STOP_PROVIDER: {"provider_alive": False, "holds_space": False},
+        Step.STOP_PROVIDER: {"provider_alive": False, "is_stalled": False},
     }
     return msgspec.structs.replace(observed, **changes.get(step, {}))
 
@@ -57,7 +57,7 @@ def test_a_guest_never_runs_on_without_its_provider(observed: Observed) -> None:
 
 
 def test_no_room_pauses_and_room_resumes() -> None:
-    full = Observed(GuestStatus.RUNNING, provider_alive=True, needs_provider=True, holds_space=True)
+    full = Observed(GuestStatus.RUNNING, provider_alive=True, needs_provider=True, is_stalled=True)
     assert plan_steps(PowerState.RUNNING, full, is_failed=False) == (Step.PAUSE,)
     room = Observed(GuestStatus.PAUSED, provider_alive=True, needs_provider=True)
     assert plan_steps(PowerState.RUNNING, room, is_failed=False) == (Step.RESUME,)

@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from mullion.base.errors import ConflictError, InvalidError, MullionError, NotFoundError
+import msgspec
+
+from mullion.base.errors import ConflictError, InvalidError, MullionError, NotFoundError, PreconditionError
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB, SECTOR_BYTES
 from mullion.model.views import ChainFileView, DiskView
+from mullion.parent.store import Condition, Put, Store
 from mullion.vhd import ChainInfo, create_differencing, create_dynamic, create_fixed, inspect_chain
 
 DEFAULT_BLOCK_BYTES: Final = 2 * MIB
 SUFFIXES: Final = (".vhd", ".avhd")
+_FOLDERS_KEY: Final = "disks/parent-folders"
 
 
 class DiskController:
     """Creates, shows and deletes disks.
 
     `holders` tells which partition has which file open for writing, `attached` which one's definition names it.
+    A disk may name any file as its parent; opened are only parents in its own folder, in the pool, among the images,
+    and in folders from which an administrator has taken a parent by name before (kept in the store).
     """
 
     def __init__(
         self,
         paths: HostPaths,
+        store: Store,
         resolve_image: Callable[[str], str],
         *,
         holders: Callable[[], Mapping[str, str]],
         attached: Callable[[], Mapping[str, str]],
     ) -> None:
         self._paths = paths
+        self._store = store
+        self._parent_folders: tuple[str, ...] = ()
         self._resolve_image = resolve_image
         self._holders = holders
         self._attached = attached
+
+    async def open(self) -> None:
+        """Read the folders in which parents may lie."""
+        entry = await self._store.get(_FOLDERS_KEY)
+        self._parent_folders = msgspec.json.decode(entry.value, type=tuple[str, ...]) if entry is not None else ()
+
+    async def _allow_parents_in(self, folder: str) -> None:
+        """An administrator has named a parent in this folder: disks may have parents there from now on."""
+        while folder not in self._parent_folders:
+            entry = await self._store.get(_FOLDERS_KEY)
+            known = msgspec.json.decode(entry.value, type=tuple[str, ...]) if entry is not None else ()
+            folders = tuple(sorted({*known, folder}))
+            condition = Condition(_FOLDERS_KEY, entry.revision if entry is not None else 0)
+            with contextlib.suppress(PreconditionError):  # another request has added one: look again
+                await self._store.transact([condition], [Put(_FOLDERS_KEY, msgspec.json.encode(folders))])
+                self._parent_folders = folders
 
     def resolve(self, name_or_path: str) -> str:
         """The absolute path behind `/path/to.vhd`, `name` (of the pool) or `image:name`.
@@ -112,6 +138,8 @@ class DiskController:
             raise InvalidError(
                 f"a disk's size is a positive multiple of {SECTOR_BYTES} bytes, not {size_bytes}", field="size_bytes"
             )
+        if parent_path is not None:
+            await self._allow_parents_in(os.path.dirname(os.path.realpath(parent_path)))
         if path.startswith(self._paths.disks + "/"):
             os.makedirs(self._paths.disks, mode=0o750, exist_ok=True)
         elif not os.path.isdir(os.path.dirname(path)):
@@ -148,7 +176,7 @@ class DiskController:
                 )
         if path.startswith(self._paths.images + "/"):
             raise ConflictError(f"{path} belongs to an image", remedy="Images are kept for the disks made from them.")
-        inspect_chain(path)  # raises for what is not a VHD: nothing else is deleted here
+        self.inspect(path)  # raises for what is not a VHD: nothing else is deleted here
         os.unlink(path)
 
     def _view(self, path: str) -> DiskView:
@@ -189,7 +217,10 @@ class DiskController:
                 remedy=f"Create it: mullion disk create {path} --size 40G",
                 path=path,
             )
-        return inspect_chain(path)
+        return inspect_chain(path, allowed_dirs=self._allowed(path))
+
+    def _allowed(self, path: str) -> tuple[str, ...]:
+        return (os.path.dirname(path), self._paths.disks, self._paths.images, *self._parent_folders)
 
 
 def _name_of(path: str) -> str:

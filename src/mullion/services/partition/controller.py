@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 import msgspec
@@ -52,7 +52,7 @@ class PartitionController:
         paths: HostPaths,
         disks: DiskController,
         surroundings: Surroundings,
-        allocate_user_id: Callable[[set[int]], int | None],
+        allocate_uid: Callable[[Collection[int]], int] | None,
     ) -> None:
         self._store = store
         self._events = events
@@ -60,7 +60,7 @@ class PartitionController:
         self._paths = paths
         self._disks = disks
         self._surroundings = surroundings
-        self._allocate_user_id = allocate_user_id
+        self._allocate_uid = allocate_uid
         self._partitions: dict[str, Partition] = {}
         for kind, work in (
             ("partition.start", self._start),
@@ -152,13 +152,13 @@ class PartitionController:
             )
         self._surroundings.preparer.check_definition(definition)
         self._check_paths(name)
-        used = {p.record.user_id for p in self._partitions.values() if p.record.user_id is not None}
+        used = [p.record.user_id for p in self._partitions.values() if p.record.user_id is not None]
         record = PartitionRecord(
             definition=definition,
             uuid=definition.uuid or str(uuid.uuid4()),
             created_at=utc_now(),
             desired=PowerState.STOPPED,
-            user_id=self._allocate_user_id(used),
+            user_id=self._allocate_uid(used) if self._allocate_uid is not None else None,
         )
         partition = self._hold(record, 0)  # before the store has it, so that no second one takes the name or the id
         try:
@@ -268,7 +268,7 @@ class PartitionController:
         return await self._act(name, "start", _AT_REST, work, cancellable=True)
 
     async def stop(self, name: str, *, force: bool = False, timeout_s: float | None = None) -> OperationView:
-        """Begin to stop one: the guest is asked for `timeout_s` (by default its definition's); by `force` not at all."""
+        """Begin to stop one: the guest is asked for `timeout_s` (default: its definition's), by `force` not."""
 
         async def work(operation: Operation) -> Mapping[str, object]:
             return await self._stop(operation, timeout_s=0.0 if force else timeout_s)

@@ -14,6 +14,7 @@ import msgspec
 from mullion.base.errors import MullionError, StateError
 from mullion.base.process import boot_id
 from mullion.base.units import utc_now
+from mullion.host import prepare_partition_folders
 from mullion.hypervisor import ExitReport
 from mullion.hypervisor.accel import AcceleratorChoice
 from mullion.hypervisor.console import ConsoleHub
@@ -29,7 +30,6 @@ from mullion.services.partition.preparation import (
     Preparer,
     check_direct_boot,
     machine_spec,
-    prepare_folders,
     provider_spec,
 )
 from mullion.services.partition.presentation import present
@@ -133,9 +133,7 @@ class Partition:
 
     async def _find_disks_again(self) -> None:
         try:
-            self.runtime.disks = await asyncio.to_thread(
-                self._surroundings.preparer.find_disks, self.name, self.record.definition
-            )
+            self.runtime.disks = await asyncio.to_thread(self._find_disks)
         except MullionError as error:
             # The guest runs on descriptors that are open; only a new provider would need the files.
             log.warning("%s: its disks cannot be read now: %s", self.name, error)
@@ -264,7 +262,7 @@ class Partition:
 
     async def _converge(self, say: Say) -> None:
         for _ in range(_ROUNDS):
-            self._observed = await self.runtime.observe()
+            self._observed = await self.runtime.observe(self.record.definition)
             if await self._note_end():
                 continue
             steps = plan_steps(self.record.desired, self._observed, is_failed=self.record.failure is not None)
@@ -347,9 +345,13 @@ class Partition:
                 await runtime.stop_provider()
 
     def _prepare(self) -> tuple[PreparedDisk, ...]:
-        prepare_folders(self.runtime.paths, self.record.user_id)
+        prepare_partition_folders(self.runtime.paths, self.record.run_as)
         check_direct_boot(self.record.definition)
-        return self._surroundings.preparer.find_disks(self.name, self.record.definition)
+        return self._find_disks()
+
+    def _find_disks(self) -> tuple[PreparedDisk, ...]:
+        choice = self._choose_accelerator()
+        return self._surroundings.preparer.find_disks(self.name, self.record.definition, choice.accelerator)
 
     async def _before_provider(self) -> None:
         """A provider died under its guest: start another at once, unless they die as soon as they are started."""
@@ -377,7 +379,7 @@ class Partition:
         await self.runtime.quit_machine()
         await self.runtime.stop_provider()
         self.runtime.clean()
-        self._observed = await self.runtime.observe()
+        self._observed = await self.runtime.observe(self.record.definition)
 
     def _choose_accelerator(self) -> AcceleratorChoice:
         self._choice = self._surroundings.choose_accelerator(self.record.definition.accelerator)
@@ -419,7 +421,7 @@ class Partition:
     async def view(self) -> PartitionView:
         """The partition as it is now; what QEMU said last when its monitor does not answer."""
         try:
-            self._observed = await self.runtime.observe()
+            self._observed = await self.runtime.observe(self.record.definition)
         except (MonitorError, MachineGoneError) as error:
             log.warning("%s: %s", self.name, error)
         return present(self.record, self.revision, self._state(), self.runtime, self._choice)
@@ -429,7 +431,7 @@ class Partition:
 
     async def _note_state(self) -> None:
         """Publish a change of state."""
-        self._observed = await self.runtime.observe()
+        self._observed = await self.runtime.observe(self.record.definition)
         state = self._state()
         if state is not self.last_state:
             data = {"from": self.last_state.value, "to": state.value}

@@ -41,7 +41,7 @@ def plan_steps(desired: PowerState, observed: Observed, *, is_failed: bool) -> t
     steps: list[Step] = []
     if observed.needs_provider and not observed.provider_alive:
         steps.append(Step.START_PROVIDER)
-    if desired is PowerState.PAUSED or observed.holds_space:
+    if desired is PowerState.PAUSED or observed.is_stalled:
         if observed.guest is GuestStatus.RUNNING:
             steps.append(Step.PAUSE)
     elif observed.guest in (GuestStatus.PAUSED, GuestStatus.PRELAUNCH):

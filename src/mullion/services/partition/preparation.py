@@ -11,7 +11,15 @@ from mullion.base.errors import InvalidError, NotFoundError
 from mullion.base.paths import PartitionPaths
 from mullion.hypervisor import MachineSpec, ResolvedDisk
 from mullion.hypervisor.firmware import prepare_uefi
-from mullion.model.definition import Accelerator, Bus, Firmware, Machine, PartitionDefinition
+from mullion.model.definition import (
+    Accelerator,
+    Bus,
+    DiskAttachment,
+    Firmware,
+    Machine,
+    PartitionDefinition,
+    Transport,
+)
 from mullion.services.disk.controller import DiskController
 from mullion.services.partition.record import PartitionRecord
 from mullion.services.partition.runtime import PreparedDisk
@@ -48,14 +56,22 @@ class Preparer:
                     field=f"disks[{position}].bus",
                 )
 
-    def find_disks(self, name: str, definition: PartitionDefinition) -> tuple[PreparedDisk, ...]:
-        """The chains of the definition's disks.
+    def find_disks(
+        self, name: str, definition: PartitionDefinition, accelerator: Accelerator
+    ) -> tuple[PreparedDisk, ...]:
+        """The chains of the definition's disks, and how QEMU will reach them.
 
         Raises: NotFoundError for a missing file; VhdError for a damaged one; DiskBusyError when another partition
         has it.
         """
         return tuple(
-            PreparedDisk(disk.id or f"disk{position}", disk.bus, disk.read_only, self._find_chain(name, disk.path))
+            PreparedDisk(
+                id=disk.id or f"disk{position}",
+                bus=disk.bus,
+                read_only=disk.read_only,
+                chain=self._find_chain(name, disk.path),
+                transport=choose_transport(disk, accelerator),
+            )
             for position, disk in enumerate(definition.disks)
         )
 
@@ -75,15 +91,13 @@ class Preparer:
         return chain
 
 
-def prepare_folders(paths: PartitionPaths, user_id: int | None) -> None:
-    """Make the partition's folders: `data` for logs and firmware, `run` for sockets, with the owner they need."""
-    os.makedirs(paths.data, mode=0o755, exist_ok=True)
-    os.makedirs(paths.run, mode=0o755, exist_ok=True)
-    os.makedirs(paths.pending_dir, mode=0o700, exist_ok=True)
-    if user_id is not None:
-        os.chown(paths.pending_dir, user_id, user_id)
-        for entry in os.scandir(paths.pending_dir):
-            os.chown(entry.path, user_id, user_id, follow_symlinks=False)
+def choose_transport(disk: DiskAttachment, accelerator: Accelerator) -> Transport:
+    """How QEMU reaches the provider of a disk when this accelerator runs the guest (ADR 0009)."""
+    if disk.bus is not Bus.VIRTIO:
+        return Transport.NBD
+    if disk.transport is not Transport.AUTO:
+        return disk.transport
+    return Transport.VHOST_USER if accelerator is Accelerator.KVM else Transport.NBD
 
 
 def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...]) -> Mapping[str, Any]:
@@ -101,7 +115,7 @@ def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[P
                 "chain": list(disk.chain),
                 "read_only": disk.read_only,
                 "serial": serial_of(record, disk),
-                "vhost_user": paths.vhost_user(disk.id) if disk.bus is Bus.VIRTIO else None,
+                "vhost_user": paths.vhost_user(disk.id) if disk.transport is Transport.VHOST_USER else None,
                 "nbd": paths.nbd(disk.id),
             }
             for disk in disks
@@ -113,23 +127,23 @@ def machine_spec(
     record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...], accelerator: Accelerator
 ) -> MachineSpec:
     """QEMU's specification. Raises: MissingToolError when the firmware is not installed."""
-    owner = None if record.user_id is None else (record.user_id, record.user_id)
     uefi = record.definition.firmware is Firmware.UEFI
     return MachineSpec(
         definition=record.definition,
         uuid=record.uuid,
         paths=paths,
         accelerator=accelerator,
-        firmware=prepare_uefi(paths, owner) if uefi else None,
-        run_as=owner,
+        firmware=prepare_uefi(paths, record.run_as) if uefi else None,
+        run_as=record.run_as,
         disks=tuple(
             ResolvedDisk(
                 id=disk.id,
                 bus=disk.bus,
                 read_only=disk.read_only,
-                socket=paths.vhost_user(disk.id) if disk.bus is Bus.VIRTIO else paths.nbd(disk.id),
+                socket=paths.vhost_user(disk.id) if disk.transport is Transport.VHOST_USER else paths.nbd(disk.id),
                 serial=serial_of(record, disk),
                 export=disk.id,
+                transport=disk.transport,
             )
             for disk in disks
         ),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from mullion.hypervisor.accel import AcceleratorChoice
-from mullion.model.definition import Bus
 from mullion.model.states import PartitionState
 from mullion.model.views import AttachedDiskView, PartitionView
 from mullion.services.partition.record import PartitionRecord
-from mullion.services.partition.runtime import Runtime
+from mullion.services.partition.runtime import Runtime, Stall
 
 
 def present(
@@ -23,9 +24,9 @@ def present(
     failure = record.failure if state is PartitionState.FAILED else None
     if failure is not None:
         reason, remedy = failure.reason, failure.remedy
-    elif runtime.shortages:
-        reason = "; ".join(f"{disk}: {why}" for disk, why in sorted(runtime.shortages.items()))
-        remedy = "Make room on the disk's filesystem: the partition goes on by itself within a second or two."
+    elif runtime.stalls:
+        reason = "; ".join(_describe(runtime, disk, stall) for disk, stall in sorted(runtime.stalls.items()))
+        remedy = "Mend what is named, make room: the partition goes on by itself, nothing is lost."
     machine, provider = runtime.machine, runtime.provider
     is_up = machine is not None
     return PartitionView(
@@ -52,7 +53,8 @@ def present(
                 bus=disk.bus.value,
                 read_only=disk.read_only,
                 chain=disk.chain,
-                nbd_socket=runtime.paths.nbd(disk.id) if provider is not None and disk.bus is not Bus.VIRTIO else None,
+                transport=disk.transport.value,
+                nbd_socket=runtime.paths.nbd(disk.id) if provider is not None else None,
             )
             for disk in runtime.disks
         )
@@ -61,3 +63,11 @@ def present(
         folder=runtime.paths.data,
         console_log=runtime.paths.console_log,
     )
+
+
+def _describe(runtime: Runtime, disk_id: str, stall: Stall) -> str:
+    """`disk0: no space left on /srv/vm (for /srv/vm/web.vhd)`."""
+    path = next((disk.chain[0] for disk in runtime.disks if disk.id == disk_id), None)
+    if path is None:
+        return f"{disk_id or 'a disk'}: {stall.reason}"
+    return f"{disk_id}: {stall.reason} in {os.path.dirname(path)} (for {os.path.basename(path)})"

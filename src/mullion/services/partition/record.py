@@ -39,6 +39,11 @@ class PartitionRecord(msgspec.Struct, frozen=True):
     boot_s: float | None = None
     failure: Failure | None = None
 
+    @property
+    def run_as(self) -> tuple[int, int] | None:
+        """User and group under which QEMU and the provider run; None for our own."""
+        return None if self.user_id is None else (self.user_id, self.user_id)
+
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
 
@@ -64,7 +69,7 @@ class Observed(msgspec.Struct, frozen=True):
     guest: GuestStatus = GuestStatus.ABSENT
     provider_alive: bool = False
     needs_provider: bool = False
-    holds_space: bool = False  # paused by us until there is room for its writes
+    is_stalled: bool = False  # a disk cannot go on: no room, or errors
 
 
 def key_of(name: str) -> str:

@@ -21,10 +21,11 @@ from mullion.base.errors import MullionError, UnavailableError
 from mullion.base.paths import PartitionPaths
 from mullion.base.pidfd import wait_process
 from mullion.base.process import ProcessIdentity, read_identity, write_identity
+from mullion.base.units import MIB
 from mullion.hypervisor import ExitReport, Machine, MachineSpec
 from mullion.hypervisor.errors import MachineGoneError
 from mullion.hypervisor.launch import log_excerpt, read_exit_status
-from mullion.model.definition import Bus
+from mullion.model.definition import Bus, PartitionDefinition, Transport
 from mullion.model.states import PartitionState
 from mullion.services.partition.provider_link import ProviderFleet, ProviderLink
 from mullion.services.partition.record import GuestStatus, Observed
@@ -34,6 +35,10 @@ log = logging.getLogger(__name__)
 _KILL_DEADLINE_S: Final = 10.0
 _FLUSH_DEADLINE_S: Final = 120.0
 _LINK_RETRY_S: Final = 0.2
+_ROOM_POLL_S: Final = 0.5
+_ROOM_BYTES: Final = 16 * MIB
+_IO_RETRY_S: Final = 10.0
+"""Failed I/O of an unknown reason is tried again after this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,15 @@ class PreparedDisk:
     bus: Bus
     read_only: bool
     chain: tuple[str, ...]
+    transport: Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Why a disk cannot go on. `by_provider`: the provider repeats the request; otherwise QEMU does, on `cont`."""
+
+    reason: str
+    by_provider: bool = False
 
 
 @dataclass(slots=True)
@@ -67,19 +81,19 @@ class Runtime:
     provider: ProcessIdentity | None = None
     link: ProviderLink | None = None
     disks: tuple[PreparedDisk, ...] = ()
-    shortages: dict[str, str] = field(default_factory=dict)
+    stalls: dict[str, Stall] = field(default_factory=dict)
     guest: GuestFacts = field(default_factory=GuestFacts)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
-    async def observe(self) -> Observed:
+    async def observe(self, definition: PartitionDefinition) -> Observed:
         """Look at the processes now."""
         return Observed(
             guest=await self._guest_status(),
             provider_alive=self.provider is not None and self.provider.is_alive,
-            needs_provider=bool(self.disks),
-            holds_space=bool(self.shortages),
+            needs_provider=bool(definition.disks),
+            is_stalled=bool(self.stalls),
         )
 
     async def _guest_status(self) -> GuestStatus:
@@ -89,6 +103,8 @@ class Runtime:
             status = await self.machine.state()
         except MachineGoneError:
             return GuestStatus.ABSENT
+        if status.reason == "io-error":
+            await self._note_io_error()
         match status.state:
             case PartitionState.RUNNING:
                 return GuestStatus.RUNNING
@@ -159,7 +175,6 @@ class Runtime:
 
     def _hold_provider(self, identity: ProcessIdentity) -> None:
         self.provider = identity
-        self.shortages.clear()
         self.run(self._watch_provider(identity), "provider's end")
         self.run(self._connect_provider(identity), "provider's link")
 
@@ -168,7 +183,6 @@ class Runtime:
         if self.provider == identity:
             log.warning("%s: the provider (pid %d) has ended", self.name, identity.pid)
             self.provider = None
-            self.shortages.clear()
             self.wake()
 
     async def _connect_provider(self, identity: ProcessIdentity) -> None:
@@ -185,9 +199,7 @@ class Runtime:
             self.link = link
             for disk in status.get("disks", ()):
                 if disk.get("state") == "no_space":
-                    self.shortages[disk["id"]] = str(disk.get("reason", "no space left"))
-            if self.shortages:
-                self.wake()
+                    self._stalled(disk["id"], disk)
             return
 
     def _provider_said(self, event: Mapping[str, Any] | None) -> None:
@@ -195,15 +207,55 @@ class Runtime:
             case None:
                 self.link = None
             case {"event": "no_space", "disk": disk}:
-                self.shortages[disk] = str(event.get("reason", "no space left"))
+                self._stalled(disk, event)
             case {"event": "space", "disk": disk}:
-                self.shortages.pop(disk, None)
+                self.stalls.pop(disk, None)
         self.wake()
+
+    # -- disks that cannot go on ---------------------------------------------------------------------------------------
+
+    def _stalled(self, disk_id: str, said: Mapping[str, Any]) -> None:
+        """The provider holds a write until there is room; it tells when the write has gone through."""
+        self.stalls[disk_id] = Stall(str(said.get("reason") or "no space left"), by_provider=True)
+        self.wake()
+
+    async def _note_io_error(self) -> None:
+        """QEMU has stopped the guest because requests of a disk failed; `cont` repeats them. See to it that it comes.
+
+        The state survives us: a parent that adopts such a guest finds it in `query-block` again.
+        """
+        if any(not stall.by_provider for stall in self.stalls.values()):
+            return
+        blocks = await self._machine().execute("query-block")
+        found = {}
+        for block in blocks if isinstance(blocks, list) else ():
+            if block.get("io-status") in ("nospace", "failed"):
+                disk_id = str(block.get("qdev", "")).rpartition("/peripheral/disk-")[2].partition("/")[0]
+                found[disk_id] = Stall("no space left" if block["io-status"] == "nospace" else "I/O error")
+        self.stalls |= found or {"": Stall("I/O error")}
+        self.run(self._retry_io(), "retry of failed I/O")
+
+    async def _retry_io(self) -> None:
+        """Let the guest go on when there is room again, or every now and then when the reason is another."""
+        waited_s = 0.0
+        while self.machine is not None and self.machine.exit_report is None:
+            await asyncio.sleep(_ROOM_POLL_S)
+            waited_s += _ROOM_POLL_S
+            lacks_space = any(stall.reason == "no space left" for stall in self.stalls.values())
+            if (lacks_space and self._has_room()) or waited_s >= _IO_RETRY_S:
+                self.stalls = {disk: stall for disk, stall in self.stalls.items() if stall.by_provider}
+                self.wake()
+                return
+
+    def _has_room(self) -> bool:
+        """Whether every writable disk's filesystem has room for a few new blocks."""
+        tops = [disk.chain[0] for disk in self.disks if not disk.read_only]
+        return all(st.f_bavail * st.f_frsize >= _ROOM_BYTES for st in map(os.statvfs, tops))
 
     async def stop_provider(self) -> None:
         """Have the provider flush and end; killed when it does not (what was flushed is safe either way)."""
         identity, self.provider = self.provider, None
-        self.shortages.clear()
+        self.stalls.clear()
         if self.link is not None:
             await self.link.close()
             self.link = None
