@@ -115,19 +115,19 @@ def ensure_service(face: Face) -> tuple[StatusView, bool]:
         if face.url is not None or face.socket is not None:
             raise
         face.close()
-    from mullion.base.process import spawn
+    from mullion.base.process import read_identity, spawn
 
     paths = face.paths
     os.makedirs(paths.data_dir, mode=_DATA_DIR_MODE, exist_ok=True)
     log_begins = os.path.getsize(paths.log) if os.path.exists(paths.log) else 0
     process = spawn(daemon_argv("serve"), log_path=paths.log, env=daemon_environment(face), cwd="/")
-    pidfd = os.pidfd_open(process.pid)
     try:
-        return _wait_until_it_answers(face, pidfd), True
+        return _wait_until_it_answers(face, os.pidfd_open(process.pid)), True
     except (UnavailableError, DeadlineError) as error:
+        first = read_identity(paths.service_lock)
+        if process.poll() is not None and first is not None and (pidfd := first.open_pidfd()) is not None:
+            return _wait_until_it_answers(face, pidfd), False  # another start came first, and is not ready yet
         raise why_it_ended(process.poll(), log_excerpt(paths.log, log_begins), paths.log) from error
-    finally:
-        os.close(pidfd)
 
 
 def why_it_ended(status: int | None, excerpt: str, log_path: str) -> MullionError:
@@ -146,20 +146,23 @@ def why_it_ended(status: int | None, excerpt: str, log_path: str) -> MullionErro
 
 
 def _wait_until_it_answers(face: Face, pidfd: int) -> StatusView:
-    """Ask until there is an answer; wake at once when the process ends."""
+    """Ask until there is an answer; wake at once when the process ends. Closes the descriptor."""
     deadline = time.monotonic() + _START_DEADLINE_S
     pause_s = _FIRST_PAUSE_S
-    while True:
-        ended, _, _ = select.select([pidfd], [], [], pause_s)
-        try:
-            return face.client.status()
-        except UnavailableError:
-            face.close()
-            if ended:
-                raise
-        if time.monotonic() > deadline:
-            raise DeadlineError(f"the service did not answer within {_START_DEADLINE_S:g} s")
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    try:
+        while True:
+            ended, _, _ = select.select([pidfd], [], [], pause_s)
+            try:
+                return face.client.status()
+            except UnavailableError:
+                face.close()
+                if ended:
+                    raise
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"the service did not answer within {_START_DEADLINE_S:g} s")
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    finally:
+        os.close(pidfd)
 
 
 def log_excerpt(path: str, begins: int) -> str:
