@@ -29,6 +29,7 @@ from mullion.base.errors import InvalidError, MissingToolError, UnavailableError
 from mullion.base.files import replace_file
 from mullion.base.process import run
 from mullion.base.units import GIB
+from mullion.services.image.boot_code import BOOT_CODE
 from mullion.services.image.cpio import pack_cpio
 from mullion.services.image.disk import BootFiles, write_disk
 from mullion.services.image.guest_tree import build_trees, read_guest_files, read_scripts
@@ -179,6 +180,7 @@ def _key(packages: Sequence[Package], extra: Mapping[str, Entry], kernel: Kernel
 
 def _own_part(extra: Mapping[str, Entry], kernel: Kernel) -> str:
     digest = hashlib.sha256(f"{_BUILDER_VERSION} {kernel} {DISK_BYTES}\n".encode())
+    digest.update(BOOT_CODE)
     for name, content in sorted(read_scripts().items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
     for path, entry in sorted(extra.items()):

@@ -1,6 +1,6 @@
 """Assembles the guest's disk from a tree, with ordinary filesystem tools, without privileges, mounts or loop devices.
 
-  sector      0  master boot record with syslinux's boot code
+  sector      0  master boot record with our boot code (boot.S)
            2048  EFI system partition, active, FAT16 "MULLIONBOOT": kernel, initramfs; syslinux for BIOS,
                  systemd-boot for UEFI
          133120  root filesystem, ext4 "mullion-root", to the end
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mullion.base.errors import MissingToolError
 from mullion.base.process import run
 from mullion.base.units import MIB, SECTOR_BYTES
+from mullion.services.image.boot_code import BOOT_CODE
 from mullion.services.image.guest_tree import ROOT_LABEL
 from mullion.services.image.partition_table import TYPE_EFI_SYSTEM, TYPE_LINUX, PartitionRecord, pack_boot_record
 from mullion.services.image.tree import Kind, Tree
@@ -31,7 +31,6 @@ KERNEL_LINE: Final = "console=tty0 console=ttyS0,115200 quiet no_timer_check mem
 _BOOT_START: Final = 1 * MIB
 _BOOT_BYTES: Final = 64 * MIB
 _ROOT_START: Final = _BOOT_START + _BOOT_BYTES
-_BOOT_CODE: Final = ("/usr/lib/SYSLINUX/mbr.bin", "/usr/lib/syslinux/mbr/mbr.bin")
 _COPY_BYTES: Final = 256 * 1024
 _TIMEOUT_S: Final = 120.0
 
@@ -72,7 +71,7 @@ def write_disk(path: str, size_bytes: int, boot: BootFiles, root: Tree, work_dir
     )
     create_dynamic(path, size_bytes)
     with contextlib.closing(open_chain(path)) as disk:
-        disk.pwrite(0, pack_boot_record(_boot_code(), int.from_bytes(b"MULN"), records))
+        disk.pwrite(0, pack_boot_record(BOOT_CODE, int.from_bytes(b"MULN"), records))
         for image, start in ((boot_image, _BOOT_START), (root_image, _ROOT_START)):
             for offset, chunk in _nonzero_chunks(image):
                 disk.pwrite(start + offset, chunk)
@@ -133,20 +132,6 @@ def _give_to_root(image: str, root: Tree) -> None:
     paths = [path for path, entry in root.items() if entry.kind is not Kind.CHARACTER]
     commands = "".join(f'set_inode_field "/{path}" {field} 0\n' for path in paths for field in ("uid", "gid"))
     run(["debugfs", "-w", "-f", "-", image], stdin=commands.encode(), timeout_s=_TIMEOUT_S)
-
-
-def _boot_code() -> bytes:
-    for path in _BOOT_CODE:
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            continue
-    raise MissingToolError(
-        f"syslinux's boot code is not installed: no {' or '.join(_BOOT_CODE)}",
-        remedy="Install it: apt-get install syslinux",
-        package="syslinux",
-    )
 
 
 def _nonzero_chunks(path: str) -> Iterator[tuple[int, memoryview]]:
