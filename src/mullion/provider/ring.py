@@ -41,6 +41,7 @@ BUDGET_REQUESTS: Final = 512
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _NO_NOTIFY: Final = 1
 _ENTRY_BYTES: Final = 16
+_FRAME_BYTES: Final = 17  # header and status of a request
 # A descriptor's flags, and flags | next << 16 as they stand in a driver's usual table of three.
 _NEXT: Final = int(DescriptorFlag.NEXT)
 _WRITE: Final = int(DescriptorFlag.WRITE)
@@ -209,7 +210,7 @@ class Ring:
                                     memory[status - base] = 0
                                     written = 1
                                     moved += length
-                except (IndexError, StructError, OSError):
+                except (IndexError, OverflowError, StructError, OSError):
                     written = 0  # what is wrong, or gone, is found out in `_serve`
                 if not written:
                     written = self._serve(head)
@@ -257,7 +258,9 @@ class Ring:
     def _serve(self, head: int) -> int:
         """Serve a request of any shape; the bytes written into guest memory. Raises: GuestFault, OutOfSpace."""
         readable, writable = self._walk(head)
-        return self._blk.serve(readable, writable)
+        written = self._blk.serve(readable, writable)
+        self.bytes += sum(map(len, readable)) + sum(map(len, writable)) - _FRAME_BYTES
+        return written
 
     def _walk(self, head: int) -> tuple[Segments, Segments]:
         """The pieces of memory of a chain: those the device reads, and those it writes (2.7.5)."""
