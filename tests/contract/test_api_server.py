@@ -593,3 +593,38 @@ def test_a_too_long_run_folder_is_said_plainly(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(UnavailableError, match="socket"):
         bind_unix(str(folder / "api.sock"))
+
+
+@pytest.mark.parametrize("key", ["", "Idempotency-Key: gone\r\n"])
+def test_a_client_that_leaves_in_the_middle_is_no_fault(
+    service: ApiService, shelf: Shelf, caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(60)
+        raw.connect(service.paths.api_socket)
+        raw.sendall(f'POST /1.0/things HTTP/1.1\r\nHost: x\r\n{key}Content-Length: 100\r\n\r\n{{"name":"web"'.encode())
+    caller = Caller(UnixConnection(service.paths.api_socket), {})
+    for _ in range(3):
+        assert caller.ask("GET", "/1.0/operations").status == 200
+    caller.connection.close()
+    assert shelf.done == 0
+    assert "Traceback" not in caplog.text
+    assert "unexpected error" not in caplog.text
+
+
+def test_a_request_that_runs_while_the_service_ends_gets_its_answer(tmp_path: Path) -> None:
+    shelf = Shelf()
+    with ApiService(tmp_path, ROUTES, {"shelf": shelf}) as service:
+        running = Caller(UnixConnection(service.paths.api_socket), {})
+        running.connection.request("POST", "/1.0/things", b'{"name":"slow"}')
+        other = Caller(UnixConnection(service.paths.api_socket), {})
+        while shelf.done == 0:
+            other.ask("GET", "/1.0/operations")
+        other.connection.close()
+
+        async def end_soon() -> None:
+            asyncio.get_running_loop().call_soon(shelf.hold.set)
+
+        service.call(end_soon)
+    assert running.connection.getresponse().status == 201
+    running.connection.close()

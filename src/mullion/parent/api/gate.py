@@ -18,7 +18,7 @@ from mullion.base.errors import InvalidError, TooLargeError
 from mullion.base.units import MIB, format_size
 from mullion.parent.api.asgi import App, Message, Receive, Scope, Send
 from mullion.parent.api.auth import Authority
-from mullion.parent.api.errors import send_error, status_of
+from mullion.parent.api.errors import RefusedError, send_error, status_of
 from mullion.parent.faults import error_view
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class Body:
         self._limit_bytes = limit_bytes
         self._seen_bytes = 0
         self._parts: list[bytes] = []
+        self._complete = False
 
     @property
     def content(self) -> bytes:
@@ -112,6 +113,9 @@ class Body:
             if self._seen_bytes > self._limit_bytes:
                 raise self._too_large()
             self._parts.append(message["body"])
+            self._complete = not message["more_body"]
+        elif not self._complete:
+            raise RefusedError("the client left before its request was complete")
         return message
 
     def _too_large(self) -> TooLargeError:

@@ -53,8 +53,6 @@ class Idempotency:
             await self._app(scope, receive, send)
             return
         body = await _read(receive)
-        if body is None:
-            return
         record = _Record(_digest(scope, body), self._clock())
         known = await self._begin(key, record)
         if known is not None:
@@ -165,13 +163,11 @@ def _key_of(scope: Scope) -> str | None:
     return f"{_PREFIX}{'token' if who is None else who}/{digest}"
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The whole body, or None when the client has gone."""
+async def _read(receive: Receive) -> bytes:
+    """The whole body; the gate raises when the client leaves before."""
     parts: list[bytes] = []
     while True:
         message = await receive()
-        if message["type"] != "http.request":
-            return None
         parts.append(message["body"])
         if not message["more_body"]:
             return b"".join(parts)
