@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import sys
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 ESCAPE: Final = b"\x1d"  # Ctrl-]
 LINGER_S: Final = 1.0
 _READ_BYTES: Final = 4096
+_COMMANDS: Final = re.compile(
+    rb"\x1b(?:\[[0-9;?<=>!]*[ -/]*[@-ln-~]"  # CSI sequences (ECMA-48 5.4), all but m
+    rb"|[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC, DCS and other strings with their ends
+    rb"|[ -/]*[0-Z\\`-~])"  # other escape sequences (ECMA-35 13.2), such as ESC c
+)
 
 
 class ConsoleLink(Protocol):
@@ -51,7 +57,7 @@ def attach(face: Face, name: str, *, linger_s: float = LINGER_S) -> None:
         if is_terminal:
             face.note(f"Connected to the console of {name}. Leave with Ctrl-] (the partition goes on).")
         with _signals_as_exit(), _raw(stdin_fd) if is_terminal else contextlib.nullcontext():
-            ended = Relay(link, stdin_fd, stdout_fd, watch_escape=is_terminal, linger_s=linger_s).run()
+            ended = Relay(link, stdin_fd, stdout_fd, is_terminal=is_terminal, linger_s=linger_s).run()
     finally:
         link.close()
     if is_terminal:
@@ -61,13 +67,11 @@ def attach(face: Face, name: str, *, linger_s: float = LINGER_S) -> None:
 class Relay:
     """Carries bytes both ways: a thread from the guest, the caller's thread to the guest."""
 
-    def __init__(
-        self, link: ConsoleLink, stdin_fd: int, stdout_fd: int, *, watch_escape: bool, linger_s: float
-    ) -> None:
+    def __init__(self, link: ConsoleLink, stdin_fd: int, stdout_fd: int, *, is_terminal: bool, linger_s: float) -> None:
         self._link = link
         self._stdin_fd = stdin_fd
         self._stdout_fd = stdout_fd
-        self._watch_escape = watch_escape
+        self._is_terminal = is_terminal
         self._linger_s = linger_s
         self._error: MullionError | OSError | None = None
 
@@ -89,8 +93,9 @@ class Relay:
     def _from_guest(self, wake_fd: int) -> None:
         """Write what the guest says; one byte into the pipe for each piece, and its end when there is no more."""
         try:
-            for data in self._link:
-                _write_all(self._stdout_fd, data)
+            for number, data in enumerate(self._link):
+                is_scrollback = number == 0 and self._is_terminal
+                _write_all(self._stdout_fd, without_commands(data) if is_scrollback else data)
                 os.write(wake_fd, b"!")
         except (MullionError, OSError) as error:
             self._error = error
@@ -111,11 +116,19 @@ class Relay:
                 if not data:
                     watched = [wake_fd]
                     continue
-                typed, escape, _ = data.partition(ESCAPE) if self._watch_escape else (data, b"", b"")
+                typed, escape, _ = data.partition(ESCAPE) if self._is_terminal else (data, b"", b"")
                 if typed:
                     self._link.send(typed)
                 if escape:
                     return False
+
+
+def without_commands(scrollback: bytes) -> bytes:
+    """What a guest wrote earlier, without what would act now: clearing the screen, or asking where the cursor is.
+
+    The terminal's answer to such a question would be typed into the guest. Colours (CSI … m) stay.
+    """
+    return _COMMANDS.sub(b"", scrollback)
 
 
 def _write_all(fd: int, data: bytes) -> None:

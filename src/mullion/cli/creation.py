@@ -71,8 +71,7 @@ def create(face: Face, document: dict[str, object], disks: Sequence[DiskSpec]) -
     made: list[str] = []
     try:
         for spec in disks:
-            if spec.may_be_created:
-                made += _create_if_missing(face, spec)
+            made += _create_if_missing(face, spec)
         return face.client.create_partition(definition)
     except BaseException:
         for path in reversed(made):
@@ -90,14 +89,18 @@ def _check_name_is_free(face: Face, name: str) -> None:
 
 
 def _create_if_missing(face: Face, spec: DiskSpec) -> tuple[str, ...]:
-    """The path of the disk that was created; nothing when there is one already."""
+    """The path of the disk that was created; nothing when there is one already, or when nothing says what it is."""
     try:
         face.client.disk(spec.path)
     except NotFoundError:
+        if not spec.may_be_created:
+            face.note(f"disk {spec.path} does not exist yet; with ,size=SIZE or ,parent=DISK it is created here")
+            return ()
         view = face.client.create_disk(path=spec.path, size_bytes=spec.size_bytes, parent=spec.parent)
         face.note(f"created disk {view.path}")
         return (view.path,)
-    face.note(f"disk {spec.path} exists and is used as it is")
+    if spec.may_be_created:
+        face.note(f"disk {spec.path} exists and is used as it is")
     return ()
 
 

@@ -65,12 +65,13 @@ def details(face: Face, view: PartitionView) -> str:
 
 def _disks(view: PartitionView) -> str:
     """Each disk with its chain or, while the partition is off, with what the definition names."""
-    chains = {disk.id: disk.chain for disk in view.disks}
-    return "\n".join(
-        f"{disk.id} ({disk.bus.value}{', read only' if disk.read_only else ''}): "
-        f"{chain_line(chains.get(disk.id, (disk.path,)))}"
-        for disk in view.definition.disks
-    )
+    attached = {disk.id: disk for disk in view.disks}
+    lines = []
+    for disk in view.definition.disks:
+        present = attached.get(disk.id)
+        facts = [disk.bus.value, *([present.transport] if present else []), *(["read only"] if disk.read_only else [])]
+        lines.append(f"{disk.id} ({', '.join(facts)}): {chain_line(present.chain if present else (disk.path,))}")
+    return "\n".join(lines)
 
 
 def chain_line(chain: Sequence[str]) -> str:

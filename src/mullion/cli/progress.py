@@ -103,6 +103,7 @@ def follow(face: Face, operation: OperationView) -> OperationView:
 
 def _interrupted(face: Face, operation_id: str, progress: Progress) -> NoReturn:
     try:
+        face.client.close()  # ^C came in the middle of a request: begin with a new connection
         operation = face.client.operation(operation_id)
         if operation.cancellable and not operation.state.is_final:
             face.note(f"^C: cancelling operation {operation_id} (again to leave it to itself)")

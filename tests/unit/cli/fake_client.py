@@ -80,7 +80,7 @@ class FakeClient:
         if definition.name in self._partitions:
             raise AlreadyExistsError(f"there is a partition named {definition.name} already")
         disks = tuple(
-            AttachedDiskView(d.id or f"disk{n}", d.bus.value, d.read_only, (self._path(d.path),))
+            AttachedDiskView(d.id or f"disk{n}", d.bus.value, d.read_only, (self._path(d.path),), "vhost-user")
             for n, d in enumerate(definition.disks)
         )
         view = PartitionView(

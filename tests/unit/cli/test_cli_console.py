@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from mullion.base.errors import UnavailableError
-from mullion.cli.console import Relay
+from mullion.cli.console import Relay, without_commands
 
 pytestmark = pytest.mark.unit
 
@@ -52,8 +52,8 @@ def pipes():
             pass
 
 
-def relay(guest, pipes, *, watch_escape=False, linger_s=0.0):
-    return Relay(guest, pipes[0], pipes[3], watch_escape=watch_escape, linger_s=linger_s)
+def relay(guest, pipes, *, is_terminal=False, linger_s=0.0):
+    return Relay(guest, pipes[0], pipes[3], is_terminal=is_terminal, linger_s=linger_s)
 
 
 def test_the_scrollback_and_what_the_guest_says_are_printed_until_it_ends(pipes):
@@ -66,10 +66,36 @@ def test_the_scrollback_and_what_the_guest_says_are_printed_until_it_ends(pipes)
     assert guest.closed.is_set()
 
 
+@pytest.mark.parametrize(
+    ("scrollback", "shown"),
+    [
+        (b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r\n", b"\x1b[0mSeaBIOS\r\n"),
+        (b"~ # \x1b[6n\x1b[1;31mred\x1b[m", b"~ # \x1b[1;31mred\x1b[m"),
+        (b"a\x1b]0;title\x07b\x1bP$q\x1b\\c\x1b(Bd\x1b7e", b"abcde"),
+        (b"half \x1b[", b"half \x1b["),
+    ],
+)
+def test_what_the_guest_wrote_earlier_does_not_act_on_the_terminal(pipes, scrollback, shown):
+    assert without_commands(scrollback) == shown
+    guest = Guest()
+    for said in (scrollback, b"\x1bclive", None):
+        guest.say(said)
+    assert relay(guest, pipes, is_terminal=True).run()
+    assert os.read(pipes[2], 100) == shown + b"\x1bclive"
+
+
+def test_in_a_pipe_nothing_is_left_out(pipes):
+    guest = Guest()
+    guest.say(b"\x1bc\x1b[6n")
+    guest.say(None)
+    assert relay(guest, pipes).run()
+    assert os.read(pipes[2], 100) == b"\x1bc\x1b[6n"
+
+
 def test_ctrl_right_bracket_leaves_and_what_was_typed_before_it_is_sent(pipes):
     guest = Guest(answer=lambda data: b"")
     os.write(pipes[1], b"ls\r\x03\x1dnot this")
-    assert not relay(guest, pipes, watch_escape=True).run()
+    assert not relay(guest, pipes, is_terminal=True).run()
     assert guest.received == b"ls\r\x03"
 
 
