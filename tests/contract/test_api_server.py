@@ -21,7 +21,7 @@ from litestar import Request, Response, WebSocket, delete, get, post, put, webso
 from litestar.params import FromPath, JSONBody
 from tests.framework.api_service import ApiService
 
-from mullion.base.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
+from mullion.base.errors import ConflictError, InvalidError, NotFoundError, PreconditionError, UnavailableError
 from mullion.base.paths import HostPaths
 from mullion.model.definition import PartitionDefinition
 from mullion.model.views import ErrorView, OperationView
@@ -96,7 +96,12 @@ async def echo(socket: WebSocket[object, object, object]) -> None:  # type: igno
         await socket.send_bytes(data)
 
 
-ROUTES = (show_thing, make_thing, change_thing, begin, drop_thing, echo)
+@get("/1.0/views/{number:int}")
+async def show_view(number: FromPath[int]) -> dict[str, object]:
+    return {"etag": "v7", "changes by itself": number}
+
+
+ROUTES = (show_view, show_thing, make_thing, change_thing, begin, drop_thing, echo)
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -379,6 +384,16 @@ def test_every_read_has_an_etag_and_is_not_sent_twice(caller: Caller) -> None:
     changed = caller.ask("GET", "/1.0/things/web", headers={"If-None-Match": etag})
     assert changed.status == 200
     assert changed.headers["etag"] != etag
+
+
+def test_the_etag_of_a_view_holds_its_revision(caller: Caller) -> None:
+    one, two = (caller.ask("GET", f"/1.0/views/{number}").headers["etag"] for number in (1, 2))
+    assert one != two, "what is shown has changed"
+    for tag in (one, two, '"v7"', "*", f'"x", {one}'):
+        check_match(tag, "v7", "the view")
+    for tag in ('"v8"', '"v77"', one.replace("v7", "v8"), '""'):
+        with pytest.raises(PreconditionError):
+            check_match(tag, "v7", "the view")
 
 
 def test_writes_need_the_present_etag(caller: Caller) -> None:

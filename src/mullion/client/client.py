@@ -134,7 +134,9 @@ class Client:
         parent: str | None = None,
         block_bytes: int | None = None,
     ) -> DiskView:
-        fields = {"path": path, "size_bytes": size_bytes, "type": type, "parent": parent, "block_bytes": block_bytes}
+        """Make a disk; with `parent` it is a differencing one, whatever `type` says."""
+        chosen = type if parent is None else None
+        fields = {"path": path, "size_bytes": size_bytes, "type": chosen, "parent": parent, "block_bytes": block_bytes}
         return self._post("/disks", {name: value for name, value in fields.items() if value is not None}, DiskView)
 
     def delete_disk(self, path: str) -> None:

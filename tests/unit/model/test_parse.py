@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
@@ -182,6 +184,25 @@ def test_explain_says_what_msgspec_would_not_take() -> None:
     assert error is not None
     assert error.message == "the request: vcpus is 0"
     assert explain(b"{", PartitionDefinition, source="the request") is not None
+
+
+def test_explain_knows_the_types_of_other_requests() -> None:
+    class Inner(msgspec.Struct, forbid_unknown_fields=True):
+        type: Literal["dynamic", "fixed"] = "dynamic"
+        size: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
+        when: datetime | None = None
+
+    for body, message in (
+        (b'{"type":"differencing"}', "type is 'differencing'"),
+        (b'{"size":-1}', "size is -1"),
+        (b'{"size":"x"}', "size is 'x'"),
+        (b"[]", "a list"),
+    ):
+        error = explain(body, Inner | None, source="the request")
+        assert error is not None
+        assert message in error.message
+    for body in (b"null", b"{}", b'{"type":"fixed","size":1}', b'{"when":"no date"}'):
+        assert explain(body, Inner | None, source="the request") is None
 
 
 def test_complete_gives_ids_and_refuses_what_types_cannot_say() -> None:

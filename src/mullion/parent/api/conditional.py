@@ -1,12 +1,18 @@
 """Conditional requests: an ETag on every read, If-Match on writes.
 
-Spec: RFC 9110 sections 8.8.3, 13.1.1 and 13.1.2. A route may set a strong ETag of its own (a definition's); every other
-JSON answer to a GET gets one from its content, and `If-None-Match` is answered with 304 where it matches.
+Spec: RFC 9110 sections 8.8.3, 13.1.1 and 13.1.2. Every JSON answer to a GET gets a strong ETag from its content (or the
+one that its route set), and `If-None-Match` is answered with 304 where it matches.
+
+A view with a field `etag` (a definition's revision) is two things at once: what is wanted, which writes change, and
+what is, which changes by itself. Its ETag is therefore `REVISION.CONTENT`; a write compares the revision only, and
+takes it with or without the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
+
+import msgspec
 
 from mullion.base.errors import PreconditionError
 from mullion.parent.api.asgi import App, Message, Receive, Scope, Send
@@ -27,7 +33,12 @@ def check_match(if_match: str | None, etag: str, what: str) -> None:
 def matches(header: str, etag: str) -> bool:
     """Whether an If-Match or If-None-Match header names this ETag."""
     named = [part.strip().removeprefix("W/").strip('"') for part in header.split(",")]
-    return "*" in named or etag.strip('"') in named
+    wanted = etag.strip('"')
+    return any(one in ("*", wanted) or one.startswith(f"{wanted}.") for one in named)
+
+
+class _HasEtag(msgspec.Struct):
+    etag: str
 
 
 class Conditional:
@@ -62,6 +73,15 @@ class Conditional:
         await self._app(scope, receive, sending)
 
 
+def _revision(body: bytes) -> str:
+    """The revision in a view, with its dot; empty when it has none."""
+    try:
+        etag = msgspec.json.decode(body, type=_HasEtag).etag.strip('"')
+    except msgspec.MsgspecError:  # a list, or something else without a field `etag`
+        return ""
+    return f"{etag}."
+
+
 def _is_json(start: Message) -> bool:
     return any(
         name.lower() == b"content-type" and value.startswith(b"application/json") for name, value in start["headers"]
@@ -74,6 +94,6 @@ def _tag(start: Message, body: bytes) -> str:
     for name, value in headers:
         if name.lower() == b"etag":
             return str(value, "latin-1").strip('"')
-    etag = hashlib.sha256(body).hexdigest()[:20]
+    etag = _revision(body) + hashlib.sha256(body).hexdigest()[:20]
     start["headers"] = [*headers, (b"etag", f'"{etag}"'.encode())]
     return etag
