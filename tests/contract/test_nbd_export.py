@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 import struct
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +28,8 @@ pytestmark = pytest.mark.contract
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="mn-", dir="/tmp") as path:
-        yield Path(path)
+def folder(short_tmp: Path) -> Path:
+    return short_tmp
 
 
 @pytest.fixture

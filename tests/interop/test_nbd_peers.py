@@ -27,9 +27,8 @@ SIZE_BYTES = 64 * MIB
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="mn-", dir="/tmp") as path:
-        yield Path(path)
+def folder(short_tmp: Path) -> Path:
+    return short_tmp
 
 
 @pytest.fixture
