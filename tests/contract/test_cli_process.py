@@ -63,6 +63,17 @@ def test_a_wrong_setting_is_refused_before_anything_starts(home):
     assert "MULLION_BOOT_SLOTS: boot_slots = 'many' is not a whole number" in wrong.stderr
 
 
+def test_a_folder_or_file_that_cannot_be_used_is_named(home):
+    wrong = mullion("serve", "--detach", "--data-dir", "/proc/nope/x")
+    assert wrong.returncode == 5
+    assert "the data folder /proc/nope/x cannot be used: No such file or directory" in wrong.stderr
+    (home / "file").touch()
+    wrong = mullion("status", env={**os.environ, "MULLION_HOME": str(home / "file")})
+    assert wrong.returncode == 5
+    assert "the settings cannot be read" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
 def test_a_reader_that_goes_away_ends_us_silently(home):
     read_fd, write_fd = os.pipe()
     os.close(read_fd)

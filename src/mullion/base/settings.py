@@ -108,6 +108,12 @@ def _read_file(path: str) -> dict[str, object]:
             found = tomllib.load(file)
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InvalidError(
+            f"the settings cannot be read: {path}: {error.strerror}",
+            remedy="Make the file readable, or name another with MULLION_CONFIG.",
+            path=path,
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise InvalidError(f"{path} is not TOML: {error}", path=path) from error
     known = {setting.name for setting in SETTINGS}

@@ -85,6 +85,7 @@ def _run(face: Face, view: PartitionView) -> None:
 
 def _wait_for_agent(face: Face) -> PartitionView:
     deadline = time.monotonic() + _AGENT_DEADLINE_S
+    told = False
     while True:
         view = face.client.partition(NAME)
         if view.state is PartitionState.RUNNING and view.agent_answers:
@@ -99,6 +100,9 @@ def _wait_for_agent(face: Face) -> PartitionView:
                 f"the guest's agent did not answer within {_AGENT_DEADLINE_S:g} s",
                 remedy=f"See what the guest says: {face.command('partition', 'console', NAME)}",
             )
+        if not told:
+            face.note(f"partition {NAME}: waiting until the guest's agent answers")
+            told = True
         time.sleep(_PAUSE_S)
 
 

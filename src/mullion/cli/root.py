@@ -60,6 +60,9 @@ class Root(LazyGroup):
                 return result if isinstance(result, int) else 0
         except click.exceptions.Exit as error:
             return error.exit_code
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
+            return USAGE_EXIT_CODE
         except click.ClickException as error:
             if _wants_json(arguments):
                 face.output = "json"
@@ -118,10 +121,22 @@ ENTRIES: Final = {
 }
 
 
+def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from mullion.cli.service import version_line
+
+        click.echo(version_line())
+        ctx.exit()
+
+
 @click.command(
+    "mullion",
     cls=Root,
     entries=ENTRIES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
 )
 def root() -> None:
     """Run unmodified operating systems in isolated partitions, from VHD files.

@@ -118,9 +118,16 @@ def ensure_service(face: Face) -> tuple[StatusView, bool]:
     from mullion.base.process import read_identity, spawn
 
     paths = face.paths
-    os.makedirs(paths.data_dir, mode=_DATA_DIR_MODE, exist_ok=True)
-    log_begins = os.path.getsize(paths.log) if os.path.exists(paths.log) else 0
-    process = spawn(daemon_argv("serve"), log_path=paths.log, env=daemon_environment(face), cwd="/")
+    try:
+        os.makedirs(paths.data_dir, mode=_DATA_DIR_MODE, exist_ok=True)
+        log_begins = os.path.getsize(paths.log) if os.path.exists(paths.log) else 0
+        process = spawn(daemon_argv("serve"), log_path=paths.log, env=daemon_environment(face), cwd="/")
+    except OSError as error:
+        raise InvalidError(
+            f"the data folder {paths.data_dir} cannot be used: {error.strerror}: {error.filename}",
+            remedy="Choose one that you may write to: mullion serve --data-dir FOLDER, or MULLION_HOME=FOLDER.",
+            path=paths.data_dir,
+        ) from error
     try:
         return _wait_until_it_answers(face, os.pidfd_open(process.pid)), True
     except (UnavailableError, DeadlineError) as error:
@@ -301,8 +308,17 @@ def version(face: Face) -> None:
     """Print the version."""
     from mullion import __version__
 
-    python = ".".join(str(part) for part in sys.version_info[:3])
     if face.is_json:
-        face.emit_json({"version": __version__, "python": python})
+        face.emit_json({"version": __version__, "python": _python_version()})
     else:
-        face.say(f"mullion {__version__} (Python {python})")
+        face.say(version_line())
+
+
+def version_line() -> str:
+    from mullion import __version__
+
+    return f"mullion {__version__} (Python {_python_version()})"
+
+
+def _python_version() -> str:
+    return ".".join(str(part) for part in sys.version_info[:3])

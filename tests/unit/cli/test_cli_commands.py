@@ -195,6 +195,20 @@ def test_wrong_usage_is_explained_and_ends_in_2(mullion, service, arguments, mes
         assert json.loads(as_json.stderr)["code"] == "usage"
 
 
+@pytest.mark.parametrize(("arguments", "listed"), [([], "partition"), (["partition"], "console")])
+def test_without_a_command_the_commands_are_listed(mullion, arguments, listed):
+    told = mullion(*arguments)
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert told.stderr.startswith("Usage: mullion")
+    assert f"\n  {listed} " in told.stderr
+
+
+def test_the_version(mullion):
+    assert mullion("--version").stdout == mullion("version").stdout
+    assert mullion("version").stdout.startswith("mullion 0.")
+    assert set(json.loads(mullion("version", "--format", "json").stdout)) == {"version", "python"}
+
+
 def test_no_wait_prints_the_operation_and_returns(mullion, service):
     mullion("partition", "create", "web")
     begun = mullion("partition", "start", "web", "--no-wait")
