@@ -78,15 +78,16 @@ def find_bad_starts(
     `metadata` are ranges in bytes, (start, end). A block is `span_sectors` long with its bitmap; one that begins at
     `end_sector` or later lies past the end.
     """
-    bad: set[int] = set()
-    followers = starts[1:]
-    if any(map(lt, map(sub, followers, starts), repeat(span_sectors))):
-        for first, second in zip(starts, followers, strict=False):
-            if second - first < span_sectors:
-                bad.update((first, second))
+    bad: set[int] = set(starts[bisect_left(starts, end_sector) :])
     for begin, end in metadata:
         low = bisect_left(starts, begin // SECTOR_BYTES - span_sectors + 1)
         high = bisect_left(starts, -(-end // SECTOR_BYTES))
         bad.update(starts[low:high])
-    bad.update(starts[bisect_left(starts, end_sector) :])
+    # What is wrong by itself does not make its neighbour wrong.
+    rest = array("I", (start for start in starts if start not in bad)) if bad else starts
+    followers = rest[1:]
+    if any(map(lt, map(sub, followers, rest), repeat(span_sectors))):
+        for first, second in zip(rest, followers, strict=False):
+            if second - first < span_sectors:
+                bad.update((first, second))
     return array("I", sorted(bad))

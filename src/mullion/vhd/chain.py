@@ -126,9 +126,9 @@ class Chain:
                 owners, unit_shift, places = levels[0]
                 first, last = within >> unit_shift, (within + length - 1) >> unit_shift
                 owner = owners[first]
-                if owner and (first == last or owners.count(owner, first, last + 1) == last + 1 - first):
+                if first == last or owners.count(owner, first, last + 1) == last + 1 - first:
                     self._map.used.add(granule)
-                    place = places[owner - 1]
+                    place = places[owner]
             if place is not None and os.preadv(place[0], buffers, place[1] + within) == length:
                 return
         self._check_range(offset, length)

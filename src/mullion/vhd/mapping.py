@@ -39,8 +39,8 @@ Place = tuple[int, int]
 """File descriptor, offset in that file of where the granule begins."""
 Segment = tuple[int, int, int]
 """File descriptor or `NOWHERE`, offset in the file, length."""
-Level = tuple[bytes, int, tuple[Place, ...]]
-"""Owner map, log2 of the bytes of a unit, place of each owner. A second level has what the first says nobody owns; it
+Level = tuple[bytes, int, tuple[Place | None, ...]]
+"""Owner map, log2 of the bytes of a unit, place of each owner (of nobody, 0: None). A second level has what the first says nobody owns; it
 exists only where a granule has more than 255 owners."""
 
 
@@ -103,11 +103,11 @@ class Mapping:
             if len(masks) == 1 and masks[0] == (1 << sectors) - 1 and self._is_inside_file(places[0], sectors):
                 self._keep_direct(granule, places[0])
                 return places[0]
-            levels = []
+            levels: list[Level] = []
             for begin in range(0, len(masks), bitmap.MAX_OWNERS):
                 owners, unit = bitmap.owner_map(masks[begin : begin + bitmap.MAX_OWNERS], sectors)
                 unit_shift = (unit * SECTOR_BYTES).bit_length() - 1
-                levels.append((owners, unit_shift, tuple(places[begin : begin + bitmap.MAX_OWNERS])))
+                levels.append((owners, unit_shift, (None, *places[begin : begin + bitmap.MAX_OWNERS])))
             self._keep_mixed(granule, tuple(levels))
             return tuple(levels)
 
@@ -136,7 +136,9 @@ class Mapping:
             unit = (1 << unit_shift) // SECTOR_BYTES
             start, units = first // unit, count // unit
             owners = owners[:start] + b"\x01" * units + owners[start + units :]
-            is_simple = places[0][0] == self._top.fd and not first % unit and not count % unit
+            first_owner = places[1]
+            assert first_owner is not None
+            is_simple = first_owner[0] == self._top.fd and not first % unit and not count % unit
             if is_simple and owners.count(1) < len(owners):
                 self.mixed[granule] = ((owners, unit_shift, places), *levels[1:])
             else:
@@ -236,9 +238,9 @@ def _split_mixed(levels: tuple[Level, ...], depth: int, first: int, end: int, fo
     for owner, run, count in bitmap.runs(owners[start : ((end - 1) >> unit_shift) + 1]):
         low = max(first, (start + run) << unit_shift)
         high = min(end, (start + run + count) << unit_shift)
-        if owner:
-            fd, at = places[owner - 1]
-            _add(found, fd, at + low, high - low)
+        place = places[owner]
+        if place is not None:
+            _add(found, place[0], place[1] + low, high - low)
         elif is_last:
             _add(found, NOWHERE, 0, high - low)
         else:

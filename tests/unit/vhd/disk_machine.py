@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.unit.vhd.power_cut import SECTOR, KilledError, RecordingIO
 
 import mullion.vhd.pending
 from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, open_chain
-from tests.unit.vhd.power_cut import SECTOR, KilledError, RecordingIO
 
 OFFSETS = st.floats(0, 0.999)
 LENGTHS = st.sampled_from([1, 300, 512, 513, 1024, 4096, 5000, 20000])
+LONG = st.sampled_from([513, 4096, 5000, 20000])
 FUSES = st.integers(0, 12)
 
 
@@ -228,8 +229,8 @@ class DiskMachine(RuleBasedStateMachine):
         elif under_way:
             self._became(under_way[0] * SECTOR, len(under_way) * SECTOR)
 
-    @rule(place=OFFSETS, length=LENGTHS, fuse=FUSES)
-    def run_out_of_space(self, place: float, length: int, fuse: int) -> None:
+    @rule(place=OFFSETS, length=LONG, fuse=st.integers(0, 5), is_repeated=st.booleans())
+    def run_out_of_space(self, place: float, length: int, fuse: int, is_repeated: bool) -> None:
         offset, length = self._range(place, length)
         content = self.choose.randbytes(length)
         before = bytes(self.model)
@@ -246,11 +247,12 @@ class DiskMachine(RuleBasedStateMachine):
             touched = self._sectors(offset, length)
             assert now[: touched.start * SECTOR] == before[: touched.start * SECTOR]
             assert now[touched.stop * SECTOR :] == before[touched.stop * SECTOR :]
-            self.model[offset : offset + length] = content
+            self.model[:] = now  # what was written in part may be there after a power cut
             self._became(offset, length)
-            for sector in touched:  # what was written in part may be there after a power cut
-                self.since_flush[sector].insert(0, bytes(now[sector * SECTOR : (sector + 1) * SECTOR]))
-            self.chain.pwrite(offset, content)
+            if touched and is_repeated:
+                self.chain.pwrite(offset, content)
+                self.model[offset : offset + length] = content
+                self._became(offset, length)
         finally:
             self.io.fuse = None
         assert self._content() == self.model

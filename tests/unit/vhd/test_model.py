@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, settings
-
 from tests.unit.vhd.disk_machine import DiskMachine
 
 pytestmark = pytest.mark.unit
