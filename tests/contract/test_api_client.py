@@ -227,10 +227,11 @@ def test_partitions(client: Client) -> None:
         client.partition("web")
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "a?b=c", "a#b", "%2e%2e", "ä ö", "a\r\nX: y", "x" * 3000])
-def test_a_name_stays_one_part_of_the_path(client: Client, name: str) -> None:
-    with pytest.raises(NotFoundError):
-        client.partition(name)
+def test_a_name_stays_one_part_of_the_path(client: Client) -> None:
+    for name in ("..", ".", "a/b", "a?b=c", "a#b", "%2e%2e", "ä ö", "a\r\nX: y", "x" * 3000):
+        with pytest.raises(NotFoundError):
+            client.partition(name)
+    assert client.partitions() == []
 
 
 def test_actions_and_their_progress(client: Client) -> None:

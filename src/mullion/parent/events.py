@@ -53,12 +53,19 @@ class Events:
     """The ordered events of one host. `open` it before use; call it from its event loop only."""
 
     def __init__(
-        self, store: Store, *, keep: int = KEPT_EVENTS, prefix: str = "events/", clock: Callable[[], str] = utc_now
+        self,
+        store: Store,
+        *,
+        keep: int = KEPT_EVENTS,
+        prefix: str = "events/",
+        clock: Callable[[], str] = utc_now,
+        retry_s: float = _RETRY_S,
     ) -> None:
         self._store = store
         self._keep = keep
         self._prefix = prefix
         self._clock = clock
+        self._retry_s = retry_s
         self._first = 1
         self._last = 0
         self._tail: deque[EventView] = deque(maxlen=_TAIL)
@@ -176,7 +183,7 @@ class Events:
                     log.error("events cannot be stored, they wait in memory: %s", error)
                 failing = True
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), _RETRY_S)
+                    await asyncio.wait_for(self._closing.wait(), self._retry_s)
 
     async def _write_some(self) -> None:
         """Give the oldest pending events their cursors, store them, show them."""

@@ -178,7 +178,7 @@ class FullStore(MemoryStore):
 def test_a_full_disk_delays_events_and_counts_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         store = FullStore()
-        events = Events(store, keep=300)
+        events = Events(store, keep=300, retry_s=0)
         await events.open()
         for number in range(310):
             events.publish("tick", "x", {"number": number})
