@@ -10,7 +10,6 @@ import itertools
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
@@ -77,6 +76,8 @@ class Root(LazyGroup):
             face.print_error(error)
             return exit_code_of(error)
         except Exception as error:
+            import traceback
+
             traceback.print_exception(error)
             face.print_error(MullionError(f"internal fault: {type(error).__name__}: {error}"))
             return MullionError.exit_code
