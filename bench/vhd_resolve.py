@@ -1,7 +1,7 @@
 """The cost of depth: random 4K reads at depth 8 against depth 1, first touch of a mixed block, opening 256 files.
 
-Same content, same offsets, one run; median of the rounds with the spread. Exit status 1 when a bar is missed:
-reads of resolved blocks at most 1.3 times depth 1. Figures in microseconds say what this machine did, ratios are the promise.
+Same content, same offsets, one run; median of the rounds with the spread. Exit status 1 when a bar is missed: reads of
+resolved blocks at most 1.3 times depth 1. Figures in microseconds say what this machine did, ratios are the promise.
 """
 
 from __future__ import annotations

@@ -40,8 +40,10 @@ Place = tuple[int, int]
 Segment = tuple[int, int, int]
 """File descriptor or `NOWHERE`, offset in the file, length."""
 Level = tuple[bytes, int, tuple[Place | None, ...]]
-"""Owner map, log2 of the bytes of a unit, place of each owner (of nobody, 0: None). A second level has what the first says nobody owns; it
-exists only where a granule has more than 255 owners."""
+"""Owner map, log2 of the bytes of a unit, place of each owner (of nobody, 0: None).
+
+A second level has what the first says nobody owns; it exists only where a granule has more than 255 owners.
+"""
 
 
 class Mapping:

@@ -1,0 +1,122 @@
+"""The fuzz target for VHD files: whatever the bytes are, a typed error or a disk that can be read; nothing written.
+
+Run it for long with atheris: `python tests/fuzz/vhd_target.py tests/fuzz/vhd_corpus`. pytest runs the same function on
+the corpus and on mutations of it (`test_vhd_fuzz.py`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from mullion.base.block import Extent
+from mullion.base.errors import MullionError
+from mullion.vhd import Chain, create_dynamic, inspect_chain, open_chain
+from mullion.vhd.layout import Footer, checksum
+
+READ_LIMIT_BYTES = 1 << 20
+PARENT_ID = b"\x11" * 16
+"""The children of the corpus were made on a disk of this id."""
+
+
+def make_folder() -> str:
+    """A folder, gone at exit, with the parent that the corpus's children name."""
+    folder = tempfile.mkdtemp(prefix="vhd-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    atexit.register(shutil.rmtree, folder)
+    path = f"{folder}/parent.vhd"
+    create_dynamic(path, 16 * 4096, block_bytes=4096)
+    with open_chain(path) as chain:
+        chain.pwrite(0, b"parent" * 2000)
+    with open(path, "r+b") as file:
+        raw = file.read(512)
+        footer = dataclasses.replace(Footer.unpack(raw), unique_id=PARENT_ID).pack()
+        for place in ((0, os.SEEK_SET), (-512, os.SEEK_END)):
+            file.seek(*place)
+            file.write(footer)
+    return folder
+
+
+_FOLDER = make_folder()
+
+
+def repair_checksums(raw: bytearray) -> None:
+    """Make footer, copy and header believable, so that mutations reach what lies behind the checksums."""
+    for at, length, field in ((0, 512, 64), (len(raw) - 512, 512, 64), (512, 1024, 36)):
+        if at >= 0 and at + length <= len(raw) and raw[at : at + 8] in (b"conectix", b"cxsparse"):
+            struct.pack_into(">I", raw, at + field, checksum(bytes(raw[at : at + length]), field))
+
+
+def check_file(raw: bytes) -> bool:
+    """Open, inspect and read a file of these bytes beside a good parent; says whether it could be read.
+
+    Raises: what must never be raised.
+    """
+    if not raw:
+        return False
+    data = bytearray(raw[1:])
+    if raw[0] & 1:
+        repair_checksums(data)
+    path = f"{_FOLDER}/child.vhd"
+    with open(path, "wb") as file:
+        file.write(data)
+    try:
+        read_all(path)
+    except MullionError as error:
+        complain_without_remedy(error)
+        return False
+    finally:
+        with open(path, "rb") as file:
+            assert file.read() == data, "the file was changed"
+    return True
+
+
+def read_all(path: str) -> None:
+    """Everything that a reader does with a disk. Raises: MullionError when it cannot be opened."""
+    for file_info in inspect_chain(path).files:
+        assert file_info.size_bytes > 0
+    with open_chain(path, read_only=True) as chain:
+        size = chain.size_bytes
+        buffer = bytearray(4096)
+        for offset in (*range(0, min(size, READ_LIMIT_BYTES), 4096), max(0, size - 4096)):
+            try:
+                chain.pread(offset, memoryview(buffer)[: min(4096, size - offset)])
+            except MullionError as error:
+                complain_without_remedy(error)
+        with contextlib.suppress(MullionError):
+            check_extents(chain.extents(0, min(size, READ_LIMIT_BYTES)), chain)
+
+
+def check_extents(extents: Iterator[Extent], chain: Chain) -> None:
+    at = 0
+    for extent in extents:
+        assert extent.offset == at
+        assert 0 < extent.length <= chain.size_bytes - at
+        at += extent.length
+
+
+def complain_without_remedy(error: MullionError) -> None:
+    if not (error.message and error.remedy):
+        raise AssertionError(f"{error!r} does not say what to do") from error
+
+
+def main() -> None:
+    import atheris
+
+    atheris.instrument_all()
+    atheris.Setup(sys.argv, check_file_quietly)
+    atheris.Fuzz()
+
+
+def check_file_quietly(raw: bytes) -> None:
+    check_file(raw)
+
+
+if __name__ == "__main__":
+    main()
