@@ -53,10 +53,11 @@ def prepare_host_folders(paths: HostPaths, *, isolated: bool) -> None:
         paths.run_dir,
         f"{paths.data_dir}/partitions",
         f"{paths.run_dir}/p",
-        paths.disks,
-        paths.images,
     ):
         make_folder(folder, mode)
+    for folder in (paths.disks, paths.images):
+        if not os.path.isdir(folder):  # an administrator may have put a link to other storage here
+            make_folder(folder, mode)
 
 
 def prepare_partition_folders(paths: PartitionPaths, run_as: tuple[int, int] | None) -> None:

@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +28,8 @@ from mullion.hypervisor.errors import AgentError, AgentRefusedError
 
 SYNC_INTERVAL_S: Final = 0.25
 COMMAND_S: Final = 10.0
+REFUSAL_S: Final = 1.0
+"""How long after guest-shutdown an answer may come: there is one only when the agent refuses."""
 LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 """The agent sends a captured output as one line; more than this is not an agent talking."""
 WRITE_CHUNK_BYTES: Final = 32 * 1024
@@ -65,9 +67,11 @@ class GuestAgent:
         self._numbers = itertools.count(secrets.randbits(30))
 
     async def ping(self, timeout_s: float = 2.0) -> bool:
-        """Whether the agent answers within the time."""
+        """Whether the agent answers within the time; one that comes up in the meantime is noticed at once."""
         try:
-            await self.command("guest-ping", timeout_s=timeout_s)
+            async with self._deadline("guest-sync-delimited", timeout_s):
+                self._in_sync = False  # asking for a new number is the ping that may be repeated
+                await self._synchronize()
         except AgentError:
             return False
         return True
@@ -79,27 +83,21 @@ class GuestAgent:
 
         Raises: AgentError when the agent does not answer in time (the command may have run); AgentRefusedError.
         """
-        try:
-            async with asyncio.timeout(timeout_s), self._lock:
-                return await self._request(name, arguments)
-        except TimeoutError as error:
-            raise AgentError(f"the guest agent did not answer {name} within {timeout_s:g} s", command=name) from error
+        async with self._deadline(name, timeout_s):
+            return await self._request(name, arguments)
 
     async def shutdown(self, mode: str = "powerdown", *, timeout_s: float = COMMAND_S) -> None:
         """Ask the guest to power off (`powerdown`), `halt` or `reboot`. The agent answers only when it refuses.
 
         Raises: AgentError when no agent is there; AgentRefusedError.
         """
-        try:
-            async with asyncio.timeout(timeout_s), self._lock:
-                await self._synchronize()
-                self._in_sync = False  # an answer may still come, after we have gone
-                await self._send({"execute": "guest-shutdown", "arguments": {"mode": mode}})
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1.0):
-                        _result("guest-shutdown", await self._receive())
-        except TimeoutError as error:
-            raise AgentError(f"the guest agent did not answer within {timeout_s:g} s", command="shutdown") from error
+        async with self._deadline("guest-shutdown", timeout_s):
+            await self._synchronize()
+            self._in_sync = False  # an answer may still come, after we have gone
+            await self._send({"execute": "guest-shutdown", "arguments": {"mode": mode}})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REFUSAL_S):
+                    _result("guest-shutdown", await self._receive())
 
     async def execute(
         self,
@@ -169,6 +167,19 @@ class GuestAgent:
         """Let go of the socket; the next request connects again."""
         async with self._lock:
             await self._drop()
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self, name: str, timeout_s: float) -> AsyncIterator[None]:
+        """One request: alone, and in time. What an absent agent never read is dropped with the connection."""
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                try:
+                    yield
+                except asyncio.CancelledError:
+                    self._abort()
+                    raise
+        except TimeoutError as error:
+            raise AgentError(f"the guest agent did not answer {name} within {timeout_s:g} s", command=name) from error
 
     async def _request(self, name: str, arguments: Mapping[str, object] | None) -> object:
         await self._synchronize()
@@ -247,6 +258,12 @@ class GuestAgent:
     async def _lost(self, error: Exception) -> AgentError:
         await self._drop()
         return AgentError(f"the connection to the guest agent was lost: {error!r}", path=self.path)
+
+    def _abort(self) -> None:
+        self._in_sync = False
+        writer, self._reader, self._writer = self._writer, None, None
+        if writer is not None:
+            writer.transport.abort()
 
     async def _drop(self) -> None:
         self._in_sync = False
