@@ -9,6 +9,7 @@ file is ever opened for I/O.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from array import array
@@ -182,6 +183,10 @@ def open_file(path: str, *, writable: bool = False, follow: bool = True) -> int:
         raise NotFoundError(f"there is no file {path}", remedy="Check the path of the disk.", path=path) from error
     except PermissionError as error:
         raise DeniedError(f"{path} may not be opened", path=path) from error
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise NotFoundError(f"there can be no file {path}", remedy="Check the path of the disk.", path=path) from error
     try:
         mode = os.fstat(probe).st_mode
         if not stat.S_ISREG(mode):

@@ -37,6 +37,7 @@ from mullion.vhd.locking import lock_file
 CHAIN_LIMIT: Final = 1024
 """Files in a chain; each takes a descriptor for as long as the chain is open."""
 
+_SHOWN_CHARS: Final = 300
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
 _PLATFORM_ORDER: Final = (b"W2ru", b"W2ku", b"MacX")
 
@@ -93,19 +94,19 @@ def _from_url(source: str, text: str) -> ParentName:
     try:
         url = urlsplit(text)
     except ValueError:
-        return ParentName(source, None, f"is not a URL: {text!r}")
+        return ParentName(source, None, f"is not a URL: {_shown(text)}")
     path = unquote(url.path)
     if url.scheme != "file" or url.netloc not in ("", "localhost") or "\0" in path or not path.startswith("/"):
-        return ParentName(source, None, f"names another machine or no file: {text!r}")
+        return ParentName(source, None, f"names another machine or no file: {_shown(text)}")
     return ParentName(source, path)
 
 
 def _from_windows(source: str, text: str, folder: str) -> ParentName:
     path = text.replace("\\", "/")
     if path.startswith("//"):
-        return ParentName(source, None, f"names another machine: {text!r}")
+        return ParentName(source, None, f"names another machine: {_shown(text)}")
     if _DRIVE.match(path):
-        return ParentName(source, None, f"names a drive of another system: {text!r}")
+        return ParentName(source, None, f"names a drive of another system: {_shown(text)}")
     return ParentName(source, os.path.normpath(os.path.join(folder, path)))
 
 
@@ -167,7 +168,7 @@ def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False) -> 
             parent = _open_parent(name.path, allowed, lock=lock)
             check_parent(child, parent)
         except NotFoundError:
-            complaints.append(f"{name.source}: there is no {name.path}")
+            complaints.append(f"{name.source}: there is no {_shown(name.path)}")
         except ParentRefusedError as error:
             refused = True
             complaints.append(f"{name.source}: {error.message}")
@@ -212,8 +213,14 @@ def _open_parent(path: str, allowed: Sequence[str], *, lock: bool) -> Image:
 
 def _outside(path: str, allowed: Sequence[str]) -> ParentRefusedError:
     return ParentRefusedError(
-        f"{path} is outside the allowed folders ({', '.join(allowed)})", path=path, structure="parent locator"
+        f"{_shown(path)} is outside the allowed folders ({', '.join(allowed)})", path=path, structure="parent locator"
     )
+
+
+def _shown(path: str) -> str:
+    """A path that a foreign file names, harmless for a terminal and of bounded length."""
+    text = path if len(path) <= _SHOWN_CHARS else f"{path[:_SHOWN_CHARS]}…"
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _is_inside(path: str, folders: Sequence[str]) -> bool:

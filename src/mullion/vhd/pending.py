@@ -75,6 +75,14 @@ def start_session(top_fd: int) -> None:
         os.setxattr(top_fd, SESSION_ATTRIBUTE, uuid.uuid4().bytes)
 
 
+def has_session(top_fd: int) -> bool:
+    """Did the last writer not end cleanly? False as well where the file system keeps no attributes."""
+    try:
+        return bool(os.getxattr(top_fd, SESSION_ATTRIBUTE))
+    except OSError:
+        return False
+
+
 def end_session(top_fd: int) -> None:
     """Take the mark away after a clean close."""
     with contextlib.suppress(OSError):
@@ -106,7 +114,7 @@ class PendingLog:
         if self._map[: _HEADER.size] == self._header(self._session_of_file()):
             self._count = len(found)
             return found, True
-        return found, not found
+        return found, False
 
     def begin(self) -> None:
         """Start a session of our own on an empty log, which makes every older log of this disk worthless."""

@@ -11,7 +11,7 @@ from mullion.vhd.errors import VhdDamagedError
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image
 from mullion.vhd.locking import write_holder
-from mullion.vhd.pending import PendingLog, start_session
+from mullion.vhd.pending import PendingLog, has_session, start_session
 from mullion.vhd.top import TopWriter
 
 
@@ -24,6 +24,7 @@ def open_top(
     """
     if top.damage:
         raise VhdDamagedError(f"{top.path} can only be read: {'; '.join(top.damage)}", path=top.path, structure="file")
+    was_open = has_session(top.fd)
     if top.header is None:
         start_session(top.fd)
         write_holder(top.fd, holder)
@@ -31,7 +32,7 @@ def open_top(
     log = PendingLog(pending_path, top.fd, top.footer.unique_id) if pending_path is not None else None
     try:
         writer = TopWriter(top, file_io, log)
-        said = _replay(writer, log) if log is not None else []
+        said = _replay(writer, log, was_open=was_open)
         said += writer.mend()
         if log is not None:
             log.begin()
@@ -45,12 +46,16 @@ def open_top(
     return writer, said
 
 
-def _replay(writer: TopWriter, log: PendingLog) -> list[str]:
-    records, is_ours = log.recover()
-    if not records:
-        return []
-    if not is_ours:
-        return [f"{log.path} was of another boot, disk or session: discarded"]
-    writer.replay(records)
-    writer.flush()
-    return [f"{len(records)} changes of a writer that was killed were carried out"]
+def _replay(writer: TopWriter, log: PendingLog | None, *, was_open: bool) -> list[str]:
+    """Carry out what a killed writer had acknowledged, or say that it cannot be done."""
+    records, is_ours = log.recover() if log is not None else ([], False)
+    if is_ours and records:
+        writer.replay(records)
+        writer.flush()
+        return [f"{len(records)} changes of a writer that was killed were carried out"]
+    said: list[str] = []
+    if log is not None and records:
+        said.append(f"{log.path} was of another boot, disk or session: discarded")
+    if was_open and not is_ours:
+        said.append("the last writer did not end cleanly: what it had not flushed may be missing")
+    return said

@@ -170,6 +170,19 @@ def test_log_from_before_another_writer_is_discarded(layers: list[str], tmp_path
         assert read(chain, 0, 6) == b"newer!"
 
 
+def test_a_killed_writer_without_its_log_is_told(layers: list[str], tmp_path: Path) -> None:
+    pending = tmp_path / "pending"
+    killed(layers[2], str(pending))
+    pending.unlink()
+    with open_chain(layers[2], pending_path=str(pending)) as chain:
+        assert "may be missing" in " ".join(chain.warnings)
+    open_chain(layers[2]).abandon()
+    with open_chain(layers[2]) as chain:
+        assert "may be missing" in " ".join(chain.warnings)
+    with open_chain(layers[2]) as chain:
+        assert chain.warnings == []
+
+
 def test_garbage_in_the_place_of_the_log(layers: list[str], tmp_path: Path) -> None:
     pending = tmp_path / "pending"
     for content in (b"", b"hello", os.urandom(256 * KIB)):

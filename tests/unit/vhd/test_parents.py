@@ -45,11 +45,14 @@ def dirs(tmp_path: Path) -> list[str]:
 
 def set_locator(path: str, number: int, platform: bytes, text: bytes, *, length: int | None = None) -> None:
     """Replace one locator and its text, in the place of the relative one."""
-    place = 2048 + 2048 * 0
     header = DynamicHeader.unpack(craft.peek(path, 512, 1024))
-    place = header.locators[number].data_offset or place
+    place = header.locators[number].data_offset
     craft.patch(path, place, text)
-    row = struct.pack(">4sIIIQ", platform, 512, len(text) if length is None else length, 0, place)
+    place = place if len(text) <= 512 else os.path.getsize(path) // 512 * 512 - 512
+    if len(text) > 512:  # behind everything else, with a new footer behind it
+        footer = craft.peek(path, -512, 512)
+        craft.patch(path, place, text + bytes(-len(text) % 512) + footer)
+    row = struct.pack(">4sIIIQ", platform, 65536, len(text) if length is None else length, 0, place)
     craft.set_header(path, 576 + 24 * number, row)
 
 
@@ -186,6 +189,16 @@ def test_a_bad_locator_beside_a_good_one(pair: tuple[str, str], tmp_path: Path) 
     set_locator(pair[0], 0, b"W2ru", b"\x00\xd8\x00\x00")
     with open_chain(pair[0], allowed_dirs=dirs(tmp_path)) as chain:
         assert "is not text" in " ".join(chain.warnings)
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "\x1b[31mred\n", "loop"])
+def test_names_that_no_file_can_have(pair: tuple[str, str], tmp_path: Path, name: str) -> None:
+    os.symlink("loop", tmp_path / "disks/loop")
+    only_locator(pair[0], b"W2ru", utf16(f".\\{name}"))
+    with pytest.raises(ParentNotFoundError) as caught:
+        open_chain(pair[0], allowed_dirs=dirs(tmp_path))
+    assert len(caught.value.message) < 1000
+    assert caught.value.message.isprintable()
 
 
 @pytest.mark.parametrize("space", [1, 8, 512, 4096])
