@@ -38,6 +38,7 @@ def test_the_second_is_told_the_pid_of_the_first(tmp_path: Path) -> None:
         f"{os.getpid()} 1 00000000-0000-0000-0000-000000000000\n",  # of another boot
         "x" * 100_000,
     ],
+    ids=["empty", "rubbish", "reused pid", "another boot", "too long"],
 )
 def test_a_stale_file_is_taken_over(tmp_path: Path, left: str) -> None:
     path = tmp_path / "service.pid"
