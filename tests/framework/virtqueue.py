@@ -35,6 +35,8 @@ class GranuleDisk:
         granules = [granule for granule in range(-(-size_bytes >> self.block_shift)) if is_direct(granule)]
         self.direct_read = {granule: (self.fd, granule << self.block_shift) for granule in granules}
         self.direct_write = dict(self.direct_read)
+        self.mixed_read: dict[int, tuple[tuple[bytes, int, tuple[tuple[int, int] | None, ...]], ...]] = {}
+        self.mixed_used: set[int] = set()
         self.room_bytes: int | None = None
         """How many bytes may still be written before the storage is full; None for no end."""
         self.failure: OSError | None = None
@@ -125,7 +127,6 @@ class GuestSide:
         inflight, self._inflight_fd = create_inflight(1, queue_size)
         self.inflight = InflightRegion(inflight, self._inflight_fd)
         self.notifications = 0
-        self._barrier_lock = threading.Lock()
         self.ring = self.new_ring()
 
     def new_ring(self, *, with_inflight: bool = True) -> Ring:
@@ -141,7 +142,7 @@ class GuestSide:
             self.queue_size,
             features=self.features,
             inflight=self.inflight.queue(0, self.queue_size) if with_inflight else None,
-            barrier=self._barrier,
+            barrier=threading.Lock(),
         )
         return self.ring
 
@@ -162,7 +163,3 @@ class GuestSide:
 
     def _notify(self) -> None:
         self.notifications += 1
-
-    def _barrier(self) -> None:
-        with self._barrier_lock:
-            pass

@@ -31,6 +31,19 @@ class DirectDevice(BlockDevice, Protocol):
         """The same, for granules that can be overwritten in place without a change of metadata."""
         ...
 
+    @property
+    def mixed_read(self) -> Mapping[int, tuple[tuple[bytes, int, tuple[tuple[int, int] | None, ...]], ...]]:
+        """Granule → levels of (owner of each unit, log2 of a unit's bytes, place of each owner), when files share it.
+
+        What the first level's owner has no place for is the business of `preadv`.
+        """
+        ...
+
+    @property
+    def mixed_used(self) -> set[int]:
+        """Whoever reads through `mixed_read` adds the granule here, so that it is kept."""
+        ...
+
     def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill all buffers from the offset on."""
         ...

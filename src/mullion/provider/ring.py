@@ -13,8 +13,8 @@ every instant exactly the number of finished requests: after a crash the ring go
 the guest is checked before use: indices against the ring's size, addresses and lengths against its memory, chains
 against a limit. A ring that contradicts itself raises `GuestFault`, and its state is as before the offending request.
 Ordering: stores of one thread become visible in order on x86; before sleeping, the request for a notification has to be
-visible before the ring is read again, for which a system call that releases the interpreter lock (an atomic
-read-modify-write, thus a full barrier) is between the two.
+visible before the ring is read again. Taking a free lock is an atomic read-modify-write and so, on x86, a full barrier;
+it costs a tenth of a system call.
 Durability: as the request says; a write that finds no space stays in the ring, unanswered, until it succeeds.
 """
 
@@ -23,10 +23,12 @@ from __future__ import annotations
 import enum
 import os
 import struct
+import threading
 from collections.abc import Callable
 from struct import error as StructError  # noqa: N812
 from typing import Final
 
+from mullion.base.errors import MullionError
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.memory import GuestFault, GuestMemory
@@ -75,7 +77,7 @@ class Ring:
         *,
         features: int,
         inflight: InflightQueue | None,
-        barrier: Callable[[], object],
+        barrier: threading.Lock,
     ) -> None:
         """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
         self.requests = 0
@@ -133,7 +135,8 @@ class Ring:
                     self._available_event[0] = index
                 else:
                     self._used[0] = 0
-                self._barrier()
+                with self._barrier:
+                    pass
                 if available[1] == index:
                     return Drained.IDLE
         except OutOfSpace as shortage:
@@ -157,6 +160,7 @@ class Ring:
         descriptors, inflight, used, used_words = self._descriptors, self._inflight, self._used, self._used_words
         inflight_header = self._inflight_header
         preadv, pwritev = os.preadv, os.pwritev
+        mixed_get, mixed_used = device.mixed_read.get, device.mixed_used.add
         descriptor, three_descriptors, two_words = _DESCRIPTOR, _THREE_DESCRIPTORS, _TWO_WORDS
         index = first = self.next_index
         slot = index & (self._size - 1)
@@ -197,20 +201,40 @@ class Ring:
                         granule = offset >> shift
                         if inside + length <= granule_bytes and granule < whole_granules and not length & 511:
                             data -= base
-                            if direction == _NEXT_2_WRITE:
-                                if kind == 0 and (place := read_get(granule)) is not None:
+                            piece = memory[data : data + length]
+                            if direction == _NEXT_2_WRITE and kind == 0:
+                                place = read_get(granule)
+                                if place is None and (levels := mixed_get(granule)) is not None:
+                                    owners, unit_shift, places = levels[0]
+                                    unit, last = inside >> unit_shift, (inside + length - 1) >> unit_shift
+                                    owner = owners[unit]
+                                    if unit == last or owners.count(owner, unit, last + 1) == last + 1 - unit:
+                                        mixed_used(granule)
+                                        place = places[owner]
+                                if place is not None:
                                     fd, start = place
-                                    if preadv(fd, (memory[data : data + length],), start + inside) == length:
+                                    if preadv(fd, (piece,), start + inside) == length:
                                         memory[status - base] = 0
                                         written = length + 1
                                         moved += length
-                            elif direction == _NEXT_2 and kind == 1 and (place := write_get(granule)) is not None:
-                                fd, start = place
-                                if pwritev(fd, (memory[data : data + length],), start + inside) == length:
+                                elif len(piece) == length > 0:
+                                    device.preadv(offset, (piece,))
+                                    memory[status - base] = 0
+                                    written = length + 1
+                                    moved += length
+                            elif direction == _NEXT_2 and kind == 1:
+                                if (place := write_get(granule)) is not None:
+                                    fd, start = place
+                                    if pwritev(fd, (piece,), start + inside) == length:
+                                        memory[status - base] = 0
+                                        written = 1
+                                        moved += length
+                                elif len(piece) == length > 0 and not device.read_only:
+                                    device.pwritev(offset, (piece,))
                                     memory[status - base] = 0
                                     written = 1
                                     moved += length
-                except (IndexError, OverflowError, StructError, OSError):
+                except (IndexError, OverflowError, StructError, OSError, MullionError):
                     written = 0  # what is wrong, or gone, is found out in `_serve`
                 if not written:
                     written = self._serve(head)
@@ -246,7 +270,8 @@ class Ring:
         if new == old:
             return
         self._signalled = new
-        self._barrier()  # used.idx must be visible before the driver's wish is read
+        with self._barrier:  # used.idx must be visible before the driver's wish is read
+            pass
         if self._event_idx:
             event = self._available[2 + self._size]
             wanted = (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF

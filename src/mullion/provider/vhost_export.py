@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import array
 import enum
+import functools
 import logging
 import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ _FEATURES: Final = int(
 _WRITABLE_FEATURES: Final = int(BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES)
 _READ_ONLY_FEATURE: Final = int(BlkFeature.RO)
 _FD: Final = array.array("i").itemsize
+_EVENTS: Final = 32  # taken from epoll at a time
 _EDGE: Final = select.EPOLLIN | select.EPOLLET
 
 
@@ -93,10 +96,12 @@ class VhostExport:
         self._last_index: dict[int, int] = {}  # where a broken ring stood
         self._busy: set[int] = set()
         self._stalled: set[int] = set()
+        self._retry_at_s = 0.0
         self._is_stopping = False
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._barrier_lock = threading.Lock()
+        self._barrier = threading.Lock()
+        self._notifiers: dict[int, Callable[[], None]] = {}
         self._thread = threading.Thread(target=self._run, name=f"vhost-{blk.disk_id}", daemon=True)
         gate.add_waker(self.wake)
 
@@ -150,29 +155,27 @@ class VhostExport:
                 self._disconnect("internal fault")
         self._disconnect("the provider ends")
 
-    def _barrier(self) -> None:
-        """Taking a free lock is an atomic read-modify-write: a full barrier on x86, cheaper than a system call."""
-        with self._barrier_lock:
-            pass
-
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
-        retry = self._stalled & self._rings.keys()
-        events = self._epoll.poll(0 if self._busy else RETRY_INTERVAL_S if retry else -1)
-        if retry and (not events or any(fd == self._wake_fd for fd, _ in events)):
-            self._busy |= retry
+        timeout_s = 0 if self._busy else -1 if not self._stalled else RETRY_INTERVAL_S
+        events = self._epoll.poll(timeout_s, _EVENTS)
+        kicks, stalled = self._kicks, self._stalled
         for fd, _event in events:
-            index = self._kicks.get(fd)
+            index = kicks.get(fd)
             if index is not None:
-                if index not in retry:
+                if index not in stalled and self._drain(index):
                     self._busy.add(index)
             elif fd == self._wake_fd:
                 with suppress(BlockingIOError):
                     os.eventfd_read(fd)
+                self._busy |= stalled
             elif fd == self._listener.fileno():
                 self._accept()
             else:
                 self._receive()
+        if stalled and time.monotonic() >= self._retry_at_s:
+            self._retry_at_s = time.monotonic() + RETRY_INTERVAL_S
+            self._busy |= stalled
         for index in tuple(self._busy):
             if not self._drain(index):
                 self._busy.discard(index)
@@ -182,15 +185,18 @@ class VhostExport:
         ring = self._rings.get(index)
         if ring is None:
             return False
-        call_fd = self._calls.get(index)
         served = ring.requests
         try:
-            drained = ring.drain(_no_call if call_fd is None else lambda: _signal(call_fd))
+            drained = ring.drain(self._notifiers.get(index, _no_call))
         except (GuestFault, OSError) as error:
             self._break_ring(index, str(error))
             return False
+        if drained is Drained.IDLE and not self._stalled:
+            return False
         if drained is Drained.STALLED:
             assert ring.stall is not None, "a stalled ring says why"
+            if not self._stalled:
+                self._retry_at_s = time.monotonic() + RETRY_INTERVAL_S
             self._stalled.add(index)
             self._gate.report(ring.stall, self._blk.disk_id)
             return False
@@ -332,6 +338,7 @@ class VhostExport:
 
     def set_call_fd(self, index: int, fd: int | None) -> None:
         _replace_fd(self._calls, index, fd)
+        self._notifiers[index] = _no_call if fd is None else functools.partial(_signal, fd)
 
     def set_error_fd(self, index: int, fd: int | None) -> None:
         _replace_fd(self._errors, index, fd)
@@ -356,8 +363,10 @@ def _no_call() -> None:
 
 
 def _signal(fd: int) -> None:
-    with suppress(BlockingIOError):  # a full counter is a signal that was not taken yet
+    try:
         os.eventfd_write(fd, 1)
+    except BlockingIOError:
+        return  # a full counter is a signal that was not taken yet
 
 
 def _replace_fd(table: dict[int, int], index: int, fd: int | None) -> None:

@@ -55,6 +55,8 @@ class Chain:
         self.block_shift: int = self._map.shift
         self.direct_read: dict[int, tuple[int, int]] = self._map.direct_read
         self.direct_write: dict[int, tuple[int, int]] = self._map.direct_write
+        self.mixed_read = self._map.mixed
+        self.mixed_used = self._map.used
         self.warnings: list[str] = [f"{self._top.path}: {text}" for text in said]
         for image in images:
             self.warnings.extend(f"{image.path}: {text}" for text in (*image.warnings, *image.damage))
@@ -194,20 +196,20 @@ class Chain:
             yield offset, count
             offset += count
 
-    def _write_piece(self, offset: int, buffers: Sequence[Buffer], length: int) -> None:
-        """Write inside one granule."""
+    def _write_piece(self, offset: int, buffers: Sequence[Buffer] | None, length: int) -> None:
+        """Write inside one granule; None are zeros, in whole sectors."""
         granule = offset >> self.block_shift
         within = offset & self._mask
         place = self.direct_write.get(granule)
         if place is not None:
-            self._io.write_all(place[0], buffers, place[1] + within)
+            self._put(place[1] + within, buffers, length)
             return
         with self._write_lock:
             self._check_open()
             writer = self._writer
             if writer is None:
                 place = self._map.keep_top(granule, granule << self.block_shift)
-                self._io.write_all(place[0], buffers, place[1] + within)
+                self._put(place[1] + within, buffers, length)
                 return
             if writer.is_full:
                 writer.flush()
@@ -217,14 +219,21 @@ class Chain:
             block, within = divmod(offset, self._top.block_bytes)
             data = writer.data_offset(block)
             if data is None:
-                writer.write_new(block, within, buffers, length)
+                writer.write_new(block, within, buffers or (), length)
                 self._map.forget_block(block)
             else:
-                self._io.write_all(self._top.fd, buffers, data + within)
+                self._put(data + within, buffers, length)
             self._map.resolve(granule)
 
+    def _put(self, at: int, buffers: Sequence[Buffer] | None, length: int) -> None:
+        """Write data or zeros at a place in the top file."""
+        if buffers is None:
+            self._io.write_zeros(self._top.fd, at, length)
+        else:
+            self._io.write_all(self._top.fd, buffers, at)
+
     def _write_child(
-        self, writer: TopWriter, granule: int, offset: int, buffers: Sequence[Buffer], length: int
+        self, writer: TopWriter, granule: int, offset: int, buffers: Sequence[Buffer] | None, length: int
     ) -> None:
         """Write inside one granule of a differencing disk; sectors that become the child's are completed first."""
         block, within = divmod(offset, self._top.block_bytes)
@@ -233,16 +242,16 @@ class Chain:
         first, end = within // SECTOR_BYTES, -(-(within + length) // SECTOR_BYTES)
         wanted = bitmap.mask(first, end - first, sectors)
         if data is not None and writer.bits(block) & wanted == wanted:
-            self._io.write_all(self._top.fd, buffers, data + within)
+            self._put(data + within, buffers, length)
         else:
             head, tail = within % SECTOR_BYTES, -(within + length) % SECTOR_BYTES
-            if head or tail:
+            if buffers is not None and (head or tail):
                 buffers = [self._read_bytes(offset - head, head), *buffers, self._read_bytes(offset + length, tail)]
                 within, length = within - head, length + head + tail
             if data is None:
-                writer.write_new(block, within, buffers, length)
+                writer.write_new(block, within, buffers or (), length)  # a new block holds zeros already
             else:
-                self._io.write_all(self._top.fd, buffers, data + within)
+                self._put(data + within, buffers, length)
                 writer.set_bits(block, first, end - first)
             self._map.forget_sectors(granule, first % ((self._mask + 1) // SECTOR_BYTES), end - first)
         start = granule << self.block_shift
@@ -301,9 +310,13 @@ class Chain:
                 return
         if all(fd == NOWHERE for fd, _, _ in self._map.segments(offset, length)):
             return
-        for start in range(0, length, len(ZEROS)):
-            step = min(len(ZEROS), length - start)
-            self._write_piece(offset + start, [ZEROS[:step]], step)
+        head = min(length, -offset % SECTOR_BYTES)
+        tail = (offset + length) % SECTOR_BYTES if length > head else 0
+        for at, count in ((offset, head), (offset + length - tail, tail)):
+            if count:
+                self._write_piece(at, [ZEROS[:count]], count)
+        if length > head + tail:
+            self._write_piece(offset + head, None, length - head - tail)
 
     def _place_in_top(self, offset: int, length: int) -> int | None:
         """Where a range inside one granule lies in the top, when nothing but data must change to write it."""

@@ -67,6 +67,26 @@ def test_fast_path_does_not_call_the_device(plain_guest: GuestSide) -> None:
     assert plain_guest.disk.calls == []
 
 
+def test_granule_that_files_share(features: int) -> None:
+    """Units of 4 KiB by owner: the ring goes to the right file, and to the device where owners meet or are unknown."""
+    side = GuestSide(GranuleDisk(DISK_BYTES, is_direct=lambda granule: granule != 1), features=features)
+    other = GranuleDisk(DISK_BYTES)
+    for unit in range(32):
+        side.disk.fill(unit * 4096, pattern(unit))
+        other.fill(unit * 4096, pattern(100 + unit))
+    owners = bytes([1, 2, 2, 0] * 4)
+    side.disk.mixed_read[1] = ((owners, 12, (None, (side.disk.fd, 65536), (other.fd, 65536))),)
+    for unit, expected in ((0, 16), (1, 117), (2, 118), (3, 19), (4, 20), (5, 121)):
+        assert side.request(BlkRequest.IN, 128 + unit * 8, answer_bytes=4096) == (BlkStatus.OK, pattern(expected))
+    assert side.request(BlkRequest.IN, 136, answer_bytes=8192)[1] == pattern(117) + pattern(118)
+    assert side.disk.calls == [("read", 65536 + 3 * 4096, 4096)]
+    assert side.request(BlkRequest.IN, 128, answer_bytes=8192)[0] == BlkStatus.OK
+    assert side.disk.calls[1:] == [("read", 65536, 8192)]
+    assert side.disk.mixed_used == {1}
+    other.close()
+    side.close()
+
+
 def test_request_across_granules(guest: GuestSide) -> None:
     data = os.urandom(8192)
     assert guest.request(BlkRequest.OUT, 120, data)[0] == BlkStatus.OK
