@@ -59,6 +59,12 @@ def test_it_starts_stopped_runs_pauses_and_runs(start: Start, yard: Yard) -> Non
         await machine.resume()
         await machine.reset()
         assert (await machine.state()).state is PartitionState.RUNNING
+        await machine.pause()
+        await machine.reset()  # does not make a paused guest run
+        async with asyncio.timeout(DEADLINE_S):
+            while (status := await machine.state()).run_state != "prelaunch":
+                await asyncio.sleep(0.01)
+        assert status.state is PartitionState.PAUSED
         assert machine.exit_report is None
 
     driven(start, yard.spec(), story)

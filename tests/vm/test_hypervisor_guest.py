@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import random
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from mullion.base.errors import DeadlineError, UnavailableError
 from mullion.base.units import MIB
 from mullion.hypervisor import Machine, ResolvedDisk
 from mullion.hypervisor.console import ConsoleHub
-from mullion.hypervisor.errors import AgentError, AgentRefusedError
+from mullion.hypervisor.errors import AgentError, AgentRefusedError, MonitorRefusedError
 from mullion.hypervisor.states import ShutdownOutcome, ShutdownStage
 from mullion.model.definition import Bus, DirectBoot, Transport
 from mullion.model.states import PartitionState
@@ -30,17 +31,26 @@ KERNEL_LINE = "console=ttyS0 quiet no_timer_check"
 BOOT_S = 120.0
 
 
+def overlay(socket_path: str) -> str:
+    return f"{socket_path}.qcow2"
+
+
+def serve(image: Path, socket_path: str, top: str) -> None:
+    """Another program's NBD server; what the guest writes goes to an overlay of the image."""
+    if not os.path.exists(top):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "vpc", "-b", str(image), top], check=True)
+    options = ["--fork", "-f", "qcow2", "-t", "-x", "disk0", "-k", socket_path, "--pid-file", f"{socket_path}.pid"]
+    subprocess.run(["qemu-nbd", *options, top], check=True, stdout=subprocess.DEVNULL)
+
+
 @contextmanager
 def served(image: Path, socket_path: str) -> Iterator[None]:
-    """Another program's NBD server over the image; what the guest writes goes to a file that vanishes."""
     Path(socket_path).parent.mkdir(parents=True, exist_ok=True)
-    command = ["qemu-nbd", "--fork", "-f", "vpc", "--snapshot", "-t", "-x", "disk0", "-k", socket_path, str(image)]
-    pid_file = f"{socket_path}.pid"
-    subprocess.run([*command, "--pid-file", pid_file], check=True, stdout=subprocess.DEVNULL)
+    serve(image, socket_path, overlay(socket_path))
     try:
         yield
     finally:
-        subprocess.run(["kill", Path(pid_file).read_text().strip()], check=True)
+        subprocess.run(["kill", Path(f"{socket_path}.pid").read_text().strip()], check=True)
 
 
 def booted(
@@ -168,7 +178,45 @@ def test_the_power_button_shuts_the_guest_down_and_the_machine_stays(yard: Yard,
             await asyncio.sleep(0.1)
         assert (status.state, status.reason) == (PartitionState.STOPPED, "shutdown")
         assert machine.exit_report is None
+        with pytest.raises(MonitorRefusedError, match="Resetting the Virtual Machine is required"):
+            await machine.resume()
+        await machine.reset()
+        assert (await machine.state()).state is PartitionState.RUNNING
         assert (await machine.quit()).is_clean
+
+    booted(yard, images, story)
+
+
+def test_a_panic_is_seen_and_a_reset_begins_anew(yard: Yard, images: Path) -> None:
+    async def story(machine: Machine) -> None:
+        await machine.agent.execute(["/bin/sh", "-c", "modprobe -a pvpanic_mmio pvpanic_pci"])
+        panic = asyncio.create_task(
+            machine.agent.command("guest-exec", {"path": "/bin/sh", "arg": ["-c", "echo c >/proc/sysrq-trigger"]})
+        )
+        while (status := await machine.state()).state is PartitionState.RUNNING:
+            await asyncio.sleep(0.05)
+        assert (status.state, status.reason) == (PartitionState.FAILED, "guest-panicked")
+        panic.cancel()
+        await asyncio.gather(panic, return_exceptions=True)
+        await machine.reset()
+        assert (await machine.state()).state is PartitionState.RUNNING
+        assert await machine.agent_ping(BOOT_S)
+
+    booted(yard, images, story)
+
+
+def test_a_disk_server_that_dies_and_returns_is_a_pause_not_an_error(yard: Yard, images: Path) -> None:
+    async def story(machine: Machine) -> None:
+        path = machine.paths.nbd("disk0")
+        script = "for n in 1 2 3 4 5 6; do dd if=/dev/urandom of=/root/f$n bs=64k count=4 conv=fsync || exit 1; done"
+        writing = asyncio.create_task(machine.agent.execute(["/bin/sh", "-c", script], timeout_s=BOOT_S))
+        await asyncio.sleep(0)
+        subprocess.run(["kill", "-9", Path(f"{path}.pid").read_text().strip()], check=True)
+        os.unlink(path)
+        serve(images / "demo" / "demo.vhd", path, overlay(path))
+        ran = await writing
+        assert ran.exit_code == 0, ran
+        assert (await machine.state()).state is PartitionState.RUNNING
 
     booted(yard, images, story)
 

@@ -16,7 +16,15 @@ from mullion.base.process import ProcessIdentity, boot_id
 from mullion.hypervisor.cmdline import MachineSpec, cmdline
 from mullion.hypervisor.errors import AgentError, MachineGoneError, MonitorRefusedError
 from mullion.hypervisor.shutdown import shutdown_ladder
-from mullion.hypervisor.states import EventCallback, ExitReport, MachineEvent, MachineStatus, ShutdownStep, status_of
+from mullion.hypervisor.states import (
+    ENDED_RUN_STATES,
+    EventCallback,
+    ExitReport,
+    MachineEvent,
+    MachineStatus,
+    ShutdownStep,
+    status_of,
+)
 
 
 class FakeMachine:
@@ -53,7 +61,7 @@ class FakeMachine:
 
     async def resume(self) -> None:
         self._check_alive()
-        if self._run_state in ("shutdown", "guest-panicked", "internal-error"):
+        if self._run_state in ("shutdown", "internal-error"):
             raise MonitorRefusedError(
                 "QEMU refused cont: Resetting the Virtual Machine is required", command="cont", reason="GenericError"
             )
@@ -69,8 +77,10 @@ class FakeMachine:
         self._check_alive()
         self.resets += 1
         self._tell("RESET")
-        if self._run_state in ("shutdown", "guest-panicked", "internal-error"):
+        if self._run_state in ENDED_RUN_STATES:
             self._enter("running", "RESUME")
+        elif self._run_state != "running":
+            self._run_state = "prelaunch"
 
     async def powerdown(self) -> None:
         self._check_alive()

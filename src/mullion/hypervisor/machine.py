@@ -27,7 +27,15 @@ from mullion.hypervisor.errors import MachineGoneError, MonitorError, MonitorRef
 from mullion.hypervisor.launch import Launched, launch, log_excerpt, read_exit_status
 from mullion.hypervisor.qmp import COMMAND_S, GREETING_S, QmpSession
 from mullion.hypervisor.shutdown import shutdown_ladder
-from mullion.hypervisor.states import EventCallback, ExitReport, MachineEvent, MachineStatus, ShutdownStep, status_of
+from mullion.hypervisor.states import (
+    ENDED_RUN_STATES,
+    EventCallback,
+    ExitReport,
+    MachineEvent,
+    MachineStatus,
+    ShutdownStep,
+    status_of,
+)
 
 START_S: Final = 60.0
 """How long QEMU may take to its first answer; the hosts that need more are broken."""
@@ -130,8 +138,14 @@ class Machine:
     async def reset(self) -> None:
         status = await self.state()
         await self.execute("system_reset")
-        if status.run_state in ("shutdown", "guest-panicked", "internal-error"):
-            await self.execute("cont")
+        if status.run_state not in ENDED_RUN_STATES:
+            return
+        # The command only asks for it: QEMU refuses to go on until it has happened, and then waits for us.
+        for _ in range(int(COMMAND_S / POLL_S)):
+            if (await self.state()).run_state not in ENDED_RUN_STATES:
+                return await self.resume()
+            await asyncio.sleep(POLL_S)
+        raise DeadlineError(f"QEMU did not reset a guest that is over within {COMMAND_S:g} s", pid=self._identity.pid)
 
     async def powerdown(self) -> None:
         await self.execute("system_powerdown")

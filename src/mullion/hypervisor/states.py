@@ -44,6 +44,9 @@ RUN_STATES: Final[Mapping[str, tuple[PartitionState, str | None]]] = {
 }
 """QAPI RunState → state and reason. `shutdown`: the guest has powered off, QEMU waits for `quit` (-no-shutdown)."""
 
+ENDED_RUN_STATES: Final = frozenset({"shutdown", "guest-panicked", "internal-error"})
+"""The guest is over; a reset begins a new one."""
+
 
 def status_of(run_state: str) -> MachineStatus:
     """The meaning of QEMU's run state; one that we do not know counts as paused, and says which."""
