@@ -8,6 +8,7 @@ Kept as `array("I")` in the machine's byte order; `byteswap` turns a million ent
 
 from __future__ import annotations
 
+import heapq
 import os
 import sys
 from array import array
@@ -28,6 +29,7 @@ MAX_BAT_ENTRIES: Final = MAX_BAT_BYTES // ENTRY_BYTES
 
 _NATIVE_IS_BIG: Final = sys.byteorder == "big"
 _SCAN_ENTRIES: Final = 4096
+_SORT_ENTRIES: Final = 1 << 20
 _BLANK: Final = array("I", [UNALLOCATED]) * _SCAN_ENTRIES
 
 
@@ -62,12 +64,29 @@ def next_allocated(table: array[int], index: int) -> int:
     return end
 
 
+def last_start(table: array[int]) -> int | None:
+    """The highest entry of an allocated block, None when there is none."""
+    found = -1
+    for index in range(0, len(table), _SCAN_ENTRIES):
+        part = table[index : index + _SCAN_ENTRIES]
+        if part.count(UNALLOCATED) < len(part):
+            highest = max(entry for entry in part if entry != UNALLOCATED)
+            found = max(found, highest)
+    return None if found < 0 else found
+
+
 def allocated_starts(table: array[int]) -> array[int]:
-    """The entries of all allocated blocks, ascending."""
-    if table.count(UNALLOCATED) == len(table):
-        return array("I")
-    ascending = sorted(table)
-    return array("I", ascending[: bisect_left(ascending, UNALLOCATED)])
+    """The entries of all allocated blocks, ascending.
+
+    Sorted piece by piece: a Python list of 4 Mi numbers would take 150 MB.
+    """
+    pieces: list[array[int]] = []
+    for index in range(0, len(table), _SORT_ENTRIES):
+        part = table[index : index + _SORT_ENTRIES]
+        if part.count(UNALLOCATED) < len(part):
+            ascending = sorted(part)
+            pieces.append(array("I", ascending[: bisect_left(ascending, UNALLOCATED)]))
+    return _merge(pieces)
 
 
 def find_bad_starts(
@@ -76,18 +95,30 @@ def find_bad_starts(
     """Those of the ascending `starts` whose block collides with another, with metadata, or has no room for its bitmap.
 
     `metadata` are ranges in bytes, (start, end). A block is `span_sectors` long with its bitmap; one that begins at
-    `end_sector` or later lies past the end.
+    `end_sector` or later lies past the end. What is wrong by itself does not make its neighbour wrong.
     """
-    bad: set[int] = set(starts[bisect_left(starts, end_sector) :])
+    past = bisect_left(starts, max(0, end_sector))
+    bad = [starts[past:]]
+    rest = starts[:past]
     for begin, end in metadata:
-        low = bisect_left(starts, begin // SECTOR_BYTES - span_sectors + 1)
-        high = bisect_left(starts, -(-end // SECTOR_BYTES))
-        bad.update(starts[low:high])
-    # What is wrong by itself does not make its neighbour wrong.
-    rest = array("I", (start for start in starts if start not in bad)) if bad else starts
+        low = bisect_left(rest, begin // SECTOR_BYTES - span_sectors + 1)
+        high = bisect_left(rest, -(-end // SECTOR_BYTES))
+        bad.append(rest[low:high])
+        del rest[low:high]
     followers = rest[1:]
     if any(map(lt, map(sub, followers, rest), repeat(span_sectors))):
+        colliding = array("I")
         for first, second in zip(rest, followers, strict=False):
             if second - first < span_sectors:
-                bad.update((first, second))
-    return array("I", sorted(bad))
+                if not colliding or colliding[-1] != first:
+                    colliding.append(first)
+                colliding.append(second)
+        bad.append(colliding)
+    return _merge([part for part in bad if part])
+
+
+def _merge(pieces: Sequence[array[int]]) -> array[int]:
+    """One ascending array of several."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return array("I", heapq.merge(*pieces))

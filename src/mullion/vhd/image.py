@@ -159,10 +159,10 @@ class Image:
 
     def data_end(self) -> int:
         """Where the last structure that is in use ends."""
-        starts = bat_table.allocated_starts(self.bat)
         ends = [self.claimed_end, *(end for _, end in self.metadata)]
-        if starts:
-            ends.append(starts[-1] * SECTOR_BYTES + self.span_bytes)
+        last = bat_table.last_start(self.bat)
+        if last is not None:
+            ends.append(last * SECTOR_BYTES + self.span_bytes)
         return max(ends)
 
     def close(self) -> None:

@@ -420,6 +420,21 @@ def test_zeros_hide_the_parent_and_cost_nothing_over_nothing(layers: list[str]) 
         assert read(chain, 0, 512) == b"p" * 512
 
 
+def test_zeros_over_a_parents_data_use_no_room(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}.vhd") for number in range(2)]
+    create_dynamic(paths[0], 8 * MIB)
+    with open_chain(paths[0]) as chain:
+        chain.pwrite(0, b"p" * 8 * MIB)
+    create_differencing(paths[1], paths[0])
+    with open_chain(paths[1]) as chain:
+        chain.pwrite(5 * MIB, b"c" * 4096)
+        chain.write_zeroes(1000, 8 * MIB - 2000)
+        assert all_of(chain) == b"p" * 1000 + bytes(8 * MIB - 2000) + b"p" * 1000
+    with open_chain(paths[1], read_only=True) as chain:
+        assert all_of(chain) == b"p" * 1000 + bytes(8 * MIB - 2000) + b"p" * 1000
+    assert os.stat(paths[1]).st_blocks * 512 < 256 * KIB
+
+
 def test_fixed_disks_punch_holes(tmp_path: Path) -> None:
     path = str(tmp_path / "f.vhd")
     create_fixed(path, 4 * MIB)

@@ -135,6 +135,15 @@ def test_next_allocated(blocks: list[int], start: int) -> None:
     assert bat.next_allocated(table, start) == expected
 
 
+@given(st.lists(st.one_of(st.integers(0, 50), st.just(bat.UNALLOCATED)), max_size=40), st.integers(1, 50))
+def test_starts_are_sorted_in_pieces(entries: list[int], piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bat, "_SORT_ENTRIES", piece)
+        found = list(bat.allocated_starts(array("I", entries)))
+    assert found == sorted(entry for entry in entries if entry != bat.UNALLOCATED)
+    assert bat.last_start(array("I", entries)) == (found[-1] if found else None)
+
+
 @given(
     st.lists(st.integers(0, 300), max_size=12, unique=True),
     st.integers(2, 20),
