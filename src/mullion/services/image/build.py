@@ -29,7 +29,6 @@ from mullion.base.errors import InvalidError, MissingToolError, UnavailableError
 from mullion.base.files import replace_file
 from mullion.base.process import run
 from mullion.base.units import GIB
-from mullion.services.image.boot_code import BOOT_CODE
 from mullion.services.image.cpio import pack_cpio
 from mullion.services.image.disk import BootFiles, write_disk
 from mullion.services.image.guest_tree import build_trees, read_guest_files, read_scripts
@@ -42,7 +41,7 @@ Progress = Callable[[str, float], None]
 Kernel = Literal["cloud", "generic"]
 
 DISK_BYTES: Final = 1 * GIB
-_BUILDER_VERSION: Final = 2
+_BUILDER_MODULES: Final = ("boot_code", "build", "cpio", "disk", "guest_tree", "modules", "partition_table", "tree")
 _PACKAGES: Final = ("busybox-static", "qemu-guest-agent", "systemd-boot-efi")
 _KERNELS: Final[Mapping[Kernel, str]] = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
 
@@ -179,9 +178,13 @@ def _key(packages: Sequence[Package], extra: Mapping[str, Entry], kernel: Kernel
 
 
 def _own_part(extra: Mapping[str, Entry], kernel: Kernel) -> str:
-    digest = hashlib.sha256(f"{_BUILDER_VERSION} {kernel} {DISK_BYTES}\n".encode())
-    digest.update(BOOT_CODE)
-    for name, content in sorted(read_scripts().items()):
+    """Names what a build owes to us, not to the packages: the builder itself, the guest's scripts, extra files."""
+    digest = hashlib.sha256(f"{kernel}\n".encode())
+    sources = read_scripts()
+    for name in _BUILDER_MODULES:
+        with open(f"{os.path.dirname(__file__)}/{name}.py", "rb") as file:
+            sources[f"{name}.py"] = file.read()
+    for name, content in sorted(sources.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
     for path, entry in sorted(extra.items()):
         digest.update(f"{path} {entry.mode:o} {len(entry.content)}\n".encode() + entry.content)
