@@ -12,7 +12,7 @@ from tests.unit.vhd import craft
 
 from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
 from mullion.base.units import GIB, MIB
-from mullion.vhd import create_differencing, create_dynamic, create_fixed, inspect_chain, open_chain
+from mullion.vhd import create_differencing, create_dynamic, create_fixed, inspect_chain, open_chain, parents
 from mullion.vhd.errors import (
     ChainCycleError,
     ChainTooDeepError,
@@ -21,6 +21,7 @@ from mullion.vhd.errors import (
     ParentNotFoundError,
     ParentRefusedError,
 )
+from mullion.vhd.image import open_file
 from mullion.vhd.layout import DynamicHeader
 
 pytestmark = pytest.mark.unit
@@ -165,6 +166,23 @@ def test_a_link_out_of_the_allowed_folder_is_refused(pair: tuple[str, str], tmp_
         open_chain(pair[0])
     with open_chain(pair[0], allowed_dirs=dirs(tmp_path)) as chain:
         assert read(chain, 0, 6) == b"parent"
+
+
+def test_a_link_that_is_swapped_in_while_opening_is_refused(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "disks/base.vhd"
+    inside.write_bytes(b"soon a link")
+
+    def swap_then_open(path: str) -> int:
+        inside.unlink()
+        inside.symlink_to(pair[1])
+        return open_file(path)
+
+    only_locator(pair[0], b"W2ru", utf16(".\\base.vhd"))
+    monkeypatch.setattr(parents, "open_file", swap_then_open)
+    with pytest.raises(ParentRefusedError):
+        open_chain(pair[0])
 
 
 def test_a_folder_whose_name_begins_alike_is_outside(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -338,3 +356,13 @@ def test_child_of_another_size(tmp_path: Path) -> None:
             assert read(chain, 0, size_bytes) == (b"p" * MIB + bytes(2 * MIB))[:size_bytes]
             chain.pwrite(size_bytes - 100, b"c" * 100)
             assert read(chain, 0, size_bytes - 100) == (b"p" * MIB + bytes(2 * MIB))[: size_bytes - 100]
+
+
+def test_past_the_end_of_a_fixed_parent_is_not_its_footer(tmp_path: Path) -> None:
+    parent, child = str(tmp_path / "p.vhd"), str(tmp_path / "c.vhd")
+    create_fixed(parent, MIB + 512)
+    with open_chain(parent) as chain:
+        chain.pwrite(0, b"p" * (MIB + 512))
+    create_differencing(child, parent, size_bytes=2 * MIB)
+    with open_chain(child) as chain:
+        assert read(chain, 0, 2 * MIB) == b"p" * (MIB + 512) + bytes(MIB - 512)
