@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tests.framework.leftovers import end_processes, sockets_under
+
 from mullion.base.paths import HostPaths
 from mullion.base.process import ProcessIdentity, read_identity
 from mullion.client import Client
@@ -159,8 +161,7 @@ class Service:
     def destroy(self) -> None:
         """End the service and every process of its partitions, gracefully or not."""
         self.end()
-        folder = f"{self.paths.run_dir}/p"
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            for identity in (self.qemu(name), self.provider(name)):
-                if identity is not None:
-                    identity.send_signal(signal.SIGKILL)
+        end_processes(self.home)
+        deadline_s = time.monotonic() + READY_S
+        while sockets_under(self.home) and time.monotonic() < deadline_s:  # an ending process closes them last
+            time.sleep(0.02)

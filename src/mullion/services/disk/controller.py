@@ -155,16 +155,21 @@ class DiskController:
         Raises: NotFoundError; ConflictError when a partition's definition names it or a disk of the pool is its child.
         """
         path = self.resolve(name_or_path)
+        await self.check_delete(path)
+        await asyncio.to_thread(os.unlink, path)
+
+    async def check_delete(self, path: str, *, owner: str | None = None) -> None:
+        """Whether a disk may be deleted; `owner` is the partition that goes with it. Raises: as `delete`."""
         partition = self._attached().get(path)
-        if partition is not None:
+        if partition not in (None, owner):
             raise ConflictError(
                 f"the disk {path} belongs to partition {partition}",
                 remedy=f"Take it out of the definition, or: mullion partition delete {partition} --with-disks",
                 path=path,
             )
-        await asyncio.to_thread(self._delete, path)
+        await asyncio.to_thread(self._check_delete, path)
 
-    def _delete(self, path: str) -> None:
+    def _check_delete(self, path: str) -> None:
         if not os.path.exists(path):
             raise NotFoundError(f"the disk {path} does not exist", path=path)
         for view in self._list():
@@ -177,7 +182,6 @@ class DiskController:
         if path.startswith(self._paths.images + "/"):
             raise ConflictError(f"{path} belongs to an image", remedy="Images are kept for the disks made from them.")
         self.inspect(path)  # raises for what is not a VHD: nothing else is deleted here
-        os.unlink(path)
 
     def _view(self, path: str) -> DiskView:
         info = self.inspect(path)

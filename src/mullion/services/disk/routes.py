@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal
 
 from litestar import Response, delete, get, post
-from litestar.params import QueryParameter
+from litestar.params import JSONBody, QueryParameter
 from msgspec import Meta, Struct
 
 from mullion.base.units import KIB, MIB
@@ -33,7 +33,7 @@ async def list_disks(disks: Service[DiskController]) -> list[DiskView]:
 
 
 @post("/1.0/disks", tags=_TAGS)
-async def create_disk(disks: Service[DiskController], data: NewDisk) -> Response[DiskView]:
+async def create_disk(disks: Service[DiskController], data: JSONBody[NewDisk]) -> Response[DiskView]:
     """Make a fixed, dynamic or differencing VHD."""
     view = await disks.create(
         data.path, size_bytes=data.size_bytes, disk_type=data.type, parent=data.parent, block_bytes=data.block_bytes

@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 from litestar import Response, get, post
+from litestar.params import JSONBody
 from msgspec import Struct
 
 from mullion.model.definition import Name
@@ -33,7 +34,7 @@ async def list_images(images: Service[ImageController]) -> list[ImageView]:
 
 @post("/1.0/images", tags=_TAGS, status_code=202)
 async def build_image(
-    images: Service[ImageController], operations: Service[Operations], data: NewImage
+    images: Service[ImageController], operations: Service[Operations], data: JSONBody[NewImage]
 ) -> Response[OperationView]:
     """Build an image from the distribution's packages; at once when the present packages are built already."""
     images.check_name(data.name)

@@ -24,7 +24,8 @@ from mullion.base.paths import HostPaths
 from mullion.base.units import utc_now
 from mullion.hypervisor.console import ConsoleHub
 from mullion.model.definition import PartitionDefinition, PowerState
-from mullion.model.states import PartitionState
+from mullion.model.parse import complete
+from mullion.model.states import OperationState, PartitionState
 from mullion.model.views import OperationView, PartitionView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operation, Operations, Work
@@ -37,6 +38,7 @@ from mullion.services.partition.runtime import Runtime
 log = logging.getLogger(__name__)
 
 _AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED)
+_ROLL_BACK_S: Final = 30.0
 _UP: Final = (PartitionState.RUNNING, PartitionState.PAUSED)
 
 
@@ -143,6 +145,7 @@ class PartitionController:
 
         Raises: AlreadyExistsError; InvalidError.
         """
+        definition = complete(definition)
         name = definition.name
         if name in self._partitions:
             raise AlreadyExistsError(
@@ -184,6 +187,7 @@ class PartitionController:
 
         Raises: NotFoundError; InvalidError; ConflictError for another name.
         """
+        definition = complete(definition)
         partition = self.find(name)
         if definition.name != name:
             raise ConflictError(
@@ -227,6 +231,8 @@ class PartitionController:
                     remedy=f"Stop it first: mullion partition stop {name}",
                 )
             doomed = self._own_disks(partition) if with_disks else ()
+            for path in doomed:
+                await self._disks.check_delete(path, owner=name)
             await partition.shut()
             await self._store.transact([Condition(key_of(name), partition.revision)], [Delete(key_of(name))])
             del self._partitions[name]
@@ -273,8 +279,18 @@ class PartitionController:
         async def work(operation: Operation) -> Mapping[str, object]:
             return await self._stop(operation, timeout_s=0.0 if force else timeout_s)
 
+        if force:
+            await self._supersede(name)
         allowed = (*_UP, PartitionState.FAILED) if self.find(name).has_processes() else _UP
         return await self._act(name, "stop", allowed, work, cancellable=True)
+
+    async def _supersede(self, name: str) -> None:
+        """Cancel what goes on with a partition, so that it can be turned off at once."""
+        target = f"partition/{name}"
+        for view in self._operations.list(target=target, state=OperationState.RUNNING):
+            if view.cancellable:
+                await self._operations.cancel(view.id)
+                await self._operations.wait(view.id, _ROLL_BACK_S)
 
     async def pause(self, name: str) -> OperationView:
         return await self._act(name, "pause", (PartitionState.RUNNING,), self._pause)
@@ -287,8 +303,20 @@ class PartitionController:
         return await self._act(name, "reset", allowed, self._reset)
 
     def console(self, name: str) -> ConsoleHub:
-        """The serial console of a partition, shared by all who look at it."""
-        return self.find(name).console
+        """The serial console of a partition, shared by all who look at it.
+
+        Raises: NotFoundError; StateError when the partition does not run.
+        """
+        partition = self.find(name)
+        if partition.runtime.machine is None:
+            state, log_path = partition.last_state.value, partition.console.log_path
+            raise StateError(
+                f"partition {name} is {state}: it has no console",
+                state=state,
+                required="running or paused",
+                remedy=f"Start it first: mullion partition start {name}; its last output is in {log_path}",
+            )
+        return partition.console
 
     async def _act(
         self, name: str, action: str, allowed: tuple[PartitionState, ...], work: Work, *, cancellable: bool = False

@@ -273,7 +273,8 @@ class Partition:
             if not steps:
                 return
             for step in steps:
-                say(step.value)
+                if step is not Step.RESUME:
+                    say(step.value)
                 await self._apply(step, say)
         self._dirty.set()
 
@@ -333,8 +334,10 @@ class Partition:
                 await runtime.start_machine(machine_spec(record, runtime.paths, runtime.disks, choice.accelerator))
             case Step.RESUME:
                 if self._observed.guest in (GuestStatus.ABSENT, GuestStatus.PRELAUNCH):
-                    say("waiting for a boot slot")
+                    if self._surroundings.boot_slots.locked():
+                        say("waiting for a boot slot")
                     await self._surroundings.boot_slots.acquire()
+                    say(step.value)
                     self._watch_guest(holds_slot=True)
                 await runtime.resume()
             case Step.PAUSE:
@@ -409,11 +412,12 @@ class Partition:
 
     async def _agent_changed(self, answers: bool) -> None:
         guest = self.runtime.guest
-        guest.agent_answers = answers
         if not answers:
+            guest.agent_answers = False
             return
         if guest.released_s is not None and self.record.boot_s is None:
             await self.save(boot_s=round(time.monotonic() - guest.released_s, 3))
+        guest.agent_answers = True
         self._events.publish("partition.agent-answers", f"partition/{self.name}", {"boot_s": self.record.boot_s})
 
     # -- seeing --------------------------------------------------------------------------------------------------------

@@ -66,13 +66,13 @@ class Preparer:
         """
         return tuple(
             PreparedDisk(
-                id=disk.id or f"disk{position}",
+                id=disk.id,
                 bus=disk.bus,
                 read_only=disk.read_only,
                 chain=self._find_chain(name, disk.path),
                 transport=choose_transport(disk, accelerator),
             )
-            for position, disk in enumerate(definition.disks)
+            for disk in definition.disks
         )
 
     def _find_chain(self, name: str, disk_path: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 from litestar import Response, WebSocket, delete, get, post, put, websocket
 from litestar.exceptions import WebSocketDisconnect
-from litestar.params import HeaderParameter, QueryParameter
+from litestar.params import HeaderParameter, JSONBody, QueryParameter
 from msgspec import Meta, Struct
 
 from mullion.base.errors import UnavailableError
@@ -43,7 +43,7 @@ async def list_partitions(partitions: Service[PartitionController]) -> list[Part
 
 @post("/1.0/partitions", tags=_TAGS)
 async def create_partition(
-    partitions: Service[PartitionController], data: PartitionDefinition
+    partitions: Service[PartitionController], data: JSONBody[PartitionDefinition]
 ) -> Response[PartitionView]:
     """Define a partition; one with `power: running` is started."""
     view = await partitions.create(data)
@@ -62,7 +62,7 @@ async def show_partition(partitions: Service[PartitionController], name: PathNam
 async def update_partition(
     partitions: Service[PartitionController],
     name: PathName,
-    data: PartitionDefinition,
+    data: JSONBody[PartitionDefinition],
     if_match: Annotated[str | None, HeaderParameter(name="If-Match")] = None,
 ) -> PartitionView:
     """Replace the definition; all but `power` takes effect at the next start. If-Match takes the view's `etag`."""
@@ -84,7 +84,7 @@ async def delete_partition(
 
 @post("/1.0/partitions/{name:str}/start", tags=_TAGS, status_code=202)
 async def start_partition(
-    partitions: Service[PartitionController], name: PathName, data: StartOptions | None = None
+    partitions: Service[PartitionController], name: PathName, data: JSONBody[StartOptions | None] = None
 ) -> Response[OperationView]:
     """Start it."""
     options = data or StartOptions()
@@ -93,7 +93,7 @@ async def start_partition(
 
 @post("/1.0/partitions/{name:str}/stop", tags=_TAGS, status_code=202)
 async def stop_partition(
-    partitions: Service[PartitionController], name: PathName, data: StopOptions | None = None
+    partitions: Service[PartitionController], name: PathName, data: JSONBody[StopOptions | None] = None
 ) -> Response[OperationView]:
     """Ask the guest to shut down (agent, then power button), and turn it off when time is up."""
     options = data or StopOptions()
