@@ -18,6 +18,7 @@ from tests.framework.machines import Yard, yard
 
 from mullion.base.errors import MissingToolError
 from mullion.base.paths import PartitionPaths
+from mullion.base.pidfd import wait_process
 from mullion.base.process import ProcessIdentity, boot_id, read_identity, write_identity
 from mullion.hypervisor.cmdline import MachineSpec
 from mullion.hypervisor.errors import MachineGoneError, MonitorError, MonitorRefusedError, StartFailedError
@@ -226,6 +227,23 @@ def test_a_pid_that_is_another_process_now_is_never_touched(yard: Yard) -> None:
 
         driven(story())
         stranger.kill()
+
+
+def test_waiting_for_a_pid_that_is_another_process_now_ends_at_once() -> None:
+    async def story() -> None:
+        real = ProcessIdentity.of(os.getpid())
+        assert real is not None
+        await wait_process(ProcessIdentity(real.pid, real.start_ticks - 1, boot_id()))
+        with subprocess.Popen(["sleep", "3600"]) as child:
+            identity = ProcessIdentity.of(child.pid)
+            assert identity is not None
+            waiting = asyncio.create_task(wait_process(identity))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            child.kill()
+            await waiting
+
+    driven(story())
 
 
 def test_a_machine_of_another_uuid_is_not_adopted_and_runs_on(yard: Yard) -> None:

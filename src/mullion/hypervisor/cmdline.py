@@ -71,7 +71,8 @@ class FirmwareFiles:
 class MachineSpec:
     """All that is needed to start a partition, resolved: nothing is looked up later.
 
-    `run_as` is the user and group id under which QEMU runs (needs root), None for our own.
+    `run_as` is the user and group id under which QEMU runs (needs root), None for our own; `extra_groups` are more
+    groups of it, besides the one that may open /dev/kvm.
     `max_vcpus` and `max_memory_bytes` reserve room for hot-plug; a guest pays for both, so None reserves nothing.
     """
 

@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from mullion.base.process import Spawned, boot_id, find_program, spawn
+from mullion.hypervisor.accel import kvm_groups
 from mullion.hypervisor.cmdline import LISTENER_NAMES, MachineSpec, cmdline, shell_line
+from mullion.model.definition import Accelerator
 
 WRAPPER: Final = """\
 identity=$1 status=$2 boot=$3
@@ -35,14 +37,16 @@ trap '' HUP INT QUIT TERM
 (
   trap - HUP INT QUIT TERM
   read -r pid a b c d e f g h i j k l m n o p q r s t start rest </proc/self/stat
-  printf '%s %s %s\\n' "$pid" "$start" "$boot" >"$identity.new" && mv -f "$identity.new" "$identity" || exit 126
+  printf '%s %s %s\\n' "$pid" "$start" "$boot" >"$identity" || exit 126
   exec "$@"
 ) &
 wait $!
 code=$?
 printf '%s\\n' "$code" >"$status.new" && mv -f "$status.new" "$status"
 """
-"""Spec of the fields: proc(5), /proc/PID/stat: 1 pid, 2 (sh), 22 start time. POSIX sh; the name `sh` has no blanks."""
+"""Spec of the fields: proc(5), /proc/PID/stat: 1 pid, 2 (sh), 22 start time. POSIX sh; the name `sh` has no blanks.
+The identity is one short write: a reader finds nothing or all of it. A rename would cost each start a process more.
+"""
 _LOG_MARK: Final = "mullion: start "
 _LOG_ROTATE_BYTES: Final = 4 * 1024 * 1024
 _EXCERPT_BYTES: Final = 4000
@@ -139,7 +143,8 @@ def _become(spec: MachineSpec) -> list[str]:
     if spec.run_as is None:
         return []
     uid, gid = spec.run_as
-    groups = f"--groups={','.join(map(str, spec.extra_groups))}" if spec.extra_groups else "--clear-groups"
+    members = {*spec.extra_groups, *(kvm_groups() if spec.accelerator is Accelerator.KVM else ())}
+    groups = f"--groups={','.join(map(str, sorted(members)))}" if members else "--clear-groups"
     return [
         find_program("setpriv"),
         f"--reuid={uid}",

@@ -139,7 +139,7 @@ class Machine:
         status = await self.state()
         await self.execute("system_reset")
         if status.run_state not in ENDED_RUN_STATES:
-            return
+            return None
         # The command only asks for it: QEMU refuses to go on until it has happened, and then waits for us.
         for _ in range(int(COMMAND_S / POLL_S)):
             if (await self.state()).run_state not in ENDED_RUN_STATES:

@@ -21,7 +21,7 @@ from mullion.hypervisor.cmdline import (
     cmdline,
     shell_line,
 )
-from mullion.model.definition import Accelerator, Bus, DirectBoot, Firmware, Machine, PartitionDefinition
+from mullion.model.definition import Accelerator, Bus, DirectBoot, Firmware, Machine, PartitionDefinition, Transport
 
 pytestmark = pytest.mark.unit
 
@@ -48,6 +48,9 @@ PC = PartitionDefinition("old", memory_bytes=128 * MIB, machine=Machine.PC)
 CASES = {
     "q35-two-synthetic-disks": spec_of(Q35, virtio("d0"), virtio("d1")),
     "q35-sata": spec_of(Q35, emulated("d0", Bus.SATA), virtio("d1")),
+    "q35-synthetic-over-nbd": spec_of(
+        Q35, ResolvedDisk("d0", Bus.VIRTIO, PATHS.nbd("d0"), export="d0", transport=Transport.NBD, read_only=True)
+    ),
     "pc-ide": spec_of(PC, emulated("d0", Bus.IDE), emulated("d1", Bus.IDE), emulated("d2", Bus.IDE)),
     "q35-kvm-uefi": replace(
         spec_of(PartitionDefinition("win", firmware=Firmware.UEFI)),
