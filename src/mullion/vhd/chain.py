@@ -33,7 +33,13 @@ from mullion.vhd.top import TopWriter
 
 
 class Chain:
-    """A disk made of one or more VHD files; a `BlockDevice`. Make it with `open_chain` or `from_descriptors`."""
+    """A disk made of one or more VHD files; a `BlockDevice`. Make it with `open_chain` or `from_descriptors`.
+
+    For loops that cannot afford a call: `block_shift` is log2 of the granule's bytes; `direct_read` and `direct_write`
+    say in which (descriptor, offset) a granule begins that can be read, or overwritten, in one piece; `mixed_read` has
+    the levels of `mapping.Level` for the others that were read, and whoever uses one adds its granule to `mixed_used`.
+    A granule that is in none of them, and any request that is short: `preadv` or `pwritev`.
+    """
 
     def __init__(
         self, images: list[Image], *, read_only: bool, pending_path: str | None, holder: str, file_io: FileIO

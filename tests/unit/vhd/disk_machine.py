@@ -265,12 +265,16 @@ class DiskMachine(RuleBasedStateMachine):
         assert self._content() == self.model
 
     def teardown(self) -> None:
-        if hasattr(self, "chain"):
-            self.chain.close()
-            with open_chain(self.top, read_only=True) as chain:
-                content = bytearray(self.size)
-                chain.pread(0, content)
-                assert content == self.model
-                assert not [text for text in chain.warnings if "geometry is zero" not in text]
+        if not hasattr(self, "folder"):
+            return
+        try:
+            if hasattr(self, "chain"):
+                self.chain.close()
+                with open_chain(self.top, read_only=True) as chain:
+                    content = bytearray(self.size)
+                    chain.pread(0, content)
+                    assert content == self.model
+                    assert not [text for text in chain.warnings if "geometry is zero" not in text]
+        finally:
             self.patch.undo()
             shutil.rmtree(self.folder)
