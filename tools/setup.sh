@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 level=${1:?usage: tools/setup.sh runtime|dev}
 
 # docs/dependencies.md says what each is for.
-packages="python3-venv qemu-system-x86 qemu-utils ovmf syslinux mtools dosfstools e2fsprogs zstd util-linux"
+packages="python3-venv qemu-system-x86 qemu-utils ovmf syslinux mtools dosfstools e2fsprogs util-linux"
 lock=requirements/runtime.lock
 case $level in
 runtime) ;;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -120,7 +121,7 @@ class TestDisk:
             assert owners == {("0", "0")}, folder
 
     def test_initramfs_as_cpio_reads_it(self, image: BuiltImage, tmp_path: Path) -> None:
-        tool("zstd", "-dq", image.initrd_path, "-o", str(tmp_path / "initrd.cpio"))
+        (tmp_path / "initrd.cpio").write_bytes(gzip.decompress(Path(image.initrd_path).read_bytes()))
         listed = tool("7zz", "l", "-ba", str(tmp_path / "initrd.cpio"))
         assert "usr/bin/qemu-ga" in listed
         assert "virtio_blk.ko" in listed

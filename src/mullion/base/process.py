@@ -39,7 +39,6 @@ PACKAGES: Final[Mapping[str, str]] = {
     "mke2fs": "e2fsprogs",
     "debugfs": "e2fsprogs",
     "syslinux": "syslinux",
-    "zstd": "zstd",
     "apt-cache": "apt",
     "apt-get": "apt",
     "dpkg-deb": "dpkg",

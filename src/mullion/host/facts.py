@@ -27,7 +27,7 @@ MISSING: Final = "missing"
 QEMU: Final = "qemu-system-x86_64"
 OLDEST_QEMU: Final = (7, 2)
 IMAGE_TOOLS: Final = (
-    "apt-get", "dpkg-deb", "mke2fs", "debugfs", "mkfs.vfat", "mmd", "mcopy", "syslinux", "zstd",
+    "apt-get", "dpkg-deb", "mke2fs", "debugfs", "mkfs.vfat", "mmd", "mcopy", "syslinux",
 )  # fmt: skip
 """Programs that `mullion image build demo` calls."""
 IMAGE_FILES: Final = (("/usr/lib/syslinux/mbr/mbr.bin", "syslinux-common"),)

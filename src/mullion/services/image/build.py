@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import gzip
 import hashlib
 import json
 import logging
@@ -27,7 +28,6 @@ from typing import Final, Literal
 
 from mullion.base.errors import InvalidError, MissingToolError, UnavailableError
 from mullion.base.files import replace_file
-from mullion.base.process import run
 from mullion.base.units import GIB
 from mullion.services.image.cpio import pack_cpio
 from mullion.services.image.disk import BootFiles, write_disk
@@ -130,7 +130,7 @@ def _build(folder: str, name: str, debs: Mapping[str, str], extra: Mapping[str, 
         with open(f"{result}/vmlinuz", "xb") as file:
             file.write(files.kernel)
         with open(f"{result}/initrd.img", "xb") as file:
-            file.write(_compress(pack_cpio(initramfs)))
+            file.write(gzip.compress(pack_cpio(initramfs), 6, mtime=0))
         boot = BootFiles(f"{result}/vmlinuz", f"{result}/initrd.img", files.efi_loader)
         write_disk(f"{result}/demo.vhd", DISK_BYTES, boot, root, work)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -153,10 +153,6 @@ def _build(folder: str, name: str, debs: Mapping[str, str], extra: Mapping[str, 
         _sync(os.path.dirname(folder))
     finally:
         shutil.rmtree(work)
-
-
-def _compress(archive: bytes) -> bytes:
-    return run(["zstd", "-q", "-3", "-c"], stdin=archive).stdout
 
 
 def _read_extra(extra_files: Mapping[str, str]) -> dict[str, Entry]:
