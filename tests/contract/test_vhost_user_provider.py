@@ -124,7 +124,7 @@ def test_killed_provider_loses_nothing(folder: Path, dynamic: list[Path], is_ind
             written[sector] = number
             slots.append(answer.slot)
 
-    for _kill in range(8):
+    for _kill in range(5):
         for _request in range(rng.randrange(30, 400)):
             if not slots:
                 take(driver.wait())
@@ -162,6 +162,30 @@ def _reconnect(path: str, memory_fd: int, wanted: int) -> FrontEnd:
     front_end.negotiate(wanted)
     front_end.set_memory()
     return front_end
+
+
+def test_two_queues(folder: Path, dynamic: list[Path]) -> None:
+    spec = make_spec(folder, dynamic)
+    with LoneProvider(spec) as provider:
+        with FrontEnd(str(spec.disks[0].vhost_user)) as front_end:
+            front_end.negotiate(WANTED)
+            front_end.set_memory()
+            half = len(front_end.memory) // 2
+            drivers = [VirtqueueDriver(front_end, index=index, start=index * half) for index in (0, 1)]
+            for driver in drivers:
+                front_end.start_vring(driver.place)
+            for number in range(20):
+                for index, driver in enumerate(drivers):
+                    driver.submit(0, BlkRequest.OUT, (number * 2 + index) * 8, payload=pattern(number * 2 + index))
+                    driver.kick()
+                for driver in drivers:
+                    assert [answer.status for answer in driver.wait()] == [BlkStatus.OK]
+            assert front_end.stop_vring(1) == 20
+            for number in range(40):
+                assert drivers[0].read(number * 8, 4096) == pattern(number)
+            for driver in drivers:
+                driver.release()
+        assert provider.terminate() == 0
 
 
 def test_second_front_end_is_turned_away_and_the_next_is_welcome(folder: Path, dynamic: list[Path]) -> None:

@@ -39,6 +39,8 @@ CHAIN_LIMIT: Final = 1024
 """Descriptors of one request, direct and indirect together."""
 BUDGET_REQUESTS: Final = 512
 """After so many requests of one ring the other rings and the control of the connection get a turn."""
+ANNOUNCE_BYTES: Final = 512 * 1024
+"""After so much data the driver hears of it at once, so that it can prepare more while the rest is served."""
 
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _NO_NOTIFY: Final = 1
@@ -124,11 +126,8 @@ class Ring:
                         return Drained.BUSY
                     if not self._event_idx:
                         self._used[0] = _NO_NOTIFY
-                    spent += count
-                    before_end = size - (index & (size - 1))
-                    self._run(min(count, before_end))
-                    if count > before_end:
-                        self._run(count - before_end)
+                    self._run(min(count, size - (index & (size - 1))))
+                    spent += (self.next_index - index) & 0xFFFF
                     self._announce(notify)
                     continue
                 if self._event_idx:
@@ -146,7 +145,7 @@ class Ring:
             self._announce(notify)
 
     def _run(self, count: int) -> None:
-        """Serve so many requests, which are available and do not wrap around the ring's end; the hot loop."""
+        """Serve up to so many requests, which are available and do not wrap around the ring's end; the hot loop."""
         hot = self._memory.largest
         assert hot is not None, "a ring lies in memory, so there is some"
         base, memory = hot.guest_address, hot.view
@@ -244,6 +243,8 @@ class Ring:
                 index = (index + 1) & 0xFFFF
                 used[1] = index
                 inflight[head << 1] = 0
+                if moved >= ANNOUNCE_BYTES:
+                    break
         finally:
             if head < self._size:
                 inflight[head << 1] = 0  # not begun, when an exception brought us here: it stays available

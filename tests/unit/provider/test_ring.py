@@ -260,6 +260,17 @@ def test_ring_asks_for_a_kick_when_it_is_idle(plain_guest: GuestSide) -> None:
     assert int.from_bytes(plain_guest.memory[used + 4 + 8 * 16 : used + 6 + 8 * 16], "little") == 1
 
 
+def test_much_data_is_announced_before_the_rest_is_served() -> None:
+    side = GuestSide(GranuleDisk(64 * 65536), features=PLAIN | INDIRECT, memory_bytes=1024 * 1024)
+    length = 65536
+    for slot in range(16):
+        side.driver.submit(slot, BlkRequest.IN, slot * 128, segments=[Segment(0x40000, length, True)])
+    assert side.drain() is Drained.IDLE
+    assert side.notifications == 2  # 16 times 64 KiB, one for each 512 KiB
+    assert len(side.driver.collect()) == 16
+    side.close()
+
+
 def test_write_without_space_stays_in_the_ring() -> None:
     side = GuestSide(GranuleDisk(DISK_BYTES, is_direct=lambda _granule: False))
     side.disk.room_bytes = 4096
