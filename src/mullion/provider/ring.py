@@ -45,6 +45,7 @@ ANNOUNCE_BYTES: Final = 512 * 1024
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _NO_NOTIFY: Final = 1
 _ENTRY_BYTES: Final = 16
+_SECTOR_SHIFT: Final = 9
 _FRAME_BYTES: Final = 17  # header and status of a request
 # A descriptor's flags, and flags | next << 16 as they stand in a driver's usual table of three.
 _NEXT: Final = int(DescriptorFlag.NEXT)
@@ -98,9 +99,7 @@ class Ring:
         self._used = used[:4].cast("H")
         self._used_words = used[: 4 + 8 * size].cast("I")  # [1 + 2 n] head, [2 + 2 n] length of element n
         self._available_event = used[4 + 8 * size :].cast("H")
-        # Without the shared region the stores go into a private one: the loop has one shape.
-        self._inflight_header = memoryview(bytearray(16)).cast("I") if inflight is None else inflight.header
-        self._inflight = memoryview(bytearray(16 * size)).cast("Q") if inflight is None else inflight.entries
+        self._inflight = inflight
         self.next_index = self._used[1]
         self._resubmit = [] if inflight is None else inflight.recover(self.next_index, size)
         self._signalled = self.next_index
@@ -154,25 +153,22 @@ class Ring:
         if device.read_only:
             write_get = _NOWHERE.get
         granule_bytes = 1 << shift
-        granule_mask = granule_bytes - 1
+        sector_shift = shift - _SECTOR_SHIFT
+        sector_mask = (1 << sector_shift) - 1
         whole_granules = device.size_bytes >> shift
-        descriptors, inflight, used, used_words = self._descriptors, self._inflight, self._used, self._used_words
-        inflight_header = self._inflight_header
+        descriptors, used, used_words = self._descriptors, self._used, self._used_words
         preadv, pwritev = os.preadv, os.pwritev
         mixed_get, mixed_used = device.mixed_read.get, device.mixed_used.add
         descriptor, three_descriptors, two_words = _DESCRIPTOR, _THREE_DESCRIPTORS, _TWO_WORDS
         index = first = self.next_index
         slot = index & (self._size - 1)
         element = 1 + 2 * slot
-        moved = head = 0
+        moved = 0
         try:
             for head in self._available[2 + slot : 2 + slot + count].tolist():
                 written = 0
                 try:
                     address, length, shape = descriptor(descriptors, head << 4)
-                    # The region's one store for last_batch_head and used_idx, then the head is in flight.
-                    inflight_header[3] = head | index << 16
-                    inflight[head << 1] = 1
                     if shape & 0xFFFF == _INDIRECT and length == 48 and address >= base:
                         at, at_bytes, shape, data, length, direction, status, status_bytes, last = three_descriptors(
                             memory, address - base
@@ -195,9 +191,8 @@ class Ring:
                     ):
                         # What reaches beyond the end of memory is seen by the unpack, the short transfer or the store.
                         kind, sector = two_words(memory, at - base)
-                        offset = sector << 9
-                        inside = offset & granule_mask
-                        granule = offset >> shift
+                        inside = (sector & sector_mask) << _SECTOR_SHIFT
+                        granule = sector >> sector_shift
                         if inside + length <= granule_bytes and granule < whole_granules and not length & 511:
                             data -= base
                             piece = memory[data : data + length]
@@ -217,7 +212,7 @@ class Ring:
                                         written = length + 1
                                         moved += length
                                 elif len(piece) == length > 0:
-                                    device.preadv(offset, (piece,))
+                                    device.preadv(sector << _SECTOR_SHIFT, (piece,))
                                     memory[status - base] = 0
                                     written = length + 1
                                     moved += length
@@ -229,7 +224,7 @@ class Ring:
                                         written = 1
                                         moved += length
                                 elif len(piece) == length > 0 and not device.read_only:
-                                    device.pwritev(offset, (piece,))
+                                    device.pwritev(sector << _SECTOR_SHIFT, (piece,))
                                     memory[status - base] = 0
                                     written = 1
                                     moved += length
@@ -242,12 +237,9 @@ class Ring:
                 element += 2
                 index = (index + 1) & 0xFFFF
                 used[1] = index
-                inflight[head << 1] = 0
                 if moved >= ANNOUNCE_BYTES:
                     break
         finally:
-            if head < self._size:
-                inflight[head << 1] = 0  # not begun, when an exception brought us here: it stays available
             self.next_index = index
             self.requests += (index - first) & 0xFFFF
             self.bytes += moved
@@ -256,12 +248,15 @@ class Ring:
         """Serve again what an earlier process had taken and not answered (inflight.py)."""
         while self._resubmit:
             head = self._resubmit[0]
+            if self._inflight is not None:
+                self._inflight.begin(head, self.next_index)
             element = 1 + 2 * (self.next_index & (self._size - 1))
             self._used_words[element + 1] = self._serve(head)
             self._used_words[element] = head
             self.next_index = (self.next_index + 1) & 0xFFFF
             self._used[1] = self.next_index
-            self._inflight[2 * head] = 0
+            if self._inflight is not None:
+                self._inflight.finish(head, self.next_index)
             self.requests += 1
             del self._resubmit[0]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.framework.virtqueue import ALL_FEATURES, GranuleDisk, GuestSide
 
+from mullion.provider.inflight import InflightQueue
 from mullion.provider.memory import GuestFault
 from mullion.provider.ring import Drained
 from mullion.wire.vhost_user.client import GUEST_BASE
@@ -316,7 +317,7 @@ def test_unanswered_requests_are_served_by_the_next_ring(plain_guest: GuestSide,
 
 
 def test_request_in_flight_is_served_once_more(plain_guest: GuestSide) -> None:
-    """Killed after the I/O, before the used ring: as the stores of `_run` leave it."""
+    """Killed after the I/O, before the used ring, by a back-end that marks its heads."""
     queue = plain_guest.inflight.queue(0, 16)
     plain_guest.driver.submit(3, BlkRequest.OUT, 8, payload=pattern(3))
     plain_guest.driver.submit(4, BlkRequest.OUT, 16, payload=pattern(4))
@@ -351,6 +352,32 @@ def test_foreign_region_is_served_in_counter_order(plain_guest: GuestSide) -> No
     plain_guest.new_ring()
     assert plain_guest.drain() is Drained.IDLE
     assert [answer.slot for answer in plain_guest.driver.collect()] == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("method", ["begin", "finish"])
+def test_killed_again_while_serving_what_was_in_flight(
+    plain_guest: GuestSide, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Killed before a head is served, and between its used element and its mark: each is answered exactly once."""
+    queue = plain_guest.inflight.queue(0, 16)
+    for slot in range(3):
+        plain_guest.driver.submit(slot, BlkRequest.OUT, slot * 8, payload=pattern(slot))
+        queue.entries[2 * slot] = 1
+    for _kill in range(3):
+        ring = plain_guest.new_ring()
+        original = getattr(InflightQueue, method)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(InflightQueue, method, _raise)
+            ring.drain(lambda: None)
+        assert getattr(InflightQueue, method) is original
+    plain_guest.new_ring()
+    assert plain_guest.drain() is Drained.IDLE
+    assert [answer.slot for answer in plain_guest.driver.collect()] == [0, 1, 2]
+    assert [queue.entries[2 * head] & 1 for head in range(16)] == [0] * 16
+
+
+def _raise(_queue: InflightQueue, _head: int, _used_idx: int) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("version", "desc_num"), [(2, 16), (1, 8), (1, 0)])
