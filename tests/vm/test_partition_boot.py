@@ -36,6 +36,7 @@ def test_a_file_written_at_the_console_is_there_after_stop_and_start(service: Se
     with logged_in(service, "web") as console:
         assert "kept-42" in console.command("cat /root/note")
         console.type("poweroff\n")
+        console.wait_for("Power down")
     assert service.wait_state("web", "stopped").reason is None
     service.cli("partition", "delete", "web", "--with-disks", "--yes")
     assert service.cli("partition", "list", "--format", "json").json == []
