@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -104,6 +105,8 @@ class ZygotePeer:
         message: dict[str, Any] = json.loads(self.lines.readline())
         if message.get("ready"):
             self.pids.append(message["pid"])
+        elif message.get("exited") in self.pids:
+            self.pids.remove(message["exited"])
         return message
 
     def spawn(self, spec: ProviderSpec | Mapping[str, object]) -> dict[str, Any]:
@@ -113,6 +116,16 @@ class ZygotePeer:
 
     def close(self) -> int:
         """Hang up as a dead parent does; the zygote's exit status."""
+        self.pids.clear()
+        return self._hang_up()
+
+    def end(self) -> int:
+        """End what a failed test has left (the zygote has not reaped it, so the number is still its own), hang up."""
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+        return self._hang_up()
+
+    def _hang_up(self) -> int:
         self.lines.close()
         self.socket.close()
         return self.process.wait(DEADLINE_S)

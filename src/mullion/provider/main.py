@@ -63,7 +63,7 @@ class Provider:
         self._started_s = time.monotonic()
         self._disks: list[_Disk] = []
         self._gate = SpaceGate(self._space_changed)
-        self._quit_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._quit_read_fd, self.quit_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._control: ControlServer | None = None
 
     def open(self) -> None:
@@ -80,7 +80,7 @@ class Provider:
             drop_privileges(spec.uid, spec.gid)
             for disk in spec.disks:
                 self._disks.append(_Disk(disk, self._load(disk, files.pop(0))))
-            self._control = ControlServer(sockets.pop(spec.control), self._actions(), self._quit_fd)
+            self._control = ControlServer(sockets.pop(spec.control), self._actions(), self._quit_read_fd)
             for served in self._disks:
                 self._serve(served, sockets)
         except BaseException:
@@ -114,7 +114,7 @@ class Provider:
                 chain,
                 name=disk.id,
                 read_only=disk.read_only,
-                gate=self._gate,
+                # No gate: QEMU gets ENOSPC and stops the guest itself. A request that we held would hang its `stop`.
                 listener=sockets.pop(disk.nbd),
             )
             served.nbd.start()
@@ -136,13 +136,9 @@ class Provider:
         }
 
     def run(self) -> None:
-        """Answer the control socket until the end."""
+        """Answer the control socket until `quit`, or until a byte is written to `quit_fd`."""
         assert self._control is not None, "opened before it is run"
         self._control.run()
-
-    def quit(self) -> None:
-        """Make `run` return; a signal handler may call it."""
-        os.eventfd_write(self._quit_fd, 1)
 
     def close(self) -> None:
         """Stop serving, flush and close. Raises: the first error of a disk that could not be flushed."""
@@ -154,7 +150,8 @@ class Provider:
         for path in _socket_paths(self._spec):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # the folder may be the parent's alone
                 os.unlink(path)
-        os.close(self._quit_fd)
+        os.close(self._quit_read_fd)
+        os.close(self.quit_fd)
         if errors:
             raise errors[0]
 
@@ -261,7 +258,9 @@ def run(spec: ProviderSpec, report_fd: int) -> int:
     threading.stack_size(_THREAD_STACK_BYTES)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     provider = Provider(spec)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: provider.quit())
+    # The interpreter writes the byte itself, at once: a handler in Python may run only when epoll has returned.
+    signal.set_wakeup_fd(provider.quit_fd, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     try:
         provider.open()
     except MullionError as error:
@@ -276,6 +275,7 @@ def run(spec: ProviderSpec, report_fd: int) -> int:
     _report(report_fd, provider.ready())
     provider.run()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
     log.info("%s: ending", spec.partition)
     try:
         provider.close()

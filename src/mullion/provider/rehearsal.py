@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 import tempfile
 from typing import Final
 
@@ -58,6 +59,7 @@ def _serve_once(folder: str) -> None:
         with FrontEnd(disk.vhost_user) as front_end:
             inflight, fd = front_end.get_inflight(1, 64)
             front_end.set_inflight(inflight, fd)
+            os.close(fd)
             driver = attach(front_end, wanted=int(_WANTED))
             for number in range(_ROUNDS):
                 driver.write(number * 8, bytes(4096))

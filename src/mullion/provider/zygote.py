@@ -10,8 +10,8 @@ an inherited socket pair, one JSON object a line:
 | zygote → parent | `{"id": any, "pid": n or null, "error": {…}}` |
 | zygote → parent | `{"exited": pid, "status": n}`, n negative for a signal |
 
-Several spawns may be in flight. The zygote ends when the parent's end closes; its children have sessions of their own
-and stay.
+Several spawns may be in flight; the answer to each comes before the end of its process. The zygote ends when the
+parent's end closes; its children have sessions of their own and stay.
 Invariants: single-threaded, so that forking is safe; nobody from here on can gain privileges by running a program
 (PR_SET_NO_NEW_PRIVS, set once and inherited).
 """
@@ -81,7 +81,7 @@ class Zygote:
                     with suppress(BlockingIOError):
                         os.read(fd, 4096)
                     self._reap()
-                else:
+                elif fd in self._starting:
                     self._read_report(fd)
 
     def _spawn(self, message: Mapping[str, object]) -> None:
@@ -159,6 +159,9 @@ class Zygote:
                 return
             if pid == 0:
                 return
+            for fd, (_request, starting, _text) in tuple(self._starting.items()):
+                while starting == pid and fd in self._starting:  # the answer comes before the end
+                    self._read_report(fd)
             self._tell({"exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
     def _tell(self, message: Mapping[str, object]) -> None:
