@@ -1,8 +1,8 @@
 """What happens when the storage is full: writers wait, nothing fails, nothing is lost.
 
 A ring cannot block (its thread must still answer the front-end), so it reports the stall, keeps the request in the
-guest's ring and tries again when its waker is called or a retry interval has passed. An NBD writer has a thread of its
-own and blocks here, inside `SpaceWaitingDevice`. The state is visible in `status`, and changes are events.
+guest's ring and tries again when its waker is called or a retry interval has passed. The state is visible in `status`,
+and changes are events. NBD clients are told ENOSPC instead: QEMU stops the guest and repeats the request itself.
 """
 
 from __future__ import annotations
