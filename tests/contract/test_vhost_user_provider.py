@@ -12,6 +12,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def dynamic(folder: Path) -> list[Path]:
     return [folder / "d.vhd"]
 
 
+@pytest.fixture
+def started() -> Iterator[ExitStack]:
+    """Ends what a test has started, however the test ends."""
+    with ExitStack() as stack:
+        yield stack
+
+
 def pattern(number: int) -> bytes:
     return struct.pack("<Q", number) * 512
 
@@ -100,13 +108,15 @@ def test_disk_through_a_ring(folder: Path, chain: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("is_indirect", [True, False])
-def test_killed_provider_loses_nothing(folder: Path, dynamic: list[Path], is_indirect: bool) -> None:
+def test_killed_provider_loses_nothing(
+    folder: Path, dynamic: list[Path], started: ExitStack, is_indirect: bool
+) -> None:
     """Writes in flight, `kill -9` at any moment, another process on the same ring, memory and inflight region."""
     spec = make_spec(folder, dynamic)
     path = str(spec.disks[0].vhost_user)
     rng = random.Random(7)
     wanted = WANTED if is_indirect else WANTED & ~(1 << 28)
-    provider = LoneProvider(spec)
+    provider = started.enter_context(LoneProvider(spec))
     front_end = FrontEnd(path)
     memory_fd = os.dup(front_end.memory_fd)
     inflight, inflight_fd = front_end.get_inflight(1, 64)
@@ -140,7 +150,7 @@ def test_killed_provider_loses_nothing(folder: Path, dynamic: list[Path], is_ind
             take(driver.collect())
         provider.kill()
         front_end.socket.close()
-        provider = LoneProvider(spec)
+        provider = started.enter_context(LoneProvider(spec))
         assert provider.ready["ready"] is True
         front_end = _reconnect(path, memory_fd, wanted)
         front_end.set_inflight(inflight, inflight_fd)

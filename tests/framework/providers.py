@@ -71,7 +71,7 @@ class LoneProvider:
 
     def end(self) -> int:
         assert self.process.stdout is not None
-        status = self.process.wait(DEADLINE_S)
+        status = self.process.wait(DEADLINE_S)  # may be asked again
         self.process.stdout.close()
         self.log.close()
         return status

@@ -141,7 +141,8 @@ def test_guest_goes_on_while_providers_are_killed(folder: Path) -> None:
         finally:
             qemu.kill()
             qemu.wait(DEADLINE_S)
-            provider.terminate()
+            status = provider.terminate()
+        assert status == 0
     with open_chain(str(top), read_only=True) as disk:
         buffer = bytearray(512)
         disk.pread(2048 * 512, buffer)
