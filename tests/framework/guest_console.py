@@ -50,27 +50,28 @@ class GuestConsole:
     def type(self, text: str) -> None:
         self._console.send(text.encode())
 
-    def wait_for(self, text: str, timeout_s: float = GUEST_S) -> str:
-        """What was printed up to and including the text."""
+    def wait_for(self, *texts: str, timeout_s: float = GUEST_S) -> str:
+        """What was printed up to and including the first of the texts that comes."""
         deadline_s = time.monotonic() + timeout_s
-        while text not in self.seen:
+        while not (found := [text for text in texts if text in self.seen]):
             try:
                 chunk = self._chunks.get(timeout=max(0.0, deadline_s - time.monotonic()))
             except queue.Empty:
                 raise AssertionError(
-                    f"{text!r} was not printed within {timeout_s:g} s, but: {self.seen[-3000:]!r}"
+                    f"{texts} were not printed within {timeout_s:g} s, but: {self.seen[-3000:]!r}"
                 ) from None
-            assert chunk is not None, f"the console ended before {text!r}: {self.seen[-3000:]!r}"
+            assert chunk is not None, f"the console ended before {texts}: {self.seen[-3000:]!r}"
             self.seen += chunk.decode(errors="replace")
+        text = min(found, key=self.seen.index)
         before, self.seen = self.seen.split(text, 1)
         return before + text
 
     def log_in(self) -> None:
-        """Get to a root shell; the scrollback may show an older prompt, so ask for a new one."""
+        """Get to a root shell; the one of an earlier viewer may still be there."""
         self.type("\n")
-        self.wait_for("login: ")
-        self.type("root\n")
-        self.wait_for(PROMPT)
+        if self.wait_for("login: ", "# ").endswith("login: "):
+            self.type("root\n")
+            self.wait_for(PROMPT)
         self.type("stty -echo\n")
         self.wait_for("# ")
 
@@ -78,8 +79,8 @@ class GuestConsole:
         """Run a command in the guest's shell and return what it prints; its status must be 0."""
         mark = f"done-{time.monotonic_ns()}"
         self.type(f"{line}; echo {mark} $?\n")
-        printed = self.wait_for(f"{mark} ", timeout_s).rpartition(mark)[0]
-        status = self.wait_for("\n", timeout_s).strip()
+        printed = self.wait_for(f"{mark} ", timeout_s=timeout_s).rpartition(mark)[0]
+        status = self.wait_for("\n", timeout_s=timeout_s).strip()
         assert status == "0", f"{line!r} ended with {status}: {printed}"
         return printed
 
