@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -74,6 +75,8 @@ class ProviderFleet:
                 waiting = self._waiting.pop(message["id"], None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
+                elif message.get("ready"):
+                    _end_unwanted(message["pid"])
             elif "exited" in message:
                 log.info("provider %s ended with status %s", message["exited"], message.get("status"))
         self._writer = None
@@ -85,7 +88,7 @@ class ProviderFleet:
         self._waiting.clear()
 
     async def spawn(self, spec: Mapping[str, Any]) -> ProcessIdentity:
-        """Fork a provider and return when it serves its disks.
+        """Fork a provider and return when it serves its disks. One that is not waited for any more is ended.
 
         Raises: the error that the provider reports (a VhdError, DiskBusyError …); DeadlineError; UnavailableError.
         """
@@ -100,8 +103,6 @@ class ProviderFleet:
             message = await asyncio.wait_for(answer, _START_DEADLINE_S)
         except TimeoutError as error:
             raise DeadlineError(f"the provider did not answer within {_START_DEADLINE_S:g} s of its start") from error
-        finally:
-            self._waiting.pop(number, None)
         if "error" in message:
             raise _error_from(message)
         identity = ProcessIdentity.of(message["pid"])
@@ -117,6 +118,14 @@ class ProviderFleet:
             self._reader_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader_task
+
+
+def _end_unwanted(pid: int) -> None:
+    """A start was given up before the provider was ready: it must not keep the disks locked."""
+    identity = ProcessIdentity.of(pid)
+    if identity is not None:
+        log.warning("provider %d became ready when nobody waited for it any more: ended", pid)
+        identity.send_signal(signal.SIGTERM)
 
 
 class ProviderLink:
