@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from mullion.base.errors import DeadlineError, MullionError, UnavailableError
+from mullion.base.pidfd import wait_process
 from mullion.base.process import ProcessIdentity, spawn
 from mullion.provider.zygote import spawn_argv
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _START_DEADLINE_S: Final = 30.0
 _ANSWER_DEADLINE_S: Final = 30.0
+_GIVE_UP_S: Final = 5.0
 _LINE_LIMIT_BYTES: Final = 256 * 1024
 
 
@@ -100,8 +102,12 @@ class ProviderFleet:
         self._writer.write(json.dumps({"id": number, "spawn": spec}).encode() + b"\n")
         await self._writer.drain()
         try:
-            message = await asyncio.wait_for(answer, _START_DEADLINE_S)
+            message = await asyncio.wait_for(asyncio.shield(answer), _START_DEADLINE_S)
+        except asyncio.CancelledError:
+            await self._give_up(answer)
+            raise
         except TimeoutError as error:
+            answer.cancel()
             raise DeadlineError(f"the provider did not answer within {_START_DEADLINE_S:g} s of its start") from error
         if "error" in message:
             raise _error_from(message)
@@ -109,6 +115,16 @@ class ProviderFleet:
         if identity is None:
             raise ProviderError("the provider ended as soon as it was ready")
         return identity
+
+    async def _give_up(self, answer: asyncio.Future[Mapping[str, Any]]) -> None:
+        """The start was cancelled: wait for its provider, which takes milliseconds, and end it."""
+        try:
+            message = await asyncio.wait_for(answer, _GIVE_UP_S)
+        except (TimeoutError, MullionError):
+            return  # it is ended when it does become ready
+        identity = _end_unwanted(message["pid"]) if message.get("ready") else None
+        if identity is not None:
+            await wait_process(identity)
 
     async def close(self) -> None:
         """Let the zygote go; providers stay."""
@@ -120,12 +136,13 @@ class ProviderFleet:
                 await self._reader_task
 
 
-def _end_unwanted(pid: int) -> None:
+def _end_unwanted(pid: int) -> ProcessIdentity | None:
     """A start was given up before the provider was ready: it must not keep the disks locked."""
     identity = ProcessIdentity.of(pid)
     if identity is not None:
         log.warning("provider %d became ready when nobody waited for it any more: ended", pid)
         identity.send_signal(signal.SIGTERM)
+    return identity
 
 
 class ProviderLink:
