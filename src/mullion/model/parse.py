@@ -21,8 +21,8 @@ import msgspec
 from msgspec import inspect
 
 from mullion.base.errors import InvalidError
-from mullion.base.units import format_size, parse_size
-from mullion.model.definition import PartitionDefinition
+from mullion.base.units import parse_size
+from mullion.model.definition import DiskAttachment, PartitionDefinition
 
 Format = Literal["toml", "json"]
 _T = TypeVar("_T")
@@ -141,9 +141,10 @@ def to_toml(definition: PartitionDefinition) -> str:
             lines.append(f'memory = "{_size(value)}"')
         elif value != defaults[name] or name == "vcpus":
             lines.append(f"{name} = {_toml(value)}")
+    plain = msgspec.to_builtins(DiskAttachment(path="x"))
     for disk in disks:
-        lines += ["", "[[disks]]", *(f"{name} = {_toml(disk[name])}" for name in ("id", "path", "bus"))]
-        lines += ["read_only = true"] if disk["read_only"] else []
+        wanted = (name for name in disk if name in ("id", "path", "bus") or disk[name] != plain[name])
+        lines += ["", "[[disks]]", *(f"{name} = {_toml(disk[name])}" for name in wanted)]
     for title, table in (("direct_boot", boot), ("labels", labels)):
         if table:
             lines += ["", f"[{title}]", *(f"{_toml(k)} = {_toml(v)}" for k, v in table.items() if v is not None)]
@@ -291,18 +292,18 @@ def _check_struct(
         if name in value:
             _check(value[name], field.type, f"{path}{name}.", found)
         elif field.required:
-            found.append(Problem(f"{path}{name}", "is missing", _describe(field.type)))
+            found.append(Problem(f"{path}{name}", "is missing", _describe(field.type, name)))
 
 
 def _check_number(value: object, kind: inspect.IntType | inspect.FloatType, here: str, found: list[Problem]) -> None:
     whole = isinstance(kind, inspect.IntType)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        found.append(Problem(here, f"is {_show(value)}", _describe(kind)))
+        found.append(Problem(here, f"is {_show(value)}", _describe(kind, here)))
         return
     too_low = (kind.ge is not None and value < kind.ge) or (kind.gt is not None and value <= kind.gt)
     too_high = (kind.le is not None and value > kind.le) or (kind.lt is not None and value >= kind.lt)
     if too_low or too_high or (kind.multiple_of and value % kind.multiple_of):
-        found.append(Problem(here, f"is {value}", _describe(kind)))
+        found.append(Problem(here, f"is {value}", _describe(kind, here)))
 
 
 def _fits(value: str, kind: inspect.StrType) -> bool:
@@ -313,24 +314,38 @@ def _fits(value: str, kind: inspect.StrType) -> bool:
     return kind.pattern is None or re.search(kind.pattern, value) is not None
 
 
-def _describe(kind: inspect.Type) -> str:
-    """What a field takes, in words."""
+def _describe(kind: inspect.Type, name: str = "") -> str:
+    """What a field takes, in words; the limits of a field whose name ends with `_bytes` are sizes."""
     match kind:
         case inspect.Metadata():
             described = (kind.extra_json_schema or {}).get("description")
-            return str(described) if described else _describe(kind.type)
+            return str(described) if described else _describe(kind.type, name)
         case inspect.IntType() | inspect.FloatType():
+            is_size = name.endswith("_bytes")
+            limit = _size_in_words if is_size else _number
             word = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
-            step = f", a multiple of {kind.multiple_of:g}" if kind.multiple_of and kind.multiple_of != 1 else ""
+            words = f"{word} of bytes" if is_size else word
             if kind.ge is not None and kind.le is not None:
-                if kind.multiple_of == 1024 * 1024:
-                    low, high = (format_size(int(limit)) for limit in (kind.ge, kind.le))
-                    return f"{low} to {high} in whole MiB: a number of bytes, or memory with a size such as 512M"
-                return f"{word} from {kind.ge:g} to {kind.le:g}{step}"
-            return f"{word}{f' of at least {kind.ge:g}' if kind.ge is not None else ''}{step}"
+                words += f" from {limit(kind.ge)} to {limit(kind.le)}"
+            elif kind.ge is not None:
+                words += f" of at least {limit(kind.ge)}"
+            if kind.multiple_of and kind.multiple_of != 1:
+                words += f", a multiple of {limit(kind.multiple_of)}"
+            return words + ("; or memory, with a size such as 512M" if name == "memory_bytes" else "")
         case inspect.StrType():
             return _describe_str(kind)
     return "a value"
+
+
+def _number(limit: float) -> str:
+    """A limit in full: a whole number without a fraction or an exponent."""
+    return str(int(limit)) if limit == int(limit) else str(limit)
+
+
+def _size_in_words(limit: float) -> str:
+    """A limit of a size, in the largest unit in which it is exact: `2040 GiB`, `512 bytes`."""
+    text = _size(int(limit))
+    return f"{text[:-1]} {text[-1]}iB" if text[-1].isalpha() else f"{text} bytes"
 
 
 def _describe_str(kind: inspect.StrType) -> str:

@@ -21,6 +21,7 @@ from mullion.model.definition import (
     Machine,
     PartitionDefinition,
     PowerState,
+    Transport,
 )
 from mullion.model.parse import complete, explain, find_problems, parse_document, parse_partition, to_toml
 
@@ -117,15 +118,15 @@ def test_an_apply_document_has_several() -> None:
         ("vcpus = 1", "name is missing", "lower-case letters"),
         ('name = "Web"', "name is 'Web'", "lower-case letters"),
         ('name = "web\\n"', "name is 'web\\n'", "lower-case letters"),
-        ('name = "web"\nvcpus = 0', "vcpus is 0", "from 1 to 288"),
-        ('name = "web"\nvcpus = 289', "vcpus is 289", "from 1 to 288"),
-        ('name = "web"\nvcpus = "two"', "vcpus is 'two'", "a whole number from 1 to 288"),
+        ('name = "web"\nvcpus = 0', "vcpus is 0", "from 1 to 255"),
+        ('name = "web"\nvcpus = 256', "vcpus is 256", "from 1 to 255"),
+        ('name = "web"\nvcpus = "two"', "vcpus is 'two'", "a whole number from 1 to 255"),
         ('name = "web"\nvcpus = true', "vcpus is True", "a whole number"),
         ('name = "web"\nvcpus = 1.5', "vcpus is 1.5", "a whole number"),
         ('name = "web"\nmemory = "1.5"', "memory '1.5' is not a whole number", "512M"),
         ('name = "web"\nmemory = "lots"', "memory 'lots' is not a size", "512M"),
-        ('name = "web"\nmemory = "1M"', "memory_bytes is 1048576", "16 MiB to 16 TiB"),
-        ('name = "web"\nmemory_bytes = 99999999', "memory_bytes is 99999999", "whole MiB"),
+        ('name = "web"\nmemory = "1M"', "memory_bytes is 1048576", "of bytes from 16 MiB to 16 TiB"),
+        ('name = "web"\nmemory_bytes = 99999999', "memory_bytes is 99999999", "a multiple of 1 MiB; or memory"),
         ('name = "web"\nmemory = "1G"\nmemory_bytes = 1073741824', "memory is given twice", "one of them"),
         ('name = "web"\nfirmware = "efi"', "firmware is 'efi'", "'bios', 'uefi'"),
         ('name = "web"\n[[disks]]\npath = "a"\nbus = "scsi"', "disks[0].bus is 'scsi'", "'virtio', 'sata', 'ide'"),
@@ -191,16 +192,21 @@ def test_explain_knows_the_types_of_other_requests() -> None:
         type: Literal["dynamic", "fixed"] = "dynamic"
         size: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
         when: datetime | None = None
+        file_bytes: Annotated[int, msgspec.Meta(ge=512, le=2040 * 1024**3)] | None = None
+        count: Annotated[int, msgspec.Meta(ge=1, le=2190433320960)] | None = None
 
-    for body, message in (
-        (b'{"type":"differencing"}', "type is 'differencing'"),
-        (b'{"size":-1}', "size is -1"),
-        (b'{"size":"x"}', "size is 'x'"),
-        (b"[]", "a list"),
+    for body, message, allowed in (
+        (b'{"type":"differencing"}', "type is 'differencing'", "'dynamic', 'fixed'"),
+        (b'{"size":-1}', "size is -1", "a number from 0 to 3600"),
+        (b'{"size":"x"}', "size is 'x'", "a number from 0 to 3600"),
+        (b'{"file_bytes":1}', "file_bytes is 1", "a whole number of bytes from 512 bytes to 2040 GiB"),
+        (b'{"count":0}', "count is 0", "a whole number from 1 to 2190433320960"),
+        (b"[]", "a list", "a table of fields"),
     ):
         error = explain(body, Inner | None, source="the request")
         assert error is not None
         assert message in error.message
+        assert allowed in error.remedy
     for body in (b"null", b"{}", b'{"type":"fixed","size":1}', b'{"when":"no date"}'):
         assert explain(body, Inner | None, source="the request") is None
 
@@ -214,32 +220,46 @@ def test_complete_gives_ids_and_refuses_what_types_cannot_say() -> None:
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 names = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
-disks = st.builds(
-    DiskAttachment,
-    path=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20),
-    bus=st.sampled_from(Bus),
-    read_only=st.booleans(),
+files = texts.map(lambda text: f"/{text}")
+DISK_FIELDS: dict[str, st.SearchStrategy[object]] = {
+    "path": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20),
+    "id": st.from_regex(r"[a-z][a-z0-9-]{0,15}", fullmatch=True),
+    "bus": st.sampled_from(Bus),
+    "read_only": st.booleans(),
+    "transport": st.sampled_from(Transport),
+}
+BOOT_FIELDS: dict[str, st.SearchStrategy[object]] = {
+    "kernel": files,
+    "initrd": st.one_of(st.none(), files),
+    "command_line": texts,
+}
+FIELDS: dict[str, st.SearchStrategy[object]] = {
+    "name": names,
+    "description": texts,
+    "uuid": st.one_of(st.just(""), st.uuids().map(str)),
+    "vcpus": st.integers(1, 255),
+    "memory_bytes": st.integers(16, 1 << 24).map(lambda mib: mib * MIB),
+    "machine": st.sampled_from(Machine),
+    "firmware": st.sampled_from(Firmware),
+    "accelerator": st.sampled_from(Accelerator),
+    "disks": st.lists(
+        st.builds(DiskAttachment, **DISK_FIELDS),
+        max_size=4,
+        unique_by=(lambda disk: disk.path, lambda disk: disk.id),
+    ).map(tuple),
+    "direct_boot": st.one_of(st.none(), st.builds(DirectBoot, **BOOT_FIELDS)),
+    "power": st.sampled_from(PowerState),
+    "shutdown_timeout_s": st.integers(0, 3600),
+    "labels": st.dictionaries(texts, texts, max_size=3),
+}
+definitions = st.builds(PartitionDefinition, **FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [(PartitionDefinition, FIELDS), (DiskAttachment, DISK_FIELDS), (DirectBoot, BOOT_FIELDS)]
 )
-definitions = st.builds(
-    PartitionDefinition,
-    name=names,
-    description=texts,
-    uuid=st.one_of(st.just(""), st.uuids().map(str)),
-    vcpus=st.integers(1, 288),
-    memory_bytes=st.integers(16, 1 << 24).map(lambda mib: mib * MIB),
-    machine=st.sampled_from(Machine),
-    firmware=st.sampled_from(Firmware),
-    accelerator=st.sampled_from(Accelerator),
-    disks=st.lists(disks, max_size=4, unique_by=lambda disk: disk.path).map(
-        lambda found: tuple(msgspec.structs.replace(disk, id=f"d{n}") for n, disk in enumerate(found))
-    ),
-    direct_boot=st.one_of(
-        st.none(), st.builds(DirectBoot, kernel=texts.map(lambda text: f"/{text}"), command_line=texts)
-    ),
-    power=st.sampled_from(PowerState),
-    shutdown_timeout_s=st.integers(0, 3600),
-    labels=st.dictionaries(texts, texts, max_size=3),
-)
+def test_the_round_trip_below_tries_every_field(kind: type[msgspec.Struct], fields: dict[str, object]) -> None:
+    assert set(kind.__struct_fields__) == set(fields)
 
 
 @given(definitions)
