@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Final
 
-from mullion.base.errors import InvalidError
+from mullion.base.errors import InvalidError, UnavailableError
 from mullion.base.units import MIB, format_time
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -53,15 +53,13 @@ def keep_secret(secret: str) -> None:
 def set_up(level: str = "info", path: str | None = None, *, stderr: bool = True) -> None:
     """Send the log to standard error and to a file that is rotated at 10 MiB, five old ones kept. May be repeated.
 
-    Raises: InvalidError for an unknown level; OSError when the file cannot be opened.
+    Raises: InvalidError for an unknown level; UnavailableError when the file cannot be opened.
     """
     if level not in LEVELS:
         raise InvalidError(f"{level!r} is not a log level", remedy=f"Allowed: {', '.join(LEVELS)}.")
     handlers: list[logging.Handler] = []
     if path is not None:
-        from logging.handlers import RotatingFileHandler
-
-        handlers.append(RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8"))
+        handlers.append(_open_file(path))
     if stderr:
         handlers.append(logging.StreamHandler(sys.stderr))
     root = logging.getLogger()
@@ -73,6 +71,27 @@ def set_up(level: str = "info", path: str | None = None, *, stderr: bool = True)
         handler.setFormatter(LineFormatter())
         root.addHandler(handler)
     root.setLevel(LEVELS[level])
+
+
+def _open_file(path: str) -> logging.Handler:
+    from logging.handlers import RotatingFileHandler
+
+    class File(RotatingFileHandler):
+        """A log that cannot be written (its filesystem is full) must not hide what is said elsewhere."""
+
+        def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+            error = sys.exc_info()[1]
+            if not isinstance(error, OSError):  # a fault of ours: shown as logging does
+                super().handleError(record)
+
+    try:
+        return File(path, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8")
+    except OSError as error:
+        raise UnavailableError(
+            f"the log {path} cannot be opened: {error.strerror}",
+            remedy="Make its folder writable, or choose another one (setting data_dir).",
+            path=path,
+        ) from error
 
 
 class LineFormatter(logging.Formatter):
