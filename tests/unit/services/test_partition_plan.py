@@ -26,7 +26,7 @@ def result_of(step: Step, observed: Observed) -> Observed:
     """What a step leaves when it succeeds."""
     changes: dict[Step, dict[str, object]] = {
         Step.START_PROVIDER: {"provider_alive": True},
-        Step.START_QEMU: {"guest": GuestStatus.PRELAUNCH},
+        Step.START_QEMU: {"guest": GuestStatus.PRELAUNCH, "is_stalled": False},
         Step.RESUME: {"guest": GuestStatus.RUNNING},
         Step.PAUSE: {"guest": GuestStatus.PAUSED},
         Step.QUIT_QEMU: {"guest": GuestStatus.ABSENT},

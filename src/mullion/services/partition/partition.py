@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from mullion.base.errors import MullionError, StateError
+from mullion.base.errors import DeadlineError, MullionError, StateError
 from mullion.base.process import boot_id
 from mullion.base.units import utc_now
 from mullion.host import prepare_partition_folders
@@ -32,7 +32,7 @@ from mullion.services.partition.preparation import (
     machine_spec,
     provider_spec,
 )
-from mullion.services.partition.presentation import present
+from mullion.services.partition.presentation import present, stall_reason
 from mullion.services.partition.provider_link import ProviderFleet
 from mullion.services.partition.record import Failure, GuestStatus, Observed, PartitionRecord, key_of, state_of
 from mullion.services.partition.runtime import PreparedDisk, Runtime
@@ -267,9 +267,8 @@ class Partition:
                 continue
             steps = plan_steps(self.record.desired, self._observed, is_failed=self.record.failure is not None)
             if self._is_stopping:  # the ladder has the guest; only its disks are ours
-                steps = tuple(
-                    step for step in steps if step is Step.START_PROVIDER and self.runtime.machine is not None
-                )
+                is_up = self._observed.guest is not GuestStatus.ABSENT
+                steps = tuple(step for step in steps if step is Step.START_PROVIDER and is_up)
             if not steps:
                 return
             for step in steps:
@@ -426,7 +425,7 @@ class Partition:
         """The partition as it is now; what QEMU said last when its monitor does not answer."""
         try:
             self._observed = await self.runtime.observe(self.record.definition)
-        except (MonitorError, MachineGoneError) as error:
+        except (MonitorError, MachineGoneError, DeadlineError) as error:
             log.warning("%s: %s", self.name, error)
         return present(self.record, self.revision, self._state(), self.runtime, self._choice)
 
@@ -439,6 +438,8 @@ class Partition:
         state = self._state()
         if state is not self.last_state:
             data = {"from": self.last_state.value, "to": state.value}
+            if (reason := stall_reason(self.runtime)) is not None:
+                data["reason"] = reason
             self.last_state = state
             self._events.publish("partition.state", f"partition/{self.name}", data)
 

@@ -24,9 +24,10 @@ def present(
     failure = record.failure if state is PartitionState.FAILED else None
     if failure is not None:
         reason, remedy = failure.reason, failure.remedy
-    elif runtime.stalls:
-        reason = "; ".join(_describe(runtime, disk, stall) for disk, stall in sorted(runtime.stalls.items()))
+    elif (reason := stall_reason(runtime)) is not None:
         remedy = "Mend what is named, make room: the partition goes on by itself, nothing is lost."
+    elif runtime.trouble is not None and runtime.machine is not None:
+        reason, remedy = f"its disks are not served: {runtime.trouble.message}", runtime.trouble.remedy
     machine, provider = runtime.machine, runtime.provider
     is_up = machine is not None
     return PartitionView(
@@ -63,6 +64,12 @@ def present(
         folder=runtime.paths.data,
         console_log=runtime.paths.console_log,
     )
+
+
+def stall_reason(runtime: Runtime) -> str | None:
+    """Why disks cannot go on, or None when all can."""
+    stalls = sorted(runtime.stalls.items())
+    return "; ".join(_describe(runtime, disk, stall) for disk, stall in stalls) or None
 
 
 def _describe(runtime: Runtime, disk_id: str, stall: Stall) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -27,8 +28,10 @@ from mullion.hypervisor.errors import MachineGoneError
 from mullion.hypervisor.launch import log_excerpt, read_exit_status
 from mullion.model.definition import Bus, PartitionDefinition, Transport
 from mullion.model.states import PartitionState
+from mullion.services.disk.holders import lock_holders
 from mullion.services.partition.provider_link import ProviderFleet, ProviderLink
 from mullion.services.partition.record import GuestStatus, Observed
+from mullion.vhd import DiskBusyError
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +39,13 @@ _KILL_DEADLINE_S: Final = 10.0
 _FLUSH_DEADLINE_S: Final = 120.0
 _LINK_RETRY_S: Final = 0.2
 _ROOM_POLL_S: Final = 0.5
+_NO_SPACE: Final = "no space left"
 _ROOM_BYTES: Final = 16 * MIB
 _IO_RETRY_S: Final = 10.0
-"""Failed I/O of an unknown reason is tried again after this time."""
+"""What failed is tried again after this time at the latest, whatever statvfs(3) says: it knows nothing of quotas."""
+_ADOPT_LINK_S: Final = 1.0
+_VERDICT_S: Final = 1.0
+"""So long after a retry a provider is asked whether it still lacks space: it tells only once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +61,13 @@ class PreparedDisk:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Why a disk cannot go on. `by_provider`: the provider repeats the request; otherwise QEMU does, on `cont`."""
+    """Why a disk cannot go on. `by_provider`: the provider holds the request; otherwise QEMU does.
+
+    Either way it is repeated when the guest is let go on: QEMU's `cont` starts the rings of a provider again, too.
+    """
 
     reason: str
+    lacks_space: bool = False
     by_provider: bool = False
 
 
@@ -82,8 +93,14 @@ class Runtime:
     link: ProviderLink | None = None
     disks: tuple[PreparedDisk, ...] = ()
     stalls: dict[str, Stall] = field(default_factory=dict)
+    is_retry_due: bool = False
+    trouble: MullionError | None = None
+    """Why the guest has no provider; the parent keeps trying."""
     guest: GuestFacts = field(default_factory=GuestFacts)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _retry_task: asyncio.Task[None] | None = None
+    _retry_pause_s: float = 0.0
+    _retried_at_s: float = 0.0
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -93,7 +110,7 @@ class Runtime:
             guest=await self._guest_status(),
             provider_alive=self.provider is not None and self.provider.is_alive,
             needs_provider=bool(definition.disks),
-            is_stalled=bool(self.stalls),
+            is_stalled=bool(self.stalls) and not self.is_retry_due,
         )
 
     async def _guest_status(self) -> GuestStatus:
@@ -122,7 +139,8 @@ class Runtime:
         """
         provider = read_identity(self.paths.provider_identity)
         if provider is not None and provider.is_alive:
-            self._hold_provider(provider)
+            # Whether a disk lacks space is known before it is decided that the guest may run.
+            await asyncio.wait([self._hold_provider(provider)], timeout=_ADOPT_LINK_S)
         qemu = read_identity(self.paths.qemu_identity)
         if qemu is None:
             return None
@@ -151,11 +169,12 @@ class Runtime:
             await self.machine.close()
             self.machine = None
 
-    def run(self, work: Coroutine[Any, Any, None], what: str) -> None:
+    def run(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
         """A task that ends with this runtime; its fault is logged, not lost."""
         task = asyncio.create_task(work, name=f"{self.name}: {what}")
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -167,16 +186,25 @@ class Runtime:
     async def start_provider(self, fleet: ProviderFleet, spec: Mapping[str, Any]) -> None:
         """Start the provider and keep its identity.
 
-        Raises: what `ProviderFleet.spawn` raises.
+        Raises: what `ProviderFleet.spawn` raises; of a DiskBusyError it is found out who holds the disk.
         """
-        identity = await fleet.spawn(spec)
+        try:
+            identity = await fleet.spawn(spec)
+        except DiskBusyError as error:
+            self.trouble = await asyncio.to_thread(_name_holder, error)
+            raise self.trouble from error
+        except MullionError as error:
+            self.trouble = error
+            raise
+        self.trouble = None
         write_identity(self.paths.provider_identity, identity)
         self._hold_provider(identity)
 
-    def _hold_provider(self, identity: ProcessIdentity) -> None:
+    def _hold_provider(self, identity: ProcessIdentity) -> asyncio.Task[None]:
+        """Watch a provider and connect to it; the task of the latter."""
         self.provider = identity
         self.run(self._watch_provider(identity), "provider's end")
-        self.run(self._connect_provider(identity), "provider's link")
+        return self.run(self._connect_provider(identity), "provider's link")
 
     async def _watch_provider(self, identity: ProcessIdentity) -> None:
         await wait_process(identity)
@@ -197,9 +225,7 @@ class Runtime:
                 await asyncio.sleep(_LINK_RETRY_S)
                 continue
             self.link = link
-            for disk in status.get("disks", ()):
-                if disk.get("state") == "no_space":
-                    self._stalled(disk["id"], disk)
+            self._note_provider_stalls(status)
             return
 
     def _provider_said(self, event: Mapping[str, Any] | None) -> None:
@@ -214,9 +240,17 @@ class Runtime:
 
     # -- disks that cannot go on ---------------------------------------------------------------------------------------
 
+    def _note_provider_stalls(self, status: Mapping[str, Any]) -> None:
+        for disk in status.get("disks", ()):
+            if disk.get("state") == "no_space":
+                self._stalled(disk["id"], disk)
+
     def _stalled(self, disk_id: str, said: Mapping[str, Any]) -> None:
-        """The provider holds a write until there is room; it tells when the write has gone through."""
-        self.stalls[disk_id] = Stall(str(said.get("reason") or "no space left"), by_provider=True)
+        """The provider holds a write until there is room. It tells so once, and cannot repeat it in a stopped guest."""
+        reason = str(said.get("reason") or "")
+        if reason in ("", os.strerror(errno.ENOSPC)):
+            reason = _NO_SPACE
+        self._stall({disk_id: Stall(reason, lacks_space=True, by_provider=True)})
         self.wake()
 
     async def _note_io_error(self) -> None:
@@ -229,33 +263,67 @@ class Runtime:
         blocks = await self._machine().execute("query-block")
         found = {}
         for block in blocks if isinstance(blocks, list) else ():
-            if block.get("io-status") in ("nospace", "failed"):
+            status = block.get("io-status")
+            if status in ("nospace", "failed"):
                 disk_id = str(block.get("qdev", "")).rpartition("/peripheral/disk-")[2].partition("/")[0]
-                found[disk_id] = Stall("no space left" if block["io-status"] == "nospace" else "I/O error")
-        self.stalls |= found or {"": Stall("I/O error")}
-        self.run(self._retry_io(), "retry of failed I/O")
+                lacks_space = status == "nospace"
+                found[disk_id] = Stall(_NO_SPACE if lacks_space else "I/O error", lacks_space)
+        self._stall(found or {"": Stall("I/O error")})
 
-    async def _retry_io(self) -> None:
-        """Let the guest go on when there is room again, or every now and then when the reason is another."""
-        waited_s = 0.0
-        while self.machine is not None and self.machine.exit_report is None:
-            await asyncio.sleep(_ROOM_POLL_S)
-            waited_s += _ROOM_POLL_S
-            lacks_space = any(stall.reason == "no space left" for stall in self.stalls.values())
-            if (lacks_space and self._has_room()) or waited_s >= _IO_RETRY_S:
-                self.stalls = {disk: stall for disk, stall in self.stalls.items() if stall.by_provider}
+    def _stall(self, found: Mapping[str, Stall]) -> None:
+        self.stalls |= found
+        if self._retry_task is None or self._retry_task.done():
+            self._retry_task = self.run(self._retry_stalled(), "retry of failed I/O")
+
+    async def _retry_stalled(self) -> None:
+        """Have the guest go on when there is room again, and every now and then in any case.
+
+        The plan does it, so that a guest that an administrator has paused meanwhile stays paused.
+        """
+        is_again = time.monotonic() - self._retried_at_s < 2 * _IO_RETRY_S
+        self._retry_pause_s = min(2 * self._retry_pause_s, _IO_RETRY_S) if is_again else _ROOM_POLL_S
+        while self.stalls and self.machine is not None and self.machine.exit_report is None:
+            waited_s = 0.0
+            while waited_s < _IO_RETRY_S and not (waited_s >= self._retry_pause_s and self._has_room()):
+                await asyncio.sleep(_ROOM_POLL_S)
+                waited_s += _ROOM_POLL_S
+            if self.stalls:
+                self.is_retry_due = True
                 self.wake()
-                return
 
     def _has_room(self) -> bool:
-        """Whether every writable disk's filesystem has room for a few new blocks."""
+        """Whether what is waited for is space, and every writable disk's filesystem has some for a few new blocks."""
+        if not all(stall.lacks_space for stall in self.stalls.values()):
+            return False
         tops = [disk.chain[0] for disk in self.disks if not disk.read_only]
-        return all(st.f_bavail * st.f_frsize >= _ROOM_BYTES for st in map(os.statvfs, tops))
+        try:
+            return all(st.f_bavail * st.f_frsize >= _ROOM_BYTES for st in map(os.statvfs, tops))
+        except OSError as error:
+            log.warning("%s: %s", self.name, error)
+            return False
+
+    def _forget_stalls(self) -> None:
+        """The guest goes on, and with it the requests that waited."""
+        if not self.stalls:
+            return
+        self._retried_at_s = time.monotonic()
+        if any(stall.by_provider for stall in self.stalls.values()):
+            self.run(self._ask_provider(), "provider's verdict")
+        self.stalls.clear()
+
+    async def _ask_provider(self) -> None:
+        """See whether a disk still lacks space after a retry."""
+        await asyncio.sleep(_VERDICT_S)
+        if self.link is not None:
+            with contextlib.suppress(MullionError):  # it has died: the next one is asked when it is connected
+                self._note_provider_stalls(await self.link.request("status"))
 
     async def stop_provider(self) -> None:
         """Have the provider flush and end; killed when it does not (what was flushed is safe either way)."""
         identity, self.provider = self.provider, None
+        self.trouble = None
         self.stalls.clear()
+        self.is_retry_due = False
         if self.link is not None:
             await self.link.close()
             self.link = None
@@ -274,6 +342,8 @@ class Runtime:
     async def start_machine(self, spec: MachineSpec) -> None:
         """Start QEMU with its processors stopped. Raises: StartFailedError, MissingToolError."""
         self.guest = GuestFacts()
+        self.stalls.clear()  # of an earlier guest
+        self.is_retry_due = False
         self._hold_machine(await Machine.start(spec))
 
     def _hold_machine(self, machine: Machine) -> None:
@@ -290,7 +360,9 @@ class Runtime:
         machine = self._machine()
         if self.guest.released_s is None:
             self.guest.released_s = time.monotonic()
+        self.is_retry_due = False
         await machine.resume()
+        self._forget_stalls()
 
     async def pause(self) -> None:
         await self._machine().pause()
@@ -340,3 +412,15 @@ class Runtime:
                     os.unlink(entry.path)
         with contextlib.suppress(OSError):
             os.rmdir(self.paths.run)
+
+
+def _name_holder(error: DiskBusyError) -> DiskBusyError:
+    """The same error, with the processes that hold the disk, as far as they can be seen."""
+    path = str(error.context.get("path", ""))
+    holders = lock_holders(path)
+    if not holders:
+        return error
+    who = " and ".join(holders)
+    return DiskBusyError(
+        f"{path} is locked by {who}", remedy=f"End {who}, or attach another disk.", path=path, holder=who
+    )
