@@ -63,7 +63,10 @@ def show_disk(face: Face, name: str) -> None:
     "--size", type=SizeType(), metavar="SIZE", help="What the guest sees, such as 40G; a child has its parent's."
 )
 @click.option(
-    "--type", "kind", type=click.Choice(["dynamic", "fixed"]), help="Grow with use (default) or take all space now."
+    "--type",
+    "kind",
+    type=click.Choice(["dynamic", "fixed"]),
+    help="A file that grows with use (default), or one as long as the disk; sparse: space is taken when written.",
 )
 @click.option("--block-size", type=SizeType(), metavar="SIZE", help="The unit in which a dynamic disk grows.")
 @click.option(
