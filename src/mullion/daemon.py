@@ -23,11 +23,12 @@ import msgspec
 from mullion import __version__
 from mullion.base import log as logs
 from mullion.base.errors import MullionError
+from mullion.base.files import raise_descriptor_limit
 from mullion.base.paths import HostPaths
 from mullion.base.settings import Settings
 from mullion.base.units import utc_now
 from mullion.host import ServiceLock, allocate_uid, host_checks, isolates, prepare_host_folders
-from mullion.hypervisor.accel import AcceleratorChoice, probe_accelerator
+from mullion.hypervisor.accel import AcceleratorChoice, accelerator_check, probe_accelerator
 from mullion.model.definition import Accelerator
 from mullion.model.views import CheckView, StatusView
 from mullion.parent.events import Events
@@ -187,8 +188,7 @@ def check_host(settings: Settings) -> tuple[CheckView, ...]:
     paths = HostPaths(settings.data_dir, settings.run_dir)
     try:
         choice = probe_accelerator(paths.accelerator_cache, forced=Accelerator(settings.accelerator))
-        verdict = "ok" if choice.accelerator is Accelerator.KVM else "note"
-        accelerator = CheckView("accelerator", verdict, f"{choice.accelerator.value}: {choice.reason}", choice.remedy)
+        accelerator = accelerator_check(choice)
     except MullionError as error:
         accelerator = CheckView("accelerator", "missing", error.message, error.remedy)
     return host_checks(paths, accelerator=accelerator, isolation=settings.isolation)
@@ -204,6 +204,7 @@ def main(argv: list[str]) -> int:
         os.makedirs(settings.data_dir, mode=0o711, exist_ok=True)
         log_path = HostPaths(settings.data_dir, settings.run_dir).log
         logs.set_up(settings.log_level, log_path, stderr=not _is_same_file(sys.stderr.fileno(), log_path))
+        raise_descriptor_limit()
         asyncio.run(Daemon(settings).run())
     except MullionError as error:
         log.error("%s", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -279,7 +280,7 @@ def test_control_socket(folder: Path, dynamic: list[Path]) -> None:
         assert status["partition"] == "test"
         assert status["pid"] == provider.process.pid
         disk = status["disks"][0]
-        assert (disk["id"], disk["state"], disk["chain"]) == ("d0", "ok", [str(dynamic[0])])
+        assert (disk["id"], disk["state"], disk["path"], disk["chain_files"]) == ("d0", "ok", str(dynamic[0]), 1)
         assert disk["vhost_user"]["connected"] is False
         assert control.ask("flush") == {"flushed": ["d0"]}
         assert control.ask("retry") == {"retrying": True}
@@ -373,6 +374,22 @@ def test_zygote_spawns_and_reports_the_end(zygote: ZygotePeer, folder: Path, dyn
         buffer = bytearray(4096)
         disk.pread(0, buffer)
         assert buffer == pattern(1)
+
+
+def test_a_chain_as_long_as_a_chain_may_be(zygote: ZygotePeer, folder: Path) -> None:
+    """The limit is that of the VHD engine: what can be shown can be started."""
+    paths = [folder / f"{number:0200}.vhd" for number in range(1024)]
+    create_dynamic(str(paths[0]), 1024 * 1024)
+    for parent, child in itertools.pairwise(paths):
+        create_differencing(str(child), str(parent))
+    spec = make_spec(folder, paths[::-1])
+    answer = zygote.spawn(spec)
+    assert answer.get("ready") is True, answer
+    control = Control(spec.control)
+    assert control.ask("status")["disks"][0]["chain_files"] == 1024
+    assert control.ask("quit") == {"quitting": True}
+    control.close()
+    assert zygote.receive() == {"exited": answer["pid"], "status": 0}
 
 
 def test_zygote_reports_a_kill(zygote: ZygotePeer, folder: Path, dynamic: list[Path]) -> None:

@@ -1,9 +1,12 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and how many may be open."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from typing import Final
+
+DESCRIPTOR_LIMIT: Final = 65536
 
 
 def replace_file(path: str, content: bytes, *, durable: bool = True, mode: int = 0o640) -> None:
@@ -27,3 +30,17 @@ def replace_file(path: str, content: bytes, *, durable: bool = True, mode: int =
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process, and those it starts, have 65536 open files, or as many as the host allows; 1024 is usual.
+
+    No more than that, because some programs close every descriptor that they might have. For programs that never call
+    `select` with descriptors above 1023.
+    """
+    import resource  # here, so that commands which need no descriptors start without it
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTOR_LIMIT if hard == resource.RLIM_INFINITY else min(DESCRIPTOR_LIMIT, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -205,7 +205,8 @@ class Provider:
             "filesystem": filesystem,
             "size_bytes": served.chain.size_bytes,
             "read_only": served.chain.read_only,
-            "chain": list(disk.chain),
+            "path": disk.chain[0],
+            "chain_files": len(disk.chain),
             "vhost_user": None,
             "nbd": None,
         }

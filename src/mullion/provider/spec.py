@@ -14,9 +14,9 @@ from typing import Final, Self
 
 from mullion.base.errors import InvalidError
 from mullion.base.paths import SOCKET_PATH_LIMIT
+from mullion.vhd.parents import CHAIN_LIMIT
 
 MAX_DISKS: Final = 64
-MAX_CHAIN: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class DiskSpec:
         """Raises: InvalidError that names the field."""
         _check_names(fields, cls, where)
         chain = fields.get("chain")
-        if not isinstance(chain, list) or not 0 < len(chain) <= MAX_CHAIN:
-            raise InvalidError(f"{where}.chain: a list of 1 to {MAX_CHAIN} paths is needed, top first")
+        if not isinstance(chain, list) or not 0 < len(chain) <= CHAIN_LIMIT:
+            raise InvalidError(f"{where}.chain: a list of 1 to {CHAIN_LIMIT} paths is needed, top first")
         return cls(
             id=_text(fields, "id", where),
             chain=tuple(_absolute(path, f"{where}.chain") for path in chain),

@@ -32,6 +32,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from mullion.base.errors import MullionError, OperationFailedError, UnavailableError
+from mullion.base.files import raise_descriptor_limit
 from mullion.provider.control_client import LineDecoder, encode
 from mullion.provider.main import run
 from mullion.provider.rehearsal import rehearse
@@ -40,7 +41,8 @@ from mullion.provider.startup import set_process_name
 
 log = logging.getLogger(__name__)
 
-LINE_LIMIT_BYTES: Final = 256 * 1024
+LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
+"""Room for the paths of three of the longest chains; only the parent speaks here."""
 _PROCESS_NAME: Final = "mullion-zygote"
 _PR_SET_NO_NEW_PRIVS: Final = 38  # linux/prctl.h
 _RESTARTED: Final = "MULLION_ZYGOTE_RESTARTED"
@@ -198,6 +200,7 @@ def main() -> int:
     _restart_without_privileges_to_gain()
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)
     set_process_name(_PROCESS_NAME)
+    raise_descriptor_limit()
     rehearse()
     parent = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)

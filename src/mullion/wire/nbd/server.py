@@ -238,7 +238,9 @@ class NbdServer:
             except OSError as error:
                 # Out of descriptors or memory: the client waits in the backlog; look again, but do not spin.
                 log.warning("cannot accept a client: %s", error)
-                select.select([self._wake_fd], [], [], 0.1)
+                pause = select.poll()  # not `select`: the descriptor may be above its 1024
+                pause.register(self._wake_fd, select.POLLIN)
+                pause.poll(100)
                 continue
             self._welcome(client)
 
