@@ -122,6 +122,11 @@ class PartitionPaths:
         return self._socket("provider.sock")
 
     @property
+    def run_file(self) -> str:
+        """What the partition was started with: disks, transports, accelerator."""
+        return f"{self.run}/run.json"
+
+    @property
     def pending_dir(self) -> str:
         """Pending logs of the disks: metadata that is acknowledged, but not flushed yet."""
         return f"{self.run}/pending"

@@ -153,14 +153,14 @@ class PartitionController:
                 remedy=f"Choose another name, or look at it: mullion partition show {name}",
                 partition=name,
             )
-        self._surroundings.preparer.check_definition(definition)
-        self._check_paths(name)
+        wanted, definition = definition.power, msgspec.structs.replace(definition, power=PowerState.STOPPED)
+        paths = self._paths.partition(name)
+        self._surroundings.preparer.check_definition(definition, paths)
         used = [p.record.user_id for p in self._partitions.values() if p.record.user_id is not None]
         record = PartitionRecord(
             definition=definition,
             uuid=definition.uuid or str(uuid.uuid4()),
             created_at=utc_now(),
-            desired=PowerState.STOPPED,
             user_id=self._allocate_uid(used) if self._allocate_uid is not None else None,
         )
         partition = self._hold(record, 0)  # before the store has it, so that no second one takes the name or the id
@@ -173,14 +173,9 @@ class PartitionController:
             raise
         self._events.publish("partition.created", f"partition/{name}")
         partition.begin()
-        if definition.power is not PowerState.STOPPED:
-            await self.start(name, paused=definition.power is PowerState.PAUSED)
+        if wanted is not PowerState.STOPPED:
+            await self.start(name, paused=wanted is PowerState.PAUSED)
         return await partition.view()
-
-    def _check_paths(self, name: str) -> None:
-        paths = self._paths.partition(name)
-        for socket_path in (paths.provider_control, paths.vhost_user("x" * 16)):
-            assert socket_path  # the property raises when the path is too long for a socket
 
     async def update(self, name: str, definition: PartitionDefinition) -> PartitionView:
         """Replace the definition. A running partition takes it over at its next start; `power` acts at once.
@@ -193,17 +188,20 @@ class PartitionController:
             raise ConflictError(
                 f"the definition is of {definition.name!r}, not of {name!r}", remedy="A partition cannot be renamed."
             )
-        self._surroundings.preparer.check_definition(definition)
-        before = partition.record.definition
-        definition = msgspec.structs.replace(definition, uuid=definition.uuid or partition.record.uuid)
-        await partition.save(definition=definition)
+        record = partition.record
+        if definition.uuid not in ("", record.uuid):
+            raise ConflictError(
+                f"the uuid of partition {name} is {record.uuid}", remedy="Leave it out: it cannot be changed."
+            )
+        self._surroundings.preparer.check_definition(definition, partition.runtime.paths)
+        await partition.save(definition=msgspec.structs.replace(definition, power=record.desired))
         self._events.publish("partition.updated", f"partition/{name}")
-        if definition.power is not before.power:
+        if definition.power is not record.desired:
             await self._follow_power(name, definition.power)
         return await partition.view()
 
     async def _follow_power(self, name: str, power: PowerState) -> None:
-        """The definition's `power` was changed: begin the act that brings it about, if one is needed."""
+        """Another `power` is wanted: begin the act that brings it about, if one is needed."""
         state = (await self.get(name)).state
         if power is PowerState.STOPPED:
             if state in _UP:

@@ -35,7 +35,8 @@ from mullion.services.partition.preparation import (
 from mullion.services.partition.presentation import present, stall_reason
 from mullion.services.partition.provider_link import ProviderFleet
 from mullion.services.partition.record import Failure, GuestStatus, Observed, PartitionRecord, key_of, state_of
-from mullion.services.partition.runtime import PreparedDisk, Runtime
+from mullion.services.partition.run_file import Run, write_run
+from mullion.services.partition.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ _BOOT_SLOT_S: Final = 60.0
 """A guest without agent gives its boot slot back after this time."""
 _AGENT_POLL_S: Final = 0.25
 _AGENT_WATCH_S: Final = 15.0
+_VIEW_S: Final = 2.0
+"""A QEMU that does not answer (stopped, or starved) must not keep the others from being listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,6 @@ class Partition:
         self._store = store
         self._events = events
         self._observed = Observed()
-        self._choice: AcceleratorChoice | None = None
         self._dirty = asyncio.Event()
         self._is_starting = False
         self._is_stopping = False
@@ -100,7 +102,7 @@ class Partition:
         return self.record.definition.name
 
     def has_processes(self) -> bool:
-        return self.runtime.machine is not None or self.runtime.provider is not None
+        return self.runtime.has_machine or self.runtime.provider is not None
 
     def held_files(self) -> tuple[str, ...]:
         """The disk files that are open for writing here."""
@@ -118,22 +120,24 @@ class Partition:
         """Connect to what runs, judge what has ended while nobody looked, and begin."""
         runtime = self.runtime
         report = await runtime.adopt(self.record.uuid)
-        if self.has_processes():
-            await self._find_disks_again()
+        if self.has_processes() and runtime.started_with is None:
+            await self._prepare_again()
         started_here = self.record.started_boot_id == boot_id()
-        if runtime.machine is None and started_here and self.record.desired is not PowerState.STOPPED:
-            if report is not None or self.record.failure is None:
-                await self._ended(report)
-        elif runtime.machine is not None:
-            self._choose_accelerator()
+        if runtime.has_machine:
             self._watch_guest()
             self._events.publish("partition.adopted", f"partition/{self.name}")
+        elif (
+            started_here
+            and self.record.desired is not PowerState.STOPPED
+            and (report is not None or self.record.failure is None)
+        ):
+            await self._ended(report)
         self.begin()
         self._dirty.set()
 
-    async def _find_disks_again(self) -> None:
+    async def _prepare_again(self) -> None:
         try:
-            self.runtime.disks = await asyncio.to_thread(self._find_disks)
+            self.runtime.started_with = await asyncio.to_thread(self._prepare)
         except MullionError as error:
             # The guest runs on descriptors that are open; only a new provider would need the files.
             log.warning("%s: its disks cannot be read now: %s", self.name, error)
@@ -152,8 +156,11 @@ class Partition:
         await self._end_processes()
 
     async def save(self, **changes: object) -> None:
-        """Change the record, in the store first."""
+        """Change the record, in the store first. `desired` changes the definition's power."""
+        desired = changes.pop("desired", None)
         async with self._saving:
+            if desired is not None:
+                changes["definition"] = msgspec.structs.replace(self.record.definition, power=desired)
             record = msgspec.structs.replace(self.record, **changes)
             key = key_of(self.name)
             self.revision = await self._store.transact([Condition(key, self.revision)], [Put(key, record.encode())])
@@ -321,7 +328,7 @@ class Partition:
             case Step.CLEAN:
                 runtime.clean()
             case Step.PREPARE:
-                runtime.disks = await asyncio.to_thread(self._prepare)
+                runtime.started_with = await asyncio.to_thread(self._prepare)
             case Step.START_PROVIDER:
                 await self._before_provider()
                 await runtime.start_provider(
@@ -329,8 +336,8 @@ class Partition:
                 )
                 self._provider_since_s = time.monotonic()
             case Step.START_QEMU:
-                choice = self._choose_accelerator()
-                await runtime.start_machine(machine_spec(record, runtime.paths, runtime.disks, choice.accelerator))
+                assert runtime.started_with is not None, "prepared in an earlier step"
+                await runtime.start_machine(machine_spec(record, runtime.paths, runtime.started_with))
             case Step.RESUME:
                 if self._observed.guest in (GuestStatus.ABSENT, GuestStatus.PRELAUNCH):
                     if self._surroundings.boot_slots.locked():
@@ -346,21 +353,23 @@ class Partition:
             case Step.STOP_PROVIDER:
                 await runtime.stop_provider()
 
-    def _prepare(self) -> tuple[PreparedDisk, ...]:
+    def _prepare(self) -> Run:
+        """Find what the definition needs, and keep what was found for the parent that comes after us. Blocking."""
+        definition = self.record.definition
         prepare_partition_folders(self.runtime.paths, self.record.run_as)
-        check_direct_boot(self.record.definition)
-        return self._find_disks()
-
-    def _find_disks(self) -> tuple[PreparedDisk, ...]:
-        choice = self._choose_accelerator()
-        return self._surroundings.preparer.find_disks(self.name, self.record.definition, choice.accelerator)
+        check_direct_boot(definition)
+        choice = self._surroundings.choose_accelerator(definition.accelerator)
+        disks = self._surroundings.preparer.find_disks(self.name, definition, choice.accelerator)
+        run = Run(choice.accelerator, choice.reason, disks)
+        write_run(self.runtime.paths, run)
+        return run
 
     async def _before_provider(self) -> None:
         """A provider died under its guest: start another at once, unless they die as soon as they are started."""
         if self.runtime.machine is None:
             return
-        if not self.runtime.disks:
-            await self._find_disks_again()
+        if self.runtime.started_with is None:
+            await self._prepare_again()
         lived_s = time.monotonic() - self._provider_since_s
         self._short_lives = self._short_lives + 1 if lived_s < _SHORT_LIFE_S else 0
         self._events.publish("partition.provider-restarted", f"partition/{self.name}", {"in_a_row": self._short_lives})
@@ -382,10 +391,6 @@ class Partition:
         await self.runtime.stop_provider()
         self.runtime.clean()
         self._observed = await self.runtime.observe(self.record.definition)
-
-    def _choose_accelerator(self) -> AcceleratorChoice:
-        self._choice = self._surroundings.choose_accelerator(self.record.definition.accelerator)
-        return self._choice
 
     # -- the guest -----------------------------------------------------------------------------------------------------
 
@@ -424,10 +429,11 @@ class Partition:
     async def view(self) -> PartitionView:
         """The partition as it is now; what QEMU said last when its monitor does not answer."""
         try:
-            self._observed = await self.runtime.observe(self.record.definition)
-        except (MonitorError, MachineGoneError, DeadlineError) as error:
-            log.warning("%s: %s", self.name, error)
-        return present(self.record, self.revision, self._state(), self.runtime, self._choice)
+            async with asyncio.timeout(_VIEW_S):
+                self._observed = await self.runtime.observe(self.record.definition)
+        except (MonitorError, MachineGoneError, DeadlineError, TimeoutError) as error:
+            log.warning("%s: shown as it was last seen: %s", self.name, error or "QEMU does not answer")
+        return present(self.record, self.revision, self._state(), self.runtime)
 
     def _state(self) -> PartitionState:
         return state_of(self.record, self._observed, is_stopping=self._is_stopping, is_starting=self._is_starting)

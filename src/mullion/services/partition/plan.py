@@ -34,19 +34,22 @@ def plan_steps(desired: PowerState, observed: Observed, *, is_failed: bool) -> t
         return _plan_stop(observed)
     if is_failed and observed.guest is GuestStatus.ABSENT:
         return _plan_stop(observed)
-    if observed.guest is GuestStatus.PANICKED:
-        return ()
+    if observed.guest in (GuestStatus.PANICKED, GuestStatus.UNREACHABLE):
+        return _plan_provider(observed)
     if observed.guest is GuestStatus.ABSENT:
         return _plan_start(desired, observed)
-    steps: list[Step] = []
-    if observed.needs_provider and not observed.provider_alive:
-        steps.append(Step.START_PROVIDER)
+    steps = [*_plan_provider(observed)]
     if desired is PowerState.PAUSED or observed.is_stalled:
         if observed.guest is GuestStatus.RUNNING:
             steps.append(Step.PAUSE)
     elif observed.guest in (GuestStatus.PAUSED, GuestStatus.PRELAUNCH):
         steps.append(Step.RESUME)
     return tuple(steps)
+
+
+def _plan_provider(observed: Observed) -> tuple[Step, ...]:
+    """A QEMU that is there needs its provider, whatever the guest does."""
+    return (Step.START_PROVIDER,) if observed.needs_provider and not observed.provider_alive else ()
 
 
 def _plan_start(desired: PowerState, observed: Observed) -> tuple[Step, ...]:

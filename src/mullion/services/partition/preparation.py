@@ -9,20 +9,20 @@ from typing import Any, Final
 
 from mullion.base.errors import InvalidError, NotFoundError
 from mullion.base.paths import PartitionPaths
-from mullion.hypervisor import MachineSpec, ResolvedDisk
+from mullion.hypervisor import MachineSpec, ResolvedDisk, cmdline
+from mullion.hypervisor.cmdline import FirmwareFiles
 from mullion.hypervisor.firmware import prepare_uefi
 from mullion.model.definition import (
     Accelerator,
     Bus,
     DiskAttachment,
     Firmware,
-    Machine,
     PartitionDefinition,
     Transport,
 )
 from mullion.services.disk.controller import DiskController
 from mullion.services.partition.record import PartitionRecord
-from mullion.services.partition.runtime import PreparedDisk
+from mullion.services.partition.run_file import PreparedDisk, Run
 from mullion.vhd import DiskBusyError
 
 _SERIAL_LIMIT_CHARS: Final = 20
@@ -36,10 +36,10 @@ class Preparer:
     disks: DiskController
     holders: Callable[[], Mapping[str, str]]
 
-    def check_definition(self, definition: PartitionDefinition) -> None:
-        """Refuse what can never start on any host.
+    def check_definition(self, definition: PartitionDefinition, paths: PartitionPaths) -> None:
+        """Refuse what can never start.
 
-        Raises: InvalidError that names the field.
+        Raises: InvalidError that says what does not fit: disks and buses, or paths too long for sockets.
         """
         seen: set[str] = set()
         for position, disk in enumerate(definition.disks):
@@ -49,12 +49,12 @@ class Preparer:
                     f"disks[{position}].path: {path} is attached twice", remedy="Attach each disk once.", field="disks"
                 )
             seen.add(path)
-            if disk.bus is Bus.IDE and definition.machine is not Machine.PC:
-                raise InvalidError(
-                    f"disks[{position}].bus: the machine q35 has no IDE controller",
-                    remedy="Use bus sata, or machine pc.",
-                    field=f"disks[{position}].bus",
-                )
+        disks = tuple(
+            PreparedDisk(disk.id, disk.bus, disk.read_only, (), choose_transport(disk, Accelerator.TCG))
+            for disk in definition.disks
+        )
+        record = PartitionRecord(definition, uuid="", created_at="")
+        cmdline(_machine(record, paths, Run(Accelerator.TCG, "", disks), FirmwareFiles("", "")))
 
     def find_disks(
         self, name: str, definition: PartitionDefinition, accelerator: Accelerator
@@ -123,17 +123,19 @@ def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[P
     }
 
 
-def machine_spec(
-    record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...], accelerator: Accelerator
-) -> MachineSpec:
+def machine_spec(record: PartitionRecord, paths: PartitionPaths, run: Run) -> MachineSpec:
     """QEMU's specification. Raises: MissingToolError when the firmware is not installed."""
     uefi = record.definition.firmware is Firmware.UEFI
+    return _machine(record, paths, run, prepare_uefi(paths, record.run_as) if uefi else None)
+
+
+def _machine(record: PartitionRecord, paths: PartitionPaths, run: Run, firmware: FirmwareFiles | None) -> MachineSpec:
     return MachineSpec(
         definition=record.definition,
         uuid=record.uuid,
         paths=paths,
-        accelerator=accelerator,
-        firmware=prepare_uefi(paths, record.run_as) if uefi else None,
+        accelerator=run.accelerator,
+        firmware=firmware,
         run_as=record.run_as,
         disks=tuple(
             ResolvedDisk(
@@ -145,7 +147,7 @@ def machine_spec(
                 export=disk.id,
                 transport=disk.transport,
             )
-            for disk in disks
+            for disk in run.disks
         ),
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from mullion.hypervisor.accel import AcceleratorChoice
 from mullion.model.states import PartitionState
 from mullion.model.views import AttachedDiskView, PartitionView
 from mullion.services.partition.record import PartitionRecord
@@ -16,7 +15,6 @@ def present(
     revision: int,
     state: PartitionState,
     runtime: Runtime,
-    choice: AcceleratorChoice | None,
 ) -> PartitionView:
     """The view of a partition in this state."""
     name = record.definition.name
@@ -28,8 +26,10 @@ def present(
         remedy = "Mend what is named, make room: the partition goes on by itself, nothing is lost."
     elif runtime.trouble is not None and runtime.machine is not None:
         reason, remedy = f"its disks are not served: {runtime.trouble.message}", runtime.trouble.remedy
-    machine, provider = runtime.machine, runtime.provider
-    is_up = machine is not None
+    elif runtime.unreachable is not None:
+        reason, remedy = f"QEMU does not answer: {runtime.unreachable.message}", runtime.unreachable.remedy
+    machine, provider, run = runtime.machine, runtime.provider, runtime.started_with
+    is_up = runtime.has_machine
     return PartitionView(
         name=name,
         uuid=record.uuid,
@@ -38,8 +38,8 @@ def present(
         etag=str(revision),
         reason=reason,
         remedy=remedy,
-        accelerator=choice.accelerator.value if choice and is_up else None,
-        accelerator_reason=choice.reason if choice and is_up else None,
+        accelerator=run.accelerator.value if run and is_up else None,
+        accelerator_reason=run.accelerator_reason if run and is_up else None,
         qemu_pid=machine.identity.pid if machine is not None else None,
         provider_pid=provider.pid if provider is not None else None,
         started_at=record.started_at if is_up else None,

@@ -27,17 +27,20 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class PartitionRecord(msgspec.Struct, frozen=True):
-    """One partition in the store. `desired` follows the definition's `power` until an action changes it."""
+    """One partition in the store. What is wanted of it is all in the definition; acts change its `power`."""
 
     definition: PartitionDefinition
     uuid: str
     created_at: str
-    desired: PowerState
     user_id: int | None = None
     started_at: str | None = None
     started_boot_id: str | None = None
     boot_s: float | None = None
     failure: Failure | None = None
+
+    @property
+    def desired(self) -> PowerState:
+        return self.definition.power
 
     @property
     def run_as(self) -> tuple[int, int] | None:
@@ -56,6 +59,7 @@ class GuestStatus(enum.Enum):
     """What QEMU says of the guest."""
 
     ABSENT = "absent"  # no QEMU process
+    UNREACHABLE = "unreachable"  # QEMU runs, its monitors do not answer
     PRELAUNCH = "prelaunch"  # started, not yet let go
     RUNNING = "running"
     PAUSED = "paused"
@@ -91,7 +95,7 @@ def state_of(record: PartitionRecord, observed: Observed, *, is_stopping: bool, 
             return PartitionState.STOPPING
         case GuestStatus.PRELAUNCH:
             return PartitionState.PAUSED if record.desired is PowerState.PAUSED else PartitionState.STARTING
-        case GuestStatus.RUNNING:
+        case GuestStatus.RUNNING | GuestStatus.UNREACHABLE:
             return PartitionState.STOPPING if is_stopping else PartitionState.RUNNING
         case GuestStatus.PAUSED:
             return PartitionState.STOPPING if is_stopping else PartitionState.PAUSED

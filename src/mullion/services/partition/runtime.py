@@ -13,6 +13,8 @@ import logging
 import os
 import shutil
 import signal
+import socket
+import struct
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -26,18 +28,22 @@ from mullion.base.units import MIB
 from mullion.hypervisor import ExitReport, Machine, MachineSpec
 from mullion.hypervisor.errors import MachineGoneError
 from mullion.hypervisor.launch import log_excerpt, read_exit_status
-from mullion.model.definition import Bus, PartitionDefinition, Transport
+from mullion.model.definition import PartitionDefinition, Transport
 from mullion.model.states import PartitionState
 from mullion.services.disk.holders import lock_holders
 from mullion.services.partition.provider_link import ProviderFleet, ProviderLink
 from mullion.services.partition.record import GuestStatus, Observed
+from mullion.services.partition.run_file import PreparedDisk, Run, read_run
 from mullion.vhd import DiskBusyError
 
 log = logging.getLogger(__name__)
 
+_UCRED: Final = struct.Struct("=iII")  # unix(7), SO_PEERCRED: pid, uid, gid of the process that called listen
 _KILL_DEADLINE_S: Final = 10.0
 _FLUSH_DEADLINE_S: Final = 120.0
 _LINK_RETRY_S: Final = 0.2
+_REACH_S: Final = 2.0
+_RECONNECT_S: Final = 5.0
 _ROOM_POLL_S: Final = 0.5
 _NO_SPACE: Final = "no space left"
 _ROOM_BYTES: Final = 16 * MIB
@@ -46,17 +52,6 @@ _IO_RETRY_S: Final = 10.0
 _ADOPT_LINK_S: Final = 1.0
 _VERDICT_S: Final = 1.0
 """So long after a retry a provider is asked whether it still lacks space: it tells only once."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedDisk:
-    """A disk of the definition, found: its chain of files, top first."""
-
-    id: str
-    bus: Bus
-    read_only: bool
-    chain: tuple[str, ...]
-    transport: Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +86,24 @@ class Runtime:
     machine: Machine | None = None
     provider: ProcessIdentity | None = None
     link: ProviderLink | None = None
-    disks: tuple[PreparedDisk, ...] = ()
+    started_with: Run | None = None
     stalls: dict[str, Stall] = field(default_factory=dict)
     is_retry_due: bool = False
     trouble: MullionError | None = None
     """Why the guest has no provider; the parent keeps trying."""
+    unreachable: MullionError | None = None
+    """Why a QEMU that runs cannot be spoken to."""
     guest: GuestFacts = field(default_factory=GuestFacts)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _is_reconnecting: bool = False
     _retry_task: asyncio.Task[None] | None = None
     _retry_pause_s: float = 0.0
     _retried_at_s: float = 0.0
+
+    @property
+    def disks(self) -> tuple[PreparedDisk, ...]:
+        """The disks that this start found."""
+        return self.started_with.disks if self.started_with is not None else ()
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -114,6 +117,8 @@ class Runtime:
         )
 
     async def _guest_status(self) -> GuestStatus:
+        if self.unreachable is not None:
+            return GuestStatus.UNREACHABLE
         if self.machine is None or self.machine.exit_report is not None:
             return GuestStatus.ABSENT
         try:
@@ -137,8 +142,12 @@ class Runtime:
 
         Answers with how QEMU ended when it ran once and does not any more.
         """
+        self.started_with = read_run(self.paths)
         provider = read_identity(self.paths.provider_identity)
-        if provider is not None and provider.is_alive:
+        if provider is None or not provider.is_alive:
+            provider = _provider_behind(self.paths.provider_control)
+        if provider is not None:
+            write_identity(self.paths.provider_identity, provider)
             # Whether a disk lacks space is known before it is decided that the guest may run.
             await asyncio.wait([self._hold_provider(provider)], timeout=_ADOPT_LINK_S)
         qemu = read_identity(self.paths.qemu_identity)
@@ -150,8 +159,31 @@ class Runtime:
             machine = await Machine.adopt(self.paths, qemu, uuid)
         except MachineGoneError:
             return self._past_end()
+        except MullionError as error:
+            log.error("%s: QEMU (pid %d) runs and cannot be spoken to: %s", self.name, qemu.pid, error)
+            self.unreachable = error
+            self.run(self._reach(qemu, uuid), "reaching QEMU")
+            return None
         self._hold_machine(machine)
         return None
+
+    async def _reach(self, qemu: ProcessIdentity, uuid: str) -> None:
+        """Try again to adopt a QEMU whose monitors did not answer, until they do or it has ended."""
+        while self.machine is None:
+            await asyncio.sleep(_REACH_S)
+            try:
+                self._hold_machine(await Machine.adopt(self.paths, qemu, uuid))
+            except MachineGoneError:
+                break
+            except MullionError as error:
+                self.unreachable = error
+        self.unreachable = None
+        self.wake()
+
+    @property
+    def has_machine(self) -> bool:
+        """Whether a QEMU of this partition runs, reachable or not."""
+        return self.machine is not None or self.unreachable is not None
 
     def _past_end(self) -> ExitReport:
         """How a QEMU ended that nobody watched."""
@@ -197,6 +229,7 @@ class Runtime:
             self.trouble = error
             raise
         self.trouble = None
+        self._is_reconnecting = self.machine is not None
         write_identity(self.paths.provider_identity, identity)
         self._hold_provider(identity)
 
@@ -232,6 +265,8 @@ class Runtime:
         match event:
             case None:
                 self.link = None
+                if self.provider is not None and self.provider.is_alive:
+                    self.run(self._connect_provider(self.provider), "provider's link")
             case {"event": "no_space", "disk": disk}:
                 self._stalled(disk, event)
             case {"event": "space", "disk": disk}:
@@ -361,8 +396,23 @@ class Runtime:
         if self.guest.released_s is None:
             self.guest.released_s = time.monotonic()
         self.is_retry_due = False
+        if self._is_reconnecting:
+            await self._wait_connected()
         await machine.resume()
         self._forget_stalls()
+
+    async def _wait_connected(self) -> None:
+        """QEMU comes back to a new provider within its reconnect interval; let go on before, the guest's disks fail."""
+        self._is_reconnecting = False
+        ids = {disk.id for disk in self.disks if disk.transport is Transport.VHOST_USER}
+        deadline_s = time.monotonic() + _RECONNECT_S
+        while ids and time.monotonic() < deadline_s:
+            if self.link is not None:
+                status = await self.link.request("status")
+                disks = {disk["id"]: disk for disk in status.get("disks", ())}
+                if all((disks[id_].get("vhost_user") or {}).get("connected") for id_ in ids):
+                    return
+            await asyncio.sleep(_LINK_RETRY_S)
 
     async def pause(self) -> None:
         await self._machine().pause()
@@ -412,6 +462,7 @@ class Runtime:
                     os.unlink(entry.path)
         with contextlib.suppress(OSError):
             os.rmdir(self.paths.run)
+        self.started_with = None
 
 
 def _name_holder(error: DiskBusyError) -> DiskBusyError:
@@ -424,3 +475,18 @@ def _name_holder(error: DiskBusyError) -> DiskBusyError:
     return DiskBusyError(
         f"{path} is locked by {who}", remedy=f"End {who}, or attach another disk.", path=path, holder=who
     )
+
+
+def _provider_behind(control_path: str) -> ProcessIdentity | None:
+    """The provider that listens on a control socket, by the kernel's word; None when nobody does.
+
+    A parent that is killed between a provider's start and the writing of its identity leaves this as the only trace.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(control_path)
+        except OSError:
+            return None
+        pid, _uid, _gid = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return ProcessIdentity.of(pid)
