@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mullion.provider.control_client import encode, encode_command
+from mullion.provider.control_client import encode
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.zygote import spawn_argv
 from mullion.wire.vhost_user.messages import DeviceFeature
@@ -141,7 +141,7 @@ class Control:
         self.lines = self.socket.makefile("rb")
 
     def ask(self, command: str) -> dict[str, Any]:
-        self.socket.sendall(encode_command(command))
+        self.socket.sendall(encode({"command": command}))
         return self.receive()
 
     def receive(self) -> dict[str, Any]:

@@ -22,13 +22,6 @@ def encode(message: Mapping[str, object]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
-def encode_command(command: str, request_id: int | str | None = None) -> bytes:
-    """A request as a line. Raises: InvalidError for a command that does not exist."""
-    if command not in COMMANDS:
-        raise InvalidError(f"{command!r} is not a command", remedy=f"Commands: {', '.join(COMMANDS)}.")
-    return encode({"command": command} if request_id is None else {"command": command, "id": request_id})
-
-
 class LineDecoder:
     """Cuts what arrives into lines and lines into objects. After an error the connection is to be closed."""
 

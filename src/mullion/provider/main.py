@@ -114,7 +114,7 @@ class Provider:
                 chain,
                 name=disk.id,
                 read_only=disk.read_only,
-                # No gate: QEMU gets ENOSPC and stops the guest itself. A request that we held would hang its `stop`.
+                # It answers ENOSPC, and QEMU stops the guest itself. A request that we held would hang its `stop`.
                 listener=sockets.pop(disk.nbd),
             )
             served.nbd.start()
@@ -142,7 +142,6 @@ class Provider:
 
     def close(self) -> None:
         """Stop serving, flush and close. Raises: the first error of a disk that could not be flushed."""
-        self._gate.close()
         errors = self._stop_exports()
         errors += self._close_chains()
         if self._control is not None:

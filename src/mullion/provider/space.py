@@ -1,4 +1,4 @@
-"""What happens when the storage is full: writers wait, nothing fails, nothing is lost.
+"""What happens when the storage is full: rings wait, nothing fails, nothing is lost.
 
 A ring cannot block (its thread must still answer the front-end), so it reports the stall, keeps the request in the
 guest's ring and tries again when its waker is called or a retry interval has passed. The state is visible in `status`,
@@ -39,12 +39,10 @@ class SpaceGate:
     def __init__(self, notify: Callable[[str, str, Shortage | None], None]) -> None:
         """`notify(event, disk, shortage)` hears of `no_space` and `space`, once each per change."""
         self._notify = notify
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._shortages: dict[str, Shortage] = {}
         self._paths: dict[str, str] = {}
         self._wakers: list[Callable[[], None]] = []
-        self._retries = 0
-        self._closed = False
 
     def register(self, disk_id: str, path: str) -> None:
         """Name the file whose filesystem a disk grows on."""
@@ -55,12 +53,12 @@ class SpaceGate:
         self._wakers.append(waker)
 
     def shortage(self, disk_id: str) -> Shortage | None:
-        with self._changed:
+        with self._lock:
             return self._shortages.get(disk_id)
 
     def report(self, error: OSError, disk_id: str) -> None:
         """A write met a full filesystem: record it and say so, once."""
-        with self._changed:
+        with self._lock:
             if disk_id in self._shortages:
                 return
             path = self._paths.get(disk_id, "")
@@ -70,32 +68,15 @@ class SpaceGate:
 
     def recovered(self, disk_id: str) -> None:
         """A write of this disk succeeded (again)."""
-        with self._changed:
+        with self._lock:
             if self._shortages.pop(disk_id, None) is None:
                 return
         self._notify("space", disk_id, None)
 
-    def wait_for_space(self, error: OSError, disk_id: str) -> bool:
-        """Record the shortage and block until a retry is due; False when the provider ends and nobody will retry."""
-        self.report(error, disk_id)
-        with self._changed:
-            seen = self._retries
-            self._changed.wait_for(lambda: self._closed or self._retries != seen, RETRY_INTERVAL_S)
-            return not self._closed
-
     def retry(self) -> None:
-        """Room was made: let everybody who waits try again now."""
-        with self._changed:
-            self._retries += 1
-            self._changed.notify_all()
+        """Room was made: let every ring that waits try again now."""
         for waker in self._wakers:
             waker()
-
-    def close(self) -> None:
-        """The provider ends: nobody waits any more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
 
 def mount_point(path: str) -> str:

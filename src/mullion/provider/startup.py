@@ -1,11 +1,14 @@
 """What a provider does with the rights it starts with, before it gives them up: open files, bind sockets, change user.
 
 Order, each step before the next: open every file of every chain by its given path → bind the sockets → drop to the
-partition's user → parse. Nothing that a guest wrote is looked at with more rights than the partition's own user has.
+partition's user → parse. Here, nothing that a guest wrote is looked at with more rights than the partition's own user
+has. The service itself does read the same structures under its own user, root's where it is root (`inspect_chain`: to
+show a disk, and to find a chain's files before each start): docs/threat-model.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -13,6 +16,7 @@ import stat
 from typing import Final
 
 from mullion.base.errors import AlreadyExistsError, DeniedError, InvalidError, MullionError, NotFoundError
+from mullion.base.paths import SOCKET_PATH_LIMIT
 from mullion.provider.spec import DiskSpec
 
 PROCESS_NAME: Final = "mullion-prov"
@@ -65,11 +69,18 @@ def _file_error(error: OSError, path: str) -> MullionError:
     )
 
 
-def bind_listener(path: str, *, uid: int | None, gid: int | None) -> socket.socket:
+def bind_listener(path: str, *, uid: int | None = None, gid: int | None = None) -> socket.socket:
     """A listening socket that only its user may connect to; what a dead process left there is removed.
 
-    Raises: AlreadyExistsError when somebody listens there, or the path is no socket; OSError.
+    Raises: AlreadyExistsError when somebody listens there, or the path is no socket; InvalidError for a path too long;
+    OSError.
     """
+    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+        raise InvalidError(
+            f"the socket's path is longer than {SOCKET_PATH_LIMIT} bytes: {path}",
+            remedy="Choose a shorter run folder (setting run_dir).",
+            path=path,
+        )
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -78,8 +89,10 @@ def bind_listener(path: str, *, uid: int | None, gid: int | None) -> socket.sock
         if uid is not None or gid is not None:
             os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
         listener.listen(_BACKLOG)
-    except OSError:
+    except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(path) from error
         raise
     return listener
 
@@ -93,11 +106,16 @@ def _remove_stale(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(path)
     if code == errno.ECONNREFUSED:
-        os.unlink(path)
-    elif code != errno.ENOENT:
-        raise AlreadyExistsError(
-            f"another process listens on {path}", remedy="End the other provider of this partition first.", path=path
-        )
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    elif code != errno.ENOENT:  # EAGAIN too: its backlog is full, so it lives
+        raise _in_use(path)
+
+
+def _in_use(path: str) -> AlreadyExistsError:
+    return AlreadyExistsError(
+        f"another process listens on {path}", remedy="End the other provider of this partition first.", path=path
+    )
 
 
 def drop_privileges(uid: int | None, gid: int | None) -> None:

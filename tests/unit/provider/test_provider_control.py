@@ -1,16 +1,15 @@
-"""The control protocol's lines, and the gate for writers that wait for space."""
+"""The control protocol's lines, and the gate for rings that wait for space."""
 
 from __future__ import annotations
 
 import errno
-import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mullion.base.errors import InvalidError, TooLargeError
-from mullion.provider.control_client import LINE_LIMIT_BYTES, LineDecoder, encode, encode_command
+from mullion.provider.control_client import LINE_LIMIT_BYTES, LineDecoder, encode
 from mullion.provider.space import Shortage, SpaceGate, mount_point
 
 pytestmark = pytest.mark.unit
@@ -44,13 +43,6 @@ def test_line_too_long(line: bytes) -> None:
         LineDecoder().feed(line)
 
 
-def test_commands() -> None:
-    assert LineDecoder().feed(encode_command("status", 3)) == [{"command": "status", "id": 3}]
-    assert LineDecoder().feed(encode_command("quit")) == [{"command": "quit"}]
-    with pytest.raises(InvalidError, match="dance"):
-        encode_command("dance")
-
-
 def test_gate_tells_each_change_once() -> None:
     told: list[tuple[str, str, Shortage | None]] = []
     gate = SpaceGate(lambda event, disk, shortage: told.append((event, disk, shortage)))
@@ -68,20 +60,13 @@ def test_gate_tells_each_change_once() -> None:
     assert gate.shortage("d0") is None
 
 
-def test_retry_wakes_who_waits_and_close_gives_up() -> None:
+def test_retry_wakes_every_ring() -> None:
     woken: list[str] = []
-    waits = threading.Event()
-    gate = SpaceGate(lambda *_change: waits.set())
-    gate.add_waker(lambda: woken.append("ring"))
-    answers: list[bool] = []
-    writer = threading.Thread(target=lambda: answers.append(gate.wait_for_space(FULL, "d0")))
-    writer.start()
-    waits.wait()
+    gate = SpaceGate(lambda *_change: None)
+    for ring in ("d0", "d1"):
+        gate.add_waker(lambda ring=ring: woken.append(ring))
     gate.retry()
-    writer.join()
-    assert (answers, woken) == ([True], ["ring"])
-    gate.close()
-    assert gate.wait_for_space(FULL, "d0") is False
+    assert woken == ["d0", "d1"]
 
 
 def test_mount_point_of_what_is_not_there() -> None:

@@ -3,7 +3,7 @@
 from mullion.wire.nbd.client import NbdClient
 from mullion.wire.nbd.messages import NbdProtocolError
 from mullion.wire.nbd.server import Counters, NbdServer
-from mullion.wire.nbd.session import Export, Handshake, SpaceGate
+from mullion.wire.nbd.session import Export, Handshake
 from mullion.wire.nbd.transmission import Transmission
 
-__all__ = ["Counters", "Export", "Handshake", "NbdClient", "NbdProtocolError", "NbdServer", "SpaceGate", "Transmission"]
+__all__ = ["Counters", "Export", "Handshake", "NbdClient", "NbdProtocolError", "NbdServer", "Transmission"]

@@ -41,7 +41,7 @@ class Counters(NamedTuple):
     bytes_read: int = 0
     bytes_written: int = 0
     errors: int = 0
-    """Requests that were refused, and tries that failed for want of space."""
+    """Requests that were refused, or that the device failed."""
     protocol_errors: int = 0
     """Connections that were closed because the client did not keep to the protocol."""
 
@@ -54,16 +54,12 @@ class _Connection:
         self._socket = client
         self._transmission: Transmission | None = None
         self._lock = threading.Lock()  # guards the socket's life: it is shut down by others, closed by the thread
-        self._is_stopping = False
         self._is_closed = False
         self.thread = threading.Thread(target=self._run, name=f"nbd-{number}", daemon=True)
 
     def stop(self, *, at_once: bool) -> None:
         """No more requests; with `at_once` no more replies either."""
         with self._lock:
-            self._is_stopping = True
-            if self._transmission is not None:
-                self._transmission.is_stopping = True
             if not self._is_closed:
                 with contextlib.suppress(OSError):  # the client may be gone
                     self._socket.shutdown(socket.SHUT_RDWR if at_once else socket.SHUT_RD)
@@ -124,7 +120,6 @@ class _Connection:
                 has_allocation=handshake.has_allocation,
                 send=client.sendall,
             )
-            self._transmission.is_stopping = self._is_stopping
         return handshake.export
 
     def _transmit(self, transmission: Transmission) -> None:

@@ -21,7 +21,7 @@ import enum
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from mullion.base.block import BlockDevice
 from mullion.wire.nbd.messages import (
@@ -55,18 +55,6 @@ _SERVER_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 ALLOCATION_CONTEXT_ID: Final = 1
 
 
-class SpaceGate(Protocol):
-    """Who decides what happens when the storage is full: it may pause the partition and wait for room."""
-
-    def wait_for_space(self, error: OSError, name: str) -> bool:
-        """Block until a retry is due, and return True; False to give the request up."""
-        ...
-
-    def recovered(self, name: str) -> None:
-        """The request that waited is over."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Export:
     """A block device under a name. The empty name, the protocol's default export, means the first one of a server."""
@@ -74,7 +62,6 @@ class Export:
     name: str
     device: BlockDevice
     read_only: bool = False
-    gate: SpaceGate | None = None
 
     @property
     def is_read_only(self) -> bool:

@@ -12,7 +12,8 @@ READ straight into the reply buffer, where replies collect until the input runs 
 
 Invariants:
 - `wanted` is never more than BUFFER_BYTES; a READ or WRITE over PAYLOAD_LIMIT_BYTES never touches the device.
-- Replies are in the order of requests. Finished replies are sent before anything that may wait (flush, full storage).
+- Replies are in the order of requests. Finished replies are sent before a flush, which may take long.
+- Nothing is held back: who writes to a full storage is told so, ENOSPC.
 - A request outside the device is refused whole. A payload is consumed whatever becomes of its request.
 Durability: FLUSH and FUA return after `device.flush()`; with several connections one flush covers all, as promised by
 CAN_MULTI_CONN. A connection that dies within the payload of a long WRITE leaves any part of it written, none promised.
@@ -49,7 +50,7 @@ from mullion.wire.nbd.messages import (
     NbdError,
     NbdProtocolError,
 )
-from mullion.wire.nbd.session import ALLOCATION_CONTEXT_ID, Export, SpaceGate
+from mullion.wire.nbd.session import ALLOCATION_CONTEXT_ID, Export
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,6 @@ _REPLY_BUFFER_BYTES: Final = 512 * KIB
 _READ_CHUNK_BYTES: Final = 256 * KIB
 _EXTENTS_PER_REPLY: Final = 4096
 
-NO_SPACE_ERRNOS: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 _NBD_ERRORS: Final = {
     errno.EPERM: NbdError.EPERM,
     errno.EROFS: NbdError.EPERM,
@@ -131,8 +131,6 @@ class Transmission:
         self.wanted = REQUEST.size
         self.is_closed = False
         """The client said goodbye."""
-        self.is_stopping = False
-        """Set by the owner: a request that waits for space is answered with ENOSPC instead of waiting again."""
         self.requests = 0
         self.errors = 0
         self.bytes_read = 0
@@ -371,29 +369,12 @@ class Transmission:
         self._reply_used = used + len(data)
 
     def _attempt(self, what: str, offset: int, operation: Callable[..., None], *arguments: object) -> int:
-        """Call the device; with a gate, wait and repeat while the storage is full. Returns the error on the wire."""
-        gate = self._export.gate
-        waited = False
-        while True:
-            try:
-                operation(*arguments)
-                number = 0
-            except OSError as error:
-                number = self._failed(error, what, offset)
-                if gate is not None and error.errno in NO_SPACE_ERRNOS and not self.is_stopping:
-                    waited = True
-                    if self._wait_for_space(gate, error):
-                        continue
-                    return number
-            except MullionError as error:
-                number = self._failed(error, what, offset)
-            if gate is not None and waited and number != NbdError.ENOSPC:
-                gate.recovered(self._export.name)
-            return number
-
-    def _wait_for_space(self, gate: SpaceGate, error: OSError) -> bool:
-        self.send_replies()
-        return gate.wait_for_space(error, self._export.name)
+        """Call the device. Returns the error on the wire, 0 for none."""
+        try:
+            operation(*arguments)
+        except (OSError, MullionError) as error:
+            return self._failed(error, what, offset)
+        return 0
 
     def _failed(self, error: OSError | MullionError, what: str, offset: int) -> int:
         """Count a request that the device refused and find its number on the wire."""
