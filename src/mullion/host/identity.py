@@ -79,11 +79,3 @@ def make_folder(path: str, mode: int, *, owner: tuple[int, int] | None = None, g
         os.fchmod(fd, mode)
     finally:
         os.close(fd)
-
-
-def hand_over(path: str, run_as: tuple[int, int] | None, mode: int = 0o600) -> None:
-    """Give a file (a disk, a socket) to a partition's user; nothing happens without one. Raises: OSError."""
-    if run_as is None:
-        return
-    os.chown(path, *run_as, follow_symlinks=False)
-    os.chmod(path, mode)

@@ -1,10 +1,12 @@
-"""The states of a partition and of an operation, and which may follow which."""
+"""The states of a partition and of an operation.
+
+A partition's state is derived from what is observed, so that any may follow any; an operation's has a table
+(`mullion.parent.operations`).
+"""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from typing import Final
 
 
 class PartitionState(enum.Enum):
@@ -16,22 +18,6 @@ class PartitionState(enum.Enum):
     PAUSED = "paused"
     STOPPING = "stopping"
     FAILED = "failed"
-
-
-TRANSITIONS: Final[Mapping[PartitionState, frozenset[PartitionState]]] = {
-    PartitionState.STOPPED: frozenset({PartitionState.STARTING}),
-    PartitionState.STARTING: frozenset(
-        {PartitionState.RUNNING, PartitionState.PAUSED, PartitionState.FAILED, PartitionState.STOPPED}
-    ),
-    PartitionState.RUNNING: frozenset(
-        {PartitionState.PAUSED, PartitionState.STOPPING, PartitionState.STOPPED, PartitionState.FAILED}
-    ),
-    PartitionState.PAUSED: frozenset(
-        {PartitionState.RUNNING, PartitionState.STOPPING, PartitionState.STOPPED, PartitionState.FAILED}
-    ),
-    PartitionState.STOPPING: frozenset({PartitionState.STOPPED, PartitionState.FAILED, PartitionState.RUNNING}),
-    PartitionState.FAILED: frozenset({PartitionState.STARTING, PartitionState.STOPPED}),
-}
 
 
 class OperationState(enum.Enum):

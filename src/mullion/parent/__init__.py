@@ -1,7 +1,6 @@
-"""The service's kernel: store, operations, events, reconcile. The API is in `mullion.parent.api`, imported late."""
+"""The service's kernel: store, operations, events. The API is in `mullion.parent.api`, imported late."""
 
 from mullion.parent.events import EventPage, Events
 from mullion.parent.operations import Operation, Operations
-from mullion.parent.reconcile import Reconciler
 
-__all__ = ["EventPage", "Events", "Operation", "Operations", "Reconciler"]
+__all__ = ["EventPage", "Events", "Operation", "Operations"]

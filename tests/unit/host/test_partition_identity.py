@@ -11,7 +11,7 @@ import pytest
 
 from mullion.base.errors import ConflictError
 from mullion.base.paths import HostPaths
-from mullion.host import allocate_uid, hand_over, isolates, prepare_host_folders, prepare_partition_folders
+from mullion.host import allocate_uid, isolates, prepare_host_folders, prepare_partition_folders
 from mullion.host.identity import FIRST_UID
 
 pytestmark = pytest.mark.unit
@@ -53,8 +53,6 @@ def test_folders_without_isolation(tmp_path: Path) -> None:
         prepare_partition_folders(partition, None)
     for folder in (paths.data_dir, paths.run_dir, partition.data, partition.run, partition.pending_dir):
         assert mode(folder) == 0o750
-    hand_over(partition.data, None)
-    assert mode(partition.data) == 0o750
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
@@ -67,10 +65,6 @@ def test_folders_with_isolation(tmp_path: Path) -> None:
     status = os.stat(partition.run)
     assert (status.st_uid, status.st_gid, mode(partition.run)) == (0, 30_000, 0o750)
     assert os.stat(partition.pending_dir).st_uid == 30_000
-    file = tmp_path / "disk.vhd"
-    file.touch(mode=0o644)
-    hand_over(str(file), (30_000, 30_000))
-    assert (file.stat().st_uid, mode(str(file))) == (30_000, 0o600)
 
 
 def test_a_link_in_a_folder_s_place_is_not_followed(tmp_path: Path) -> None:
