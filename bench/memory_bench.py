@@ -19,6 +19,7 @@ from mullion.vhd import create_dynamic
 PARENT_BAR_MIB = 80.0
 PROVIDER_BAR_MIB = 4.0
 _LISTS = 20
+_GREETING_BYTES = 18
 _IMPORTS = "import asyncio, litestar, uvicorn, msgspec, sqlite3, qemu.qmp, sys; print(); sys.stdin.read()"
 
 
@@ -85,10 +86,12 @@ def _storage_daemon_mib(folder: str) -> float:
             *("--blockdev", "driver=vpc,node-name=disk,file=file"),
             *("--nbd-server", f"addr.type=unix,addr.path={folder}/nbd"),
             *("--export", "type=nbd,id=e,node-name=disk,name=disk0,writable=on"),
-        ]
+        ],
+        stderr=subprocess.DEVNULL,  # it complains that the client hangs up
     ) as child:
         try:
-            connect(f"{folder}/nbd").close()
+            with connect(f"{folder}/nbd") as client:
+                client.recv(_GREETING_BYTES)
             return _private_mib(child.pid)
         finally:
             child.terminate()
