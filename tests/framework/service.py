@@ -44,6 +44,8 @@ class Service:
 
     home: str
     environ: dict[str, str] = field(default_factory=dict)
+    launcher: tuple[str, ...] = ()
+    """What the service is started through, such as another mount namespace."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -61,7 +63,7 @@ class Service:
         begun_s = time.monotonic()
         with open(f"{self.home}/serve.out", "ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mullion.daemon", "serve"],
+                [*self.launcher, sys.executable, "-P", "-m", "mullion.daemon", "serve"],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -90,7 +90,10 @@ def state_of(record: PartitionRecord, observed: Observed, *, is_stopping: bool, 
         case GuestStatus.ABSENT:
             if is_stopping and observed.provider_alive:
                 return PartitionState.STOPPING
-            return PartitionState.FAILED if record.failure else PartitionState.STOPPED
+            if record.failure:
+                return PartitionState.FAILED
+            # What is wanted running and is not there is about to be started: after a reboot of the host, for example.
+            return PartitionState.STOPPED if record.desired is PowerState.STOPPED else PartitionState.STARTING
         case GuestStatus.POWERED_OFF:
             return PartitionState.STOPPING
         case GuestStatus.PRELAUNCH:

@@ -308,6 +308,7 @@ class Runtime:
     def _stall(self, found: Mapping[str, Stall]) -> None:
         self.stalls |= found
         if self._retry_task is None or self._retry_task.done():
+            self.is_retry_due = False
             self._retry_task = self.run(self._retry_stalled(), "retry of failed I/O")
 
     async def _retry_stalled(self) -> None:
@@ -339,6 +340,7 @@ class Runtime:
 
     def _forget_stalls(self) -> None:
         """The guest goes on, and with it the requests that waited."""
+        self.is_retry_due = False
         if not self.stalls:
             return
         self._retried_at_s = time.monotonic()
@@ -395,9 +397,9 @@ class Runtime:
         machine = self._machine()
         if self.guest.released_s is None:
             self.guest.released_s = time.monotonic()
-        self.is_retry_due = False
         if self._is_reconnecting:
             await self._wait_connected()
+        self.is_retry_due = False  # what is noted from here on is a new verdict
         await machine.resume()
         self._forget_stalls()
 
@@ -418,13 +420,21 @@ class Runtime:
         await self._machine().pause()
 
     async def quit_machine(self) -> ExitReport | None:
-        """End QEMU. Answers how it ended."""
+        """End QEMU; one that cannot be spoken to is killed. Answers how it ended."""
         machine, self.machine = self.machine, None
         if machine is None:
+            if self.unreachable is not None:
+                await self._kill_unreachable()
             return None
         report = await machine.quit()
         await machine.close()
         return report
+
+    async def _kill_unreachable(self) -> None:
+        qemu = read_identity(self.paths.qemu_identity)
+        if qemu is not None and qemu.send_signal(signal.SIGKILL):
+            await asyncio.wait_for(wait_process(qemu), _KILL_DEADLINE_S)
+        self.unreachable = None
 
     async def drop_machine(self) -> ExitReport | None:
         """Forget a QEMU that has ended by itself."""
