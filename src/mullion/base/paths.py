@@ -1,4 +1,4 @@
-"""Where each file of the service and of a partition lives.
+"""Where each file of the service and of a partition lives, and the firmware of the host.
 
 The data folder survives a reboot; the run folder holds sockets and process identities and may vanish with it.
 """
@@ -6,6 +6,7 @@ The data folder survives a reboot; the run folder holds sockets and process iden
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +14,18 @@ from mullion.base.errors import InvalidError
 
 SOCKET_PATH_LIMIT: Final = 107
 """Longest path of a unix socket: sun_path is 108 bytes with its terminating zero (unix(7))."""
+
+OVMF_PAIRS: Final = (
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
+)
+"""UEFI firmware: code and template of the variables, of one build: Debian's 4 MiB and 2 MiB builds, Fedora's."""
+
+
+def find_ovmf(pairs: Sequence[tuple[str, str]] = OVMF_PAIRS) -> tuple[str, str] | None:
+    """The first pair of which both files are there."""
+    return next((pair for pair in pairs if all(map(os.path.exists, pair))), None)
 
 
 @dataclass(frozen=True, slots=True)

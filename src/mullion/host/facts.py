@@ -1,7 +1,8 @@
 """What this host offers: the checks of `mullion doctor`, each with the command that mends what is missing.
 
 Every check answers, whatever is missing or unreadable: a fact that cannot be found is a note that says so.
-The accelerator's verdict comes from the hypervisor's probe; whoever composes the checks passes it in.
+What there is of KVM is the accelerator's check: it comes from the hypervisor's probe, and whoever composes the checks
+passes it in.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-import stat
 from collections.abc import Sequence
 from typing import Final
 
 from mullion.base.errors import MissingToolError, MullionError
-from mullion.base.paths import SOCKET_PATH_LIMIT, HostPaths
+from mullion.base.paths import OVMF_PAIRS, SOCKET_PATH_LIMIT, HostPaths, find_ovmf
 from mullion.base.process import PACKAGES, find_program, run
 from mullion.base.units import GIB, MIB, format_size
 from mullion.host.identity import FIRST_UID, LAST_UID, isolates
@@ -30,9 +30,7 @@ IMAGE_TOOLS: Final = (
     "apt-get", "dpkg-deb", "mke2fs", "debugfs", "mkfs.vfat", "mmd", "mcopy", "syslinux",
 )  # fmt: skip
 """Programs that `mullion image build demo` calls."""
-IMAGE_FILES: Final = (("/usr/lib/syslinux/mbr/mbr.bin", "syslinux-common"),)
 _PACKAGES: Final = {**PACKAGES, "mmd": "mtools", "debugfs": "e2fsprogs"}
-OVMF: Final = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_CODE.fd")
 LEAST_DISK_BYTES: Final = 2 * GIB
 LEAST_MEMORY_BYTES: Final = 512 * MIB
 LONGEST_NAME: Final = 63
@@ -43,7 +41,7 @@ def host_checks(
     paths: HostPaths, *, accelerator: CheckView | None = None, isolation: str = "auto"
 ) -> tuple[CheckView, ...]:
     """All checks, in the order in which a person mends them."""
-    checks = [check_qemu(), check_qemu_img(), check_kvm()]
+    checks = [check_qemu(), check_qemu_img()]
     if accelerator is not None:
         checks.append(accelerator)
     checks += [
@@ -66,26 +64,6 @@ def check_qemu() -> CheckView:
 
 def check_qemu_img() -> CheckView:
     return _program("qemu-img", "qemu-img", r"version (\d+)\.(\d+)\S*", OLDEST_QEMU)
-
-
-def check_kvm(device: str = "/dev/kvm") -> CheckView:
-    """Whether the device is there and may be opened; whether it can run a guest is the accelerator's check."""
-    try:
-        mode = os.stat(device).st_mode
-    except OSError as error:
-        return CheckView(
-            "kvm",
-            NOTE,
-            f"{device}: {error.strerror}",
-            "modprobe kvm-intel || modprobe kvm-amd   (VT-x or AMD-V must be on in the host's firmware)",
-        )
-    if not stat.S_ISCHR(mode):
-        return CheckView("kvm", NOTE, f"{device} is not a device", f"rm {device} && modprobe kvm")
-    if not os.access(device, os.R_OK | os.W_OK):
-        return CheckView(
-            "kvm", NOTE, f"{device} is there, but we may not open it", 'adduser "$USER" kvm   (log in anew)'
-        )
-    return CheckView("kvm", OK, f"{device} is there")
 
 
 def check_processors() -> CheckView:
@@ -156,10 +134,10 @@ def check_users(isolation: str) -> CheckView:
     return CheckView("users", OK, f"user id {os.geteuid()}: every partition runs under it")
 
 
-def check_uefi(candidates: Sequence[str] = OVMF) -> CheckView:
-    for path in candidates:
-        if os.path.exists(path):
-            return CheckView("uefi", OK, path)
+def check_uefi(pairs: Sequence[tuple[str, str]] = OVMF_PAIRS) -> CheckView:
+    found = find_ovmf(pairs)
+    if found is not None:
+        return CheckView("uefi", OK, found[0])
     return CheckView("uefi", NOTE, "no UEFI firmware: partitions boot by BIOS only", "apt-get install ovmf")
 
 
@@ -176,9 +154,6 @@ def check_image_tools() -> CheckView:
     for tool in IMAGE_TOOLS:
         if not _is_installed(tool):
             lack(tool, _PACKAGES.get(tool, tool))
-    for path, package in IMAGE_FILES:
-        if not os.path.exists(path):
-            lack(path, package)
     if lacking:
         return CheckView(
             "image tools",

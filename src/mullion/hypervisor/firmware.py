@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final
 
 from mullion.base.errors import MissingToolError
 from mullion.base.files import replace_file
-from mullion.base.paths import PartitionPaths
+from mullion.base.paths import OVMF_PAIRS, PartitionPaths, find_ovmf
 from mullion.hypervisor.cmdline import FirmwareFiles
-
-OVMF_PAIRS: Final = (
-    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
-    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
-    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
-)
-"""Code and template of the variables, which must be of one build: Debian's 4 MiB and 2 MiB builds, Fedora's."""
 
 
 def prepare_uefi(
@@ -28,7 +20,14 @@ def prepare_uefi(
     understood, so they are put aside as `firmware-vars.fd.old` and fresh ones made.
     Raises: MissingToolError when no OVMF is installed; OSError.
     """
-    code, template = _find(pairs)
+    found = find_ovmf(pairs)
+    if found is None:
+        raise MissingToolError(
+            "UEFI firmware (OVMF) is not installed",
+            remedy="Install it: apt-get install ovmf; or choose firmware = bios.",
+            package="ovmf",
+        )
+    code, template = found
     variables = paths.firmware_vars
     with open(template, "rb") as file:
         fresh = file.read()
@@ -44,14 +43,3 @@ def prepare_uefi(
     if owner is not None:
         os.chown(variables, *owner, follow_symlinks=False)
     return FirmwareFiles(code, variables)
-
-
-def _find(pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    for code, template in pairs:
-        if os.path.exists(code) and os.path.exists(template):
-            return code, template
-    raise MissingToolError(
-        "UEFI firmware (OVMF) is not installed",
-        remedy="Install it: apt-get install ovmf; or choose firmware = bios.",
-        package="ovmf",
-    )

@@ -13,16 +13,20 @@ from mullion.host import facts
 pytestmark = pytest.mark.unit
 
 
-def test_a_missing_device_a_file_and_a_device_without_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = facts.check_kvm(str(tmp_path / "kvm"))
-    assert (gone.verdict, "No such file" in gone.detail) == ("note", True)
-    assert "modprobe" in gone.remedy
-    (tmp_path / "kvm").touch()
-    assert "is not a device" in facts.check_kvm(str(tmp_path / "kvm")).detail
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    denied = facts.check_kvm("/dev/null")
-    assert "we may not open it" in denied.detail
-    assert "adduser" in denied.remedy
+def test_uefi_needs_code_and_variables_of_one_build(tmp_path: Path) -> None:
+    pairs = [(str(tmp_path / f"{build}.code"), str(tmp_path / f"{build}.vars")) for build in ("new", "old")]
+    (tmp_path / "new.code").touch()
+    (tmp_path / "old.vars").touch()
+    lacking = facts.check_uefi(pairs)
+    assert (lacking.verdict, lacking.remedy) == ("note", "apt-get install ovmf")
+    (tmp_path / "old.code").touch()
+    assert facts.check_uefi(pairs).detail == str(tmp_path / "old.code")
+
+
+def test_image_tools_are_complete_without_files_of_other_boot_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "find_program", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(os.path, "exists", lambda _path: False)
+    assert facts.check_image_tools().verdict == "ok"
 
 
 def test_memory(tmp_path: Path) -> None:
