@@ -143,6 +143,7 @@ class Runtime:
         Answers with how QEMU ended when it ran once and does not any more.
         """
         self.started_with = read_run(self.paths)
+        report = await self._adopt_machine(uuid)
         provider = read_identity(self.paths.provider_identity)
         if provider is None or not provider.is_alive:
             provider = _provider_behind(self.paths.provider_control)
@@ -150,6 +151,9 @@ class Runtime:
             write_identity(self.paths.provider_identity, provider)
             # Whether a disk lacks space is known before it is decided that the guest may run.
             await asyncio.wait([self._hold_provider(provider)], timeout=_ADOPT_LINK_S)
+        return report
+
+    async def _adopt_machine(self, uuid: str) -> ExitReport | None:
         qemu = read_identity(self.paths.qemu_identity)
         if qemu is None:
             return None
