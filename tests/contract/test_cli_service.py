@@ -2,13 +2,12 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 
 import pytest
+from tests.framework.leftovers import checked_home
 
 from mullion.base.process import ProcessIdentity
 
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.contract
 class Host:
     """A folder of its own for everything, and the command line on it."""
 
-    def __init__(self, listen):
-        self.folder = tempfile.mkdtemp(prefix="mullion-cli-")
+    def __init__(self, folder, listen):
+        self.folder = str(folder)
         self.environment = {**os.environ, "MULLION_HOME": self.folder, "MULLION_LISTEN": listen, "TERM": "dumb"}
 
     def run(self, *arguments, **options):
@@ -38,18 +37,18 @@ class Host:
     def close(self):
         stopped = self.run("stop")
         assert stopped.returncode == 0, stopped.stderr
-        shutil.rmtree(self.folder)
 
 
 @pytest.fixture(scope="module")
-def host():
-    made = Host("127.0.0.1:0")
-    try:
-        started = made.run("serve", "--detach")
-        assert started.returncode == 0, started.stderr
-        yield made
-    finally:
-        made.close()
+def host(leftovers):
+    with checked_home(leftovers) as folder:
+        made = Host(folder, "127.0.0.1:0")
+        try:
+            started = made.run("serve", "--detach")
+            assert started.returncode == 0, started.stderr
+            yield made
+        finally:
+            made.close()
 
 
 def test_a_service_that_runs_is_not_started_twice(host):
@@ -129,8 +128,8 @@ def test_over_tcp_with_the_token(host):
     assert host.run("status", "--url", url, "--token-file", file.name).returncode == 12
 
 
-def test_a_service_that_cannot_start_says_why(host):
-    other = Host("none")
+def test_a_service_that_cannot_start_says_why(short_tmp):
+    other = Host(short_tmp, "none")
     try:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
@@ -142,8 +141,8 @@ def test_a_service_that_cannot_start_says_why(host):
         other.close()
 
 
-def test_stop_ends_the_service_and_the_foreground_one_is_the_same_process():
-    other = Host("none")
+def test_stop_ends_the_service_and_the_foreground_one_is_the_same_process(short_tmp):
+    other = Host(short_tmp, "none")
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "mullion.cli", "serve"], env=other.environment, stderr=subprocess.DEVNULL

@@ -6,17 +6,16 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import struct
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from tests.framework.leftovers import processes_naming
 from tests.framework.providers import DEADLINE_S, WANTED, Control, LoneProvider, ZygotePeer, make_spec, wait_for_end
 
 from mullion.vhd import create_differencing, create_dynamic, create_fixed, open_chain
@@ -32,10 +31,8 @@ DISK_BYTES = 16 * 1024 * 1024
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="mp-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
+def folder(short_tmp: Path) -> Path:
+    return short_tmp
 
 
 @pytest.fixture(params=["fixed", "dynamic", "differencing"])
@@ -350,8 +347,8 @@ def test_no_space_stalls_and_goes_on(folder: Path) -> None:
 
 
 @pytest.fixture
-def zygote() -> Iterator[ZygotePeer]:
-    peer = ZygotePeer()
+def zygote(folder: Path) -> Iterator[ZygotePeer]:
+    peer = ZygotePeer(folder)
     yield peer
     assert peer.end() == 0
 
@@ -457,10 +454,12 @@ def test_several_spawns_in_flight(zygote: ZygotePeer, folder: Path) -> None:
 
 
 def test_provider_survives_zygote_and_parent(folder: Path, dynamic: list[Path]) -> None:
-    peer = ZygotePeer()
+    peer = ZygotePeer(folder)
     spec = make_spec(folder, dynamic)
     pid = peer.spawn(spec)["pid"]
     assert peer.close() == 0, "the zygote ends with its parent"
+    left = [survivor.identity for survivor in processes_naming(folder)]
+    assert [identity.pid for identity in left if identity] == [pid], "the next session would not find it"
     control = Control(spec.control)
     assert control.ask("status")["pid"] == pid
     control.ask("quit")
@@ -474,7 +473,6 @@ def test_privileges_are_dropped(zygote: ZygotePeer, folder: Path, dynamic: list[
         assert answer["error"]["code"] == "denied"
         zygote.receive()
         return
-    os.chmod(folder, 0o755)
     pending = folder / "pending"
     pending.mkdir()
     os.chown(pending, 12345, 12345)

@@ -88,12 +88,14 @@ class LoneProvider:
 
 
 class ZygotePeer:
-    """The parent's end of a zygote."""
+    """The parent's end of a zygote. `home` goes into its environment, and so into that of every provider it forks:
+    by it `tests.framework.leftovers` finds those of a session that died."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: Path | None = None) -> None:
         self.socket, theirs = socket.socketpair()
+        environ = os.environ if home is None else {**os.environ, "MULLION_HOME": str(home)}
         with theirs:
-            self.process = subprocess.Popen(spawn_argv(theirs.fileno()), pass_fds=[theirs.fileno()])
+            self.process = subprocess.Popen(spawn_argv(theirs.fileno()), pass_fds=[theirs.fileno()], env=environ)
         self.socket.settimeout(DEADLINE_S)
         self.lines = self.socket.makefile("rb")
         self.pids: list[int] = []

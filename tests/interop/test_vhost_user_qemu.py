@@ -6,11 +6,8 @@ an error and `B` when it reads other bytes than it wrote.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,10 +79,8 @@ lba:    .quad 0
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="mq-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
+def folder(short_tmp: Path) -> Path:
+    return short_tmp
 
 
 def assemble(folder: Path) -> bytes:
