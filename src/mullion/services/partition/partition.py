@@ -190,7 +190,7 @@ class Partition:
                 raise
             finally:
                 self._is_starting = False
-        await self._note_state()
+        self._publish_state()
 
     async def roll_back(self) -> None:
         """A start was cancelled: nothing of it stays."""
@@ -246,7 +246,7 @@ class Partition:
         async with self.lock:
             if not self._is_shut:
                 await self._converge(say)
-        await self._note_state()
+        self._publish_state()
 
     async def _reconcile_for_ever(self) -> None:
         while True:
@@ -439,8 +439,12 @@ class Partition:
         return state_of(self.record, self._observed, is_stopping=self._is_stopping, is_starting=self._is_starting)
 
     async def _note_state(self) -> None:
-        """Publish a change of state."""
+        """Look, and publish a change of state."""
         self._observed = await self.runtime.observe(self.record.definition)
+        self._publish_state()
+
+    def _publish_state(self) -> None:
+        """Publish a change of state, as of the last look: converging ends with one."""
         state = self._state()
         if state is not self.last_state:
             data = {"from": self.last_state.value, "to": state.value}
