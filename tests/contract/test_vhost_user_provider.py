@@ -18,6 +18,7 @@ import pytest
 from tests.framework.leftovers import processes_naming
 from tests.framework.providers import DEADLINE_S, WANTED, Control, LoneProvider, ZygotePeer, make_spec, wait_for_end
 
+from mullion.base.units import MIB
 from mullion.vhd import create_differencing, create_dynamic, create_fixed, open_chain
 from mullion.wire.nbd import NbdClient
 from mullion.wire.vhost_user.client import FrontEnd
@@ -27,7 +28,7 @@ from mullion.wire.vhost_user.virtio_blk import BlkFeature, BlkRequest, BlkStatus
 
 pytestmark = pytest.mark.contract
 
-DISK_BYTES = 16 * 1024 * 1024
+DISK_BYTES = 16 * MIB
 
 
 @pytest.fixture
@@ -387,6 +388,20 @@ def test_a_chain_as_long_as_a_chain_may_be(zygote: ZygotePeer, folder: Path) -> 
     assert control.ask("quit") == {"quitting": True}
     control.close()
     assert zygote.receive() == {"exited": answer["pid"], "status": 0}
+
+
+def test_a_long_log_is_put_aside_when_a_provider_starts(zygote: ZygotePeer, folder: Path, dynamic: list[Path]) -> None:
+    spec = make_spec(folder, dynamic)
+    log, old = Path(spec.log), Path(f"{spec.log}.1")
+    for content, is_long in ((b"x" * (4 * MIB), False), (b"y" * (4 * MIB + 1), True), (b"z" * (4 * MIB + 2), True)):
+        log.write_bytes(content)
+        pid = zygote.spawn(spec)["pid"]
+        os.kill(pid, signal.SIGTERM)
+        assert zygote.receive() == {"exited": pid, "status": 0}
+        assert log.read_bytes().startswith(b"xxx") is not is_long
+        assert f"provider {pid} starts" in log.read_text()[-400:]
+        if is_long:
+            assert old.read_bytes() == content
 
 
 def test_zygote_reports_a_kill(zygote: ZygotePeer, folder: Path, dynamic: list[Path]) -> None:

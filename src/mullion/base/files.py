@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and how many may be open."""
+"""Files that are whole or not there, logs that do not grow for ever, and how many files may be open."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from typing import Final
 
 DESCRIPTOR_LIMIT: Final = 65536
+LOG_ROTATE_BYTES: Final = 4 * 1024 * 1024
 
 
 def replace_file(path: str, content: bytes, *, durable: bool = True, mode: int = 0o640) -> None:
@@ -30,6 +31,13 @@ def replace_file(path: str, content: bytes, *, durable: bool = True, mode: int =
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def rotate_log(path: str) -> None:
+    """Put a log of more than 4 MiB aside as `.1`, in place of the one that is there; for when nobody writes to it."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(path).st_size > LOG_ROTATE_BYTES:
+            os.replace(path, f"{path}.1")
 
 
 def raise_descriptor_limit() -> None:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from mullion.base.files import rotate_log
 from mullion.base.process import Spawned, boot_id, find_program, spawn
 from mullion.hypervisor.accel import kvm_groups
 from mullion.hypervisor.cmdline import LISTENER_NAMES, MachineSpec, cmdline, shell_line
@@ -48,7 +49,6 @@ printf '%s\\n' "$code" >"$status.new" && mv -f "$status.new" "$status"
 The identity is one short write: a reader finds nothing or all of it. A rename would cost each start a process more.
 """
 _LOG_MARK: Final = "mullion: start "
-_LOG_ROTATE_BYTES: Final = 4 * 1024 * 1024
 _EXCERPT_BYTES: Final = 4000
 _EXCERPT_LINES: Final = 20
 _BACKLOG: Final = 16
@@ -161,9 +161,7 @@ def _open_logs(spec: MachineSpec, command: str) -> None:
     """Make the logs ready: mark the start in QEMU's own, give the console's to the user who writes it."""
     paths = spec.paths
     for path in (paths.qemu_log, paths.console_log):
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_size > _LOG_ROTATE_BYTES:
-                os.replace(path, f"{path}.1")
+        rotate_log(path)
     with open(paths.qemu_log, "a", encoding="utf-8") as log:
         log.write(f"{_LOG_MARK}{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{command}\n")
     os.chmod(paths.qemu_log, 0o640)

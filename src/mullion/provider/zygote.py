@@ -32,7 +32,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from mullion.base.errors import MullionError, OperationFailedError, UnavailableError
-from mullion.base.files import raise_descriptor_limit
+from mullion.base.files import raise_descriptor_limit, rotate_log
 from mullion.provider.control_client import LineDecoder, encode
 from mullion.provider.main import run
 from mullion.provider.rehearsal import rehearse
@@ -172,7 +172,9 @@ class Zygote:
 
 
 def _open_log(path: str) -> int:
+    """The log's descriptor, opened with our rights; the provider, who may have none there, only writes to it."""
     try:
+        rotate_log(path)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
     except OSError as error:
         raise OperationFailedError(
