@@ -163,7 +163,7 @@ class Transport:
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
             ours: Exception = UnavailableError(
                 f"the service is not running: nobody answers at {self.where}",
-                remedy="Start it with `mullion serve`, then try again.",
+                remedy="Start it with `mullion serve --detach`, then try again.",
             )
             cause: Exception = error
         except PermissionError as error:

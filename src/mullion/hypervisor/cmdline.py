@@ -30,7 +30,7 @@ SPARE_ROOT_PORTS: Final = 6
 RECONNECT_S: Final = 1
 """How often QEMU tries to reach a provider that went away; QEMU 7.2 counts in whole seconds."""
 NBD_RECONNECT_S: Final = 30
-"""How long requests of an emulated disk wait for a provider that went away, before they fail and pause the guest."""
+"""How long requests over NBD wait for a provider that went away, before they fail and pause the guest."""
 SATA_PORTS: Final = 6
 IDE_UNITS: Final = 4
 VIRTIO_SLOTS: Final = 16

@@ -169,7 +169,7 @@ class Operations:
         are not may run together); UnavailableError while the service ends; what the store raises.
         """
         if self._closing:
-            raise UnavailableError("the service is ending", remedy="Start it again: mullion serve")
+            raise UnavailableError("the service is ending", remedy="Start it again: `mullion serve --detach`.")
         for other in self._operations.values():
             if other.view.target == target and not other.view.state.is_final and (exclusive or other.exclusive):
                 raise ConflictError(

@@ -85,7 +85,7 @@ class ChainTooDeepError(VhdError):
     """The chain has more files than the limit."""
 
     code = "vhd-chain-too-deep"
-    default_remedy = "Merge some of its layers, or raise the limit."
+    default_remedy = "Use an older disk of the chain, or copy the content of one to a new disk over NBD."
 
 
 class DiskBusyError(ConflictError):

@@ -139,7 +139,7 @@ def test_errors_say_what_to_do_next_and_end_in_their_exit_code(mullion, service)
     assert json.loads(failed.stderr) == {
         "code": "unavailable",
         "message": "the service does not answer",
-        "remedy": "Start the service with `mullion serve`, then try again.",
+        "remedy": "Start the service with `mullion serve --detach`, then try again.",
         "context": {"path": "/run/mullion/api.sock"},
         "exit_code": 7,
     }

@@ -169,7 +169,9 @@ def bind_unix(path: str) -> socket.socket:
     """A listening unix socket, mode 0660. Raises: ConflictError when somebody answers on it; UnavailableError."""
     if _answers(path):
         raise ConflictError(
-            f"another service answers on {path}", remedy="Stop it with `make stop`, or use another run_dir.", path=path
+            f"another service answers on {path}",
+            remedy="Stop it with `mullion stop`, or use another run_dir.",
+            path=path,
         )
     temporary = f"{path}.new"
     with contextlib.suppress(FileNotFoundError):
