@@ -45,7 +45,7 @@ def test_without_a_service_the_way_to_start_it_is_named(home):
     failed = mullion("partition", "list")
     assert failed.returncode == 7
     assert failed.stdout == ""
-    assert "serve`" in failed.stderr.splitlines()[-1]
+    assert "serve --detach`" in failed.stderr.splitlines()[-1]
     assert json.loads(mullion("status", "--format", "json").stderr)["code"] == "unavailable"
 
 
