@@ -421,8 +421,21 @@ class Partition:
             return
         if guest.released_s is not None and self.record.boot_s is None:
             await self.save(boot_s=round(time.monotonic() - guest.released_s, 3))
+        guest.addresses = await self._guest_addresses()
         guest.agent_answers = True
         self._events.publish("partition.agent-answers", f"partition/{self.name}", {"boot_s": self.record.boot_s})
+
+    async def _guest_addresses(self) -> tuple[str, ...]:
+        """The guest's addresses, without those that only it can reach."""
+        machine = self.runtime.machine
+        if machine is None:
+            return ()
+        try:
+            interfaces = await machine.agent.network_interfaces()
+        except MullionError as error:
+            log.info("%s: its agent does not tell addresses: %s", self.name, error)
+            return ()
+        return tuple(address for one in interfaces if one.name != "lo" for address in one.addresses)
 
     # -- seeing --------------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,6 @@ class GuestFacts:
     """What was learnt of the guest since it was let run."""
 
     released_s: float | None = None  # time.monotonic() when it was let go
-    boot_s: float | None = None
     agent_answers: bool = False
     addresses: tuple[str, ...] = ()
 
