@@ -22,7 +22,7 @@ import msgspec
 
 from mullion import __version__
 from mullion.base import log as logs
-from mullion.base.errors import MullionError
+from mullion.base.errors import MullionError, UnavailableError
 from mullion.base.files import raise_descriptor_limit
 from mullion.base.paths import HostPaths
 from mullion.base.settings import Settings
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> int:
         if argv[:1] == ["doctor"]:
             print(msgspec.json.encode(check_host(settings)).decode())
             return 0
-        os.makedirs(settings.data_dir, mode=0o711, exist_ok=True)
+        _make_data_folder(settings.data_dir)
         log_path = HostPaths(settings.data_dir, settings.run_dir).log
         logs.set_up(settings.log_level, log_path, stderr=not _is_same_file(sys.stderr.fileno(), log_path))
         raise_descriptor_limit()
@@ -211,6 +211,17 @@ def main(argv: list[str]) -> int:
         print(f"mullion: {error.message}\n  → {error.remedy}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _make_data_folder(path: str) -> None:
+    try:
+        os.makedirs(path, mode=0o711, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(
+            f"the data folder {path} cannot be made: {error.strerror}",
+            remedy="Make it, or name another one: setting data_dir.",
+            path=path,
+        ) from error
 
 
 def _is_same_file(fd: int, path: str) -> bool:

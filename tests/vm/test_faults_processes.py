@@ -231,3 +231,16 @@ def test_a_pid_that_belongs_to_another_process_now(service: Service) -> None:
     finally:
         foreign.kill()
         foreign.wait()
+
+
+def test_a_disk_belongs_to_its_partition_only_while_that_runs(service: Service) -> None:
+    """Under isolation the provider keeps its session on the file: without it, a stale pending log could be replayed."""
+    service.start()
+    service.cli("partition", "create", "web", "--memory", "64M", "--disk", "web,size=64M")
+    path = f"{service.paths.disks}/web.vhd"
+    with service.client() as client:
+        client.wait(client.partition_action("web", "start", paused=True))
+    assert 30_000 <= os.stat(path).st_uid <= 59_999
+    assert {"user.mullion.session", "user.mullion.holder"} <= set(os.listxattr(path))
+    service.cli("partition", "stop", "web", "--force")
+    assert os.stat(path).st_uid == os.geteuid()

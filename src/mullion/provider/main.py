@@ -34,6 +34,7 @@ from mullion.provider.startup import (
     PROCESS_NAME,
     bind_listener,
     drop_privileges,
+    give_top_file,
     open_chain_files,
     set_process_name,
 )
@@ -77,6 +78,9 @@ class Provider:
                 sockets[path] = bind_listener(path, uid=spec.uid, gid=spec.gid)
             if spec.pending_dir is not None:
                 _make_folder(spec.pending_dir, spec.uid, spec.gid)
+            for disk, fds in zip(spec.disks, files, strict=True):
+                if not disk.read_only:
+                    give_top_file(fds[0], disk.chain[0], spec.uid, spec.gid)
             drop_privileges(spec.uid, spec.gid)
             for disk in spec.disks:
                 self._disks.append(_Disk(disk, self._load(disk, files.pop(0))))
@@ -268,7 +272,10 @@ def run(spec: ProviderSpec, report_fd: int) -> int:
         _report(report_fd, {"error": error.to_wire(), "pid": os.getpid()})
         return 1
     except OSError as error:
-        failure = OperationFailedError(f"the provider cannot start: {error}", remedy=f"See {spec.log}.")
+        failure: MullionError = OperationFailedError(f"the provider cannot start: {error}", remedy=f"See {spec.log}.")
+        if is_no_space(error):
+            folders = " or ".join(sorted({os.path.dirname(disk.chain[0]) for disk in spec.disks}))
+            failure = NoSpaceError(f"no space left in {folders}: the provider cannot finish what it left unwritten")
         log.error("%s: %s", spec.partition, failure)
         _report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
         return 1

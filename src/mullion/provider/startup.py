@@ -18,6 +18,7 @@ from typing import Final
 from mullion.base.errors import AlreadyExistsError, DeniedError, InvalidError, MullionError, NotFoundError
 from mullion.base.paths import SOCKET_PATH_LIMIT
 from mullion.provider.spec import DiskSpec
+from mullion.vhd.locking import lock_file
 
 PROCESS_NAME: Final = "mullion-prov"
 _BACKLOG: Final = 16
@@ -37,6 +38,17 @@ def open_chain_files(disk: DiskSpec) -> list[int]:
             os.close(fd)
         raise
     return fds
+
+
+def give_top_file(fd: int, path: str, uid: int | None, gid: int | None) -> None:
+    """Make the partition's user the owner of the file that it writes, once it is locked against everybody else.
+
+    The chain keeps its session and its holder in `user.` attributes, which take the rights of the caller (xattr(7)),
+    not of the descriptor. Raises: DiskBusyError; OSError.
+    """
+    lock_file(fd, path, for_writing=True)
+    if uid is not None or gid is not None:
+        os.fchown(fd, -1 if uid is None else uid, -1 if gid is None else gid)
 
 
 def _open_file(path: str, *, writable: bool) -> int:

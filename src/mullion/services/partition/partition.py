@@ -31,6 +31,7 @@ from mullion.services.partition.preparation import (
     check_direct_boot,
     machine_spec,
     provider_spec,
+    take_back_disks,
 )
 from mullion.services.partition.presentation import present, stall_reason
 from mullion.services.partition.provider_link import ProviderFleet
@@ -351,7 +352,7 @@ class Partition:
             case Step.QUIT_QEMU:
                 await runtime.quit_machine()
             case Step.STOP_PROVIDER:
-                await runtime.stop_provider()
+                await self._stop_provider()
 
     def _prepare(self) -> Run:
         """Find what the definition needs, and keep what was found for the parent that comes after us. Blocking."""
@@ -386,9 +387,14 @@ class Partition:
             "partition.failed", f"partition/{self.name}", {"reason": error.message, "code": error.code}
         )
 
+    async def _stop_provider(self) -> None:
+        await self.runtime.stop_provider()
+        if self.runtime.started_with is not None:
+            take_back_disks(self.runtime.started_with, self.record.run_as)
+
     async def _end_processes(self) -> None:
         await self.runtime.quit_machine()
-        await self.runtime.stop_provider()
+        await self._stop_provider()
         self.runtime.clean()
         self._observed = await self.runtime.observe(self.record.definition)
 

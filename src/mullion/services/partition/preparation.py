@@ -100,6 +100,15 @@ def choose_transport(disk: DiskAttachment, accelerator: Accelerator) -> Transpor
     return Transport.VHOST_USER if accelerator is Accelerator.KVM else Transport.NBD
 
 
+def take_back_disks(run: Run, run_as: tuple[int, int] | None) -> None:
+    """The provider has ended: its disks are the service's again, not of a user id that may be given anew."""
+    if run_as is None:
+        return
+    for disk in run.disks:
+        if not disk.read_only and os.path.exists(disk.chain[0]) and os.stat(disk.chain[0]).st_uid == run_as[0]:
+            os.chown(disk.chain[0], os.geteuid(), os.getegid(), follow_symlinks=False)
+
+
 def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...]) -> Mapping[str, Any]:
     """The provider's specification (`mullion.provider.main.ProviderSpec`) as JSON."""
     return {

@@ -46,7 +46,6 @@ OFFERED_PROTOCOL_FEATURES: Final = int(
 
 # Plain numbers at run time: the methods of `enum` would be private memory of every provider.
 _PROTOCOL_FEATURES: Final = int(DeviceFeature.PROTOCOL_FEATURES)
-_REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
 _NEED_REPLY: Final = int(Flag.NEED_REPLY)
 _REPLY_FLAGS: Final = VERSION | int(Flag.REPLY)
 
@@ -191,7 +190,7 @@ class Session:
 
     def _dispatch(self, header: Header, payload: bytes) -> list[Reply]:
         handler = self._handlers.get(header.request)  # type: ignore[call-overload]  # a foreign number is no Request
-        wants_ack = header.flags & _NEED_REPLY and self._protocol_features & _REPLY_ACK
+        wants_ack = header.flags & _NEED_REPLY  # who asks has negotiated it, if on an earlier connection (QEMU 7.2)
         try:
             if handler is None:
                 raise ProtocolError(f"message {header.request} is not known or not offered")
