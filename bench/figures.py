@@ -83,7 +83,12 @@ class Row:
     def to_json(self) -> dict[str, object]:
         fields = dataclasses.asdict(self)
         fields["measure"] = self.measure.value
-        return {**fields, "ratios": self.ratios, "value": self.value, "met": self.is_met}
+        return {
+            **fields,
+            "ratios": self.ratios,
+            "value": None if self.limit is None else self.value,
+            "met": self.is_met,
+        }
 
 
 def spread(figures: Sequence[float]) -> str:
