@@ -6,12 +6,13 @@ import itertools
 import json
 import os
 import random
+import select
 import signal
 import socket
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mullion.vhd import create_differencing, create_dynamic, create_fixed, open_
 from mullion.wire.nbd import NbdClient
 from mullion.wire.vhost_user.client import FrontEnd
 from mullion.wire.vhost_user.driver import Answer, VirtqueueDriver, attach
-from mullion.wire.vhost_user.messages import ProtocolError, Request
+from mullion.wire.vhost_user.messages import U64, ProtocolError, Request
 from mullion.wire.vhost_user.virtio_blk import BlkFeature, BlkRequest, BlkStatus
 
 pytestmark = pytest.mark.contract
@@ -164,6 +165,37 @@ def test_killed_provider_loses_nothing(
     os.close(inflight_fd)
     os.close(memory_fd)
     assert provider.terminate() == 0
+
+
+def test_a_new_provider_calls_for_what_its_predecessor_may_have_left_unannounced(
+    folder: Path, dynamic: list[Path], started: ExitStack
+) -> None:
+    """Killed between the publication of an answer and the call, a provider leaves a driver that waits for ever."""
+    spec = make_spec(folder, dynamic)
+    path = str(spec.disks[0].vhost_user)
+    provider = started.enter_context(LoneProvider(spec))
+    front_end = FrontEnd(path)
+    memory_fd = os.dup(front_end.memory_fd)
+    driver = attach(front_end, wanted=WANTED)
+    driver.read(0, 512)
+    provider.kill()
+    front_end.socket.close()
+    with suppress(BlockingIOError):
+        os.eventfd_read(driver.place.call_fd)  # as if the last call had never come
+    started.enter_context(LoneProvider(spec))
+    front_end = _reconnect(path, memory_fd, WANTED)
+    used_idx = struct.unpack_from("<H", front_end.memory, driver.place.used + 2)[0]
+    front_end.start_vring(driver.place, base=used_idx)
+    assert select.select([driver.place.call_fd], [], [], DEADLINE_S)[0], "the driver was not called"
+    # Nor may a call be lost that goes to a descriptor which is being replaced.
+    os.eventfd_read(driver.place.call_fd)
+    front_end.tell(Request.SET_VRING_CALL, U64(0).pack(), (driver.place.call_fd,))
+    assert select.select([driver.place.call_fd], [], [], DEADLINE_S)[0], (
+        "the driver was not called on its new descriptor"
+    )
+    driver.release()
+    front_end.close()
+    os.close(memory_fd)
 
 
 def _reconnect(path: str, memory_fd: int, wanted: int) -> FrontEnd:

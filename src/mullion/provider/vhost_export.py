@@ -329,6 +329,7 @@ class VhostExport:
         self._rings[vring.index] = ring
         self._kicks[vring.kick_fd] = vring.index
         self._busy.add(vring.index)  # what was made available while nobody listened has no kick any more
+        self._call_anyway(vring.index)
 
     def stop_vring(self, index: int) -> int:
         ring = self._detach(index)
@@ -339,6 +340,16 @@ class VhostExport:
     def set_call_fd(self, index: int, fd: int | None) -> None:
         _replace_fd(self._calls, index, fd)
         self._notifiers[index] = _no_call if fd is None else functools.partial(_signal, fd)
+        if index in self._rings:
+            self._call_anyway(index)
+
+    def _call_anyway(self, index: int) -> None:
+        """Call the driver without being asked: it looks, and finds what it may have missed.
+
+        A provider that died between the publication of an answer and its call, or a call that went to a descriptor
+        which nobody reads any more, would leave the driver waiting for ever. One call too many does no harm (2.7.7.1).
+        """
+        self._notifiers.get(index, _no_call)()
 
     def set_error_fd(self, index: int, fd: int | None) -> None:
         _replace_fd(self._errors, index, fd)
