@@ -7,7 +7,8 @@ import os
 from mullion.model.states import PartitionState
 from mullion.model.views import AttachedDiskView, PartitionView
 from mullion.services.partition.record import PartitionRecord
-from mullion.services.partition.runtime import Runtime, Stall
+from mullion.services.partition.runtime import Runtime
+from mullion.services.partition.stalls import Stall
 
 
 def present(
@@ -68,7 +69,7 @@ def present(
 
 def stall_reason(runtime: Runtime) -> str | None:
     """Why disks cannot go on, or None when all can."""
-    stalls = sorted(runtime.stalls.items())
+    stalls = sorted(runtime.stalls.found.items())
     return "; ".join(_describe(runtime, disk, stall) for disk, stall in stalls) or None
 
 

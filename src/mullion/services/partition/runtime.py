@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -24,7 +23,6 @@ from mullion.base.errors import MullionError, UnavailableError
 from mullion.base.paths import PartitionPaths
 from mullion.base.pidfd import wait_process
 from mullion.base.process import ProcessIdentity, read_identity, write_identity
-from mullion.base.units import MIB
 from mullion.hypervisor import ExitReport, Machine, MachineSpec
 from mullion.hypervisor.errors import MachineGoneError
 from mullion.hypervisor.launch import log_excerpt, read_exit_status
@@ -34,6 +32,7 @@ from mullion.services.disk.holders import lock_holders
 from mullion.services.partition.provider_link import ProviderFleet, ProviderLink
 from mullion.services.partition.record import GuestStatus, Observed
 from mullion.services.partition.run_file import PreparedDisk, Run, read_run
+from mullion.services.partition.stalls import Stalls
 from mullion.vhd import DiskBusyError
 
 log = logging.getLogger(__name__)
@@ -44,26 +43,7 @@ _FLUSH_DEADLINE_S: Final = 120.0
 _LINK_RETRY_S: Final = 0.2
 _REACH_S: Final = 2.0
 _RECONNECT_S: Final = 5.0
-_ROOM_POLL_S: Final = 0.5
-_NO_SPACE: Final = "no space left"
-_ROOM_BYTES: Final = 16 * MIB
-_IO_RETRY_S: Final = 10.0
-"""What failed is tried again after this time at the latest, whatever statvfs(3) says: it knows nothing of quotas."""
 _ADOPT_LINK_S: Final = 1.0
-_VERDICT_S: Final = 1.0
-"""So long after a retry a provider is asked whether it still lacks space: it tells only once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stall:
-    """Why a disk cannot go on. `by_provider`: the provider holds the request; otherwise QEMU does.
-
-    Either way it is repeated when the guest is let go on: QEMU's `cont` starts the rings of a provider again, too.
-    """
-
-    reason: str
-    lacks_space: bool = False
-    by_provider: bool = False
 
 
 @dataclass(slots=True)
@@ -86,8 +66,6 @@ class Runtime:
     provider: ProcessIdentity | None = None
     link: ProviderLink | None = None
     started_with: Run | None = None
-    stalls: dict[str, Stall] = field(default_factory=dict)
-    is_retry_due: bool = False
     trouble: MullionError | None = None
     """Why the guest has no provider; the parent keeps trying."""
     unreachable: MullionError | None = None
@@ -95,9 +73,16 @@ class Runtime:
     guest: GuestFacts = field(default_factory=GuestFacts)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _is_reconnecting: bool = False
-    _retry_task: asyncio.Task[None] | None = None
-    _retry_pause_s: float = 0.0
-    _retried_at_s: float = 0.0
+    stalls: Stalls = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stalls = Stalls(
+            self.name,
+            run=self.run,
+            wake=lambda: self.wake(),  # noqa: PLW0108 - it is set later
+            is_guest_there=lambda: self.machine is not None and self.machine.exit_report is None,
+            tops=lambda: [disk.chain[0] for disk in self.disks if not disk.read_only],
+        )
 
     @property
     def disks(self) -> tuple[PreparedDisk, ...]:
@@ -112,7 +97,7 @@ class Runtime:
             guest=await self._guest_status(),
             provider_alive=self.provider is not None and self.provider.is_alive,
             needs_provider=bool(definition.disks),
-            is_stalled=bool(self.stalls) and not self.is_retry_due,
+            is_stalled=self.stalls.hold_guest,
         )
 
     async def _guest_status(self) -> GuestStatus:
@@ -125,7 +110,7 @@ class Runtime:
         except MachineGoneError:
             return GuestStatus.ABSENT
         if status.reason == "io-error":
-            await self._note_io_error()
+            await self.stalls.note_qemu(lambda: self._machine().execute("query-block"))
         match status.state:
             case PartitionState.RUNNING:
                 return GuestStatus.RUNNING
@@ -261,7 +246,7 @@ class Runtime:
                 await asyncio.sleep(_LINK_RETRY_S)
                 continue
             self.link = link
-            self._note_provider_stalls(status)
+            self.stalls.note_status(status)
             return
 
     def _provider_said(self, event: Mapping[str, Any] | None) -> None:
@@ -271,99 +256,16 @@ class Runtime:
                 if self.provider is not None and self.provider.is_alive:
                     self.run(self._connect_provider(self.provider), "provider's link")
             case {"event": "no_space", "disk": disk}:
-                self._stalled(disk, event)
+                self.stalls.note_provider(disk, event)
             case {"event": "space", "disk": disk}:
-                self.stalls.pop(disk, None)
+                self.stalls.forget(disk)
         self.wake()
-
-    # -- disks that cannot go on ---------------------------------------------------------------------------------------
-
-    def _note_provider_stalls(self, status: Mapping[str, Any]) -> None:
-        for disk in status.get("disks", ()):
-            if disk.get("state") == "no_space":
-                self._stalled(disk["id"], disk)
-
-    def _stalled(self, disk_id: str, said: Mapping[str, Any]) -> None:
-        """The provider holds a write until there is room. It tells so once, and cannot repeat it in a stopped guest."""
-        reason = str(said.get("reason") or "")
-        if reason in ("", os.strerror(errno.ENOSPC)):
-            reason = _NO_SPACE
-        self._stall({disk_id: Stall(reason, lacks_space=True, by_provider=True)})
-        self.wake()
-
-    async def _note_io_error(self) -> None:
-        """QEMU has stopped the guest because requests of a disk failed; `cont` repeats them. See to it that it comes.
-
-        The state survives us: a parent that adopts such a guest finds it in `query-block` again.
-        """
-        if any(not stall.by_provider for stall in self.stalls.values()):
-            return
-        blocks = await self._machine().execute("query-block")
-        found = {}
-        for block in blocks if isinstance(blocks, list) else ():
-            status = block.get("io-status")
-            if status in ("nospace", "failed"):
-                disk_id = str(block.get("qdev", "")).rpartition("/peripheral/disk-")[2].partition("/")[0]
-                lacks_space = status == "nospace"
-                found[disk_id] = Stall(_NO_SPACE if lacks_space else "I/O error", lacks_space)
-        self._stall(found or {"": Stall("I/O error")})
-
-    def _stall(self, found: Mapping[str, Stall]) -> None:
-        self.stalls |= found
-        if self._retry_task is None or self._retry_task.done():
-            self.is_retry_due = False
-            self._retry_task = self.run(self._retry_stalled(), "retry of failed I/O")
-
-    async def _retry_stalled(self) -> None:
-        """Have the guest go on when there is room again, and every now and then in any case.
-
-        The plan does it, so that a guest that an administrator has paused meanwhile stays paused.
-        """
-        is_again = time.monotonic() - self._retried_at_s < 2 * _IO_RETRY_S
-        self._retry_pause_s = min(2 * self._retry_pause_s, _IO_RETRY_S) if is_again else _ROOM_POLL_S
-        while self.stalls and self.machine is not None and self.machine.exit_report is None:
-            waited_s = 0.0
-            while waited_s < _IO_RETRY_S and not (waited_s >= self._retry_pause_s and self._has_room()):
-                await asyncio.sleep(_ROOM_POLL_S)
-                waited_s += _ROOM_POLL_S
-            if self.stalls:
-                self.is_retry_due = True
-                self.wake()
-
-    def _has_room(self) -> bool:
-        """Whether what is waited for is space, and every writable disk's filesystem has some for a few new blocks."""
-        if not all(stall.lacks_space for stall in self.stalls.values()):
-            return False
-        tops = [disk.chain[0] for disk in self.disks if not disk.read_only]
-        try:
-            return all(st.f_bavail * st.f_frsize >= _ROOM_BYTES for st in map(os.statvfs, tops))
-        except OSError as error:
-            log.warning("%s: %s", self.name, error)
-            return False
-
-    def _forget_stalls(self) -> None:
-        """The guest goes on, and with it the requests that waited."""
-        self.is_retry_due = False
-        if not self.stalls:
-            return
-        self._retried_at_s = time.monotonic()
-        if any(stall.by_provider for stall in self.stalls.values()):
-            self.run(self._ask_provider(), "provider's verdict")
-        self.stalls.clear()
-
-    async def _ask_provider(self) -> None:
-        """See whether a disk still lacks space after a retry."""
-        await asyncio.sleep(_VERDICT_S)
-        if self.link is not None:
-            with contextlib.suppress(MullionError):  # it has died: the next one is asked when it is connected
-                self._note_provider_stalls(await self.link.request("status"))
 
     async def stop_provider(self) -> None:
         """Have the provider flush and end; killed when it does not (what was flushed is safe either way)."""
         identity, self.provider = self.provider, None
         self.trouble = None
         self.stalls.clear()
-        self.is_retry_due = False
         if self.link is not None:
             await self.link.close()
             self.link = None
@@ -383,7 +285,6 @@ class Runtime:
         """Start QEMU with its processors stopped. Raises: StartFailedError, MissingToolError."""
         self.guest = GuestFacts()
         self.stalls.clear()  # of an earlier guest
-        self.is_retry_due = False
         self._hold_machine(await Machine.start(spec))
 
     def _hold_machine(self, machine: Machine) -> None:
@@ -402,9 +303,15 @@ class Runtime:
             self.guest.released_s = time.monotonic()
         if self._is_reconnecting:
             await self._wait_connected()
-        self.is_retry_due = False  # what is noted from here on is a new verdict
+        self.stalls.is_retry_due = False  # what is noted from here on is a new verdict
         await machine.resume()
-        self._forget_stalls()
+        self.stalls.resumed(self._provider_status)
+
+    async def _provider_status(self) -> Mapping[str, Any]:
+        """Raises: UnavailableError when no provider is connected; what `ProviderLink.request` raises."""
+        if self.link is None:
+            raise UnavailableError(f"partition {self.name} has no provider that could be asked")
+        return await self.link.request("status")
 
     async def _wait_connected(self) -> None:
         """QEMU comes back to a new provider within its reconnect interval; let go on before, the guest's disks fail."""
