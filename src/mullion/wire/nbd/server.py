@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 from mullion.base.errors import DeadlineError
 from mullion.wire.nbd.messages import REQUEST, NbdProtocolError
 from mullion.wire.nbd.session import Export, Handshake, HandshakeState
-from mullion.wire.nbd.transmission import BUFFER_BYTES, Transmission
+from mullion.wire.nbd.transmission import BUFFER_BYTES, Transmission, untouched
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class _Connection:
 
     def _transmit(self, transmission: Transmission) -> None:
         receive_into = self._socket.recv_into
-        buffer = memoryview(bytearray(BUFFER_BYTES))
+        buffer = untouched(BUFFER_BYTES)
         start = end = 0
         while not transmission.is_closed:
             wanted = transmission.wanted

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 from collections.abc import Callable
 from typing import Final
 
@@ -99,6 +100,11 @@ _ALLOWED_FLAGS: Final = {
 }
 
 
+def untouched(size_bytes: int) -> memoryview:
+    """A buffer of zeros that takes no memory until it is written to; `bytearray` writes all of it at once."""
+    return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 class Transmission:
     """One connection's requests. `send` writes all of a buffer to the client, and may raise OSError."""
 
@@ -117,8 +123,8 @@ class Transmission:
         self._is_structured = is_structured
         self._has_allocation = has_allocation
         self._send = send
-        self._reply = bytearray(_REPLY_BUFFER_BYTES)
-        self._reply_view = memoryview(self._reply)
+        self._reply = untouched(_REPLY_BUFFER_BYTES)
+        self._reply_view = self._reply
         self._reply_used = 0
         self._has_logged = False
         # The WRITE whose payload is coming in pieces; None of it matters while nothing is left.
