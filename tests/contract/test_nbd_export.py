@@ -50,6 +50,8 @@ def serving(export: NbdExport) -> Iterator[NbdExport]:
         yield export
     finally:
         export.stop()
+        for thread in server_threads():
+            thread.join(60)  # one that ended by itself just before may be at its last instructions
         assert server_threads() == []
 
 
