@@ -196,12 +196,11 @@ class PartitionController:
         self._surroundings.preparer.check_definition(definition, partition.runtime.paths)
         await partition.save(definition=msgspec.structs.replace(definition, power=record.desired))
         self._events.publish("partition.updated", f"partition/{name}")
-        if definition.power is not record.desired:
-            await self._follow_power(name, definition.power)
+        await self._follow_power(name, definition.power)
         return await partition.view()
 
     async def _follow_power(self, name: str, power: PowerState) -> None:
-        """Another `power` is wanted: begin the act that brings it about, if one is needed."""
+        """Begin the act that brings about the power that is wanted, if one is needed: of a failed partition, too."""
         state = (await self.get(name)).state
         if power is PowerState.STOPPED:
             if state in _UP:

@@ -238,6 +238,8 @@ class Partition:
             if machine is None:
                 raise StateError(f"partition {self.name} does not run", state="stopped", required="running")
             await machine.reset()
+            if self.record.failure is not None:  # a panic, which the reset has ended
+                await self.save(failure=None)
         self._events.publish("partition.reset", f"partition/{self.name}")
 
     # -- reconciling ---------------------------------------------------------------------------------------------------
@@ -260,13 +262,17 @@ class Partition:
                 await self._reconcile_failed(error)
 
     async def _reconcile_failed(self, error: Exception) -> None:
-        if self.runtime.machine is None:
+        """Give a start up that did not succeed; try again what a running guest waits for, most often a provider."""
+        if not self.runtime.has_machine:
             known = error if isinstance(error, MullionError) else MullionError(str(error))
-            async with self.lock:
-                await self._fail(known)
-        else:  # most often a provider that does not start: the guest waits for it, so try again
-            await asyncio.sleep(_RETRY_S[-1])
-            self._dirty.set()
+            try:
+                async with self.lock:
+                    await self._fail(known)
+                return
+            except MullionError as again:  # the store cannot write, or a process does not end
+                log.error("%s: its failure cannot be recorded yet: %s", self.name, again)
+        await asyncio.sleep(_RETRY_S[-1])
+        self._dirty.set()
 
     async def _converge(self, say: Say) -> None:
         for _ in range(_ROUNDS):
@@ -367,7 +373,7 @@ class Partition:
 
     async def _before_provider(self) -> None:
         """A provider died under its guest: start another at once, unless they die as soon as they are started."""
-        if self.runtime.machine is None:
+        if not self.runtime.has_machine:
             return
         if self.runtime.started_with is None:
             await self._prepare_again()
