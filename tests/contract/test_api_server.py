@@ -23,10 +23,11 @@ from tests.framework.api_service import ApiService
 
 from mullion.base.errors import ConflictError, InvalidError, NotFoundError, PreconditionError, UnavailableError
 from mullion.base.paths import HostPaths
+from mullion.base.peer import Peer
 from mullion.model.definition import PartitionDefinition
 from mullion.model.views import ErrorView, OperationView
 from mullion.parent.api import Authority, Service, accepted, check_match, load_token
-from mullion.parent.api.auth import GROUP, Peer, is_member
+from mullion.parent.api.auth import GROUP, is_member
 from mullion.parent.api.server import bind_tcp, bind_unix
 from mullion.parent.operations import Operation, Operations
 

@@ -18,29 +18,18 @@ import logging
 import os
 import pwd
 import secrets
-import socket
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from mullion.base import log as logs
 from mullion.base.errors import DeniedError, UnavailableError
+from mullion.base.peer import Peer
 from mullion.parent.api.errors import UnauthenticatedError
 
 log = logging.getLogger(__name__)
 GROUP: Final = "mullion"
-_UCRED: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """The process at the other end of a unix socket."""
-
-    pid: int
-    uid: int
-    gid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +38,6 @@ class Caller:
 
     name: str
     uid: int | None = None
-
-
-def peer_of(connection: socket.socket) -> Peer:
-    """The peer's credentials at the time it connected."""
-    return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
 class Authority:

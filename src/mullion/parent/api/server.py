@@ -23,8 +23,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mullion.base.errors import ConflictError, InvalidError, UnavailableError
 from mullion.base.files import replace_file
 from mullion.base.paths import HostPaths
+from mullion.base.peer import peer_of
 from mullion.parent.api.asgi import App
-from mullion.parent.api.auth import group_id, peer_of
+from mullion.parent.api.auth import group_id
 from mullion.parent.api.errors import RefusedError
 from mullion.parent.api.gate import BODY_LIMIT_BYTES
 from mullion.parent.faults import error_view

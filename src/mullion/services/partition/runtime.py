@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any, Final
 
 from mullion.base.errors import MullionError, UnavailableError
 from mullion.base.paths import PartitionPaths
+from mullion.base.peer import peer_of
 from mullion.base.pidfd import wait_process
 from mullion.base.process import ProcessIdentity, read_identity, write_identity
 from mullion.hypervisor import ExitReport, Machine, MachineSpec
@@ -37,7 +37,6 @@ from mullion.vhd import DiskBusyError
 
 log = logging.getLogger(__name__)
 
-_UCRED: Final = struct.Struct("=iII")  # unix(7), SO_PEERCRED: pid, uid, gid of the process that called listen
 _KILL_DEADLINE_S: Final = 10.0
 _FLUSH_DEADLINE_S: Final = 120.0
 _LINK_RETRY_S: Final = 0.2
@@ -408,5 +407,4 @@ def _provider_behind(control_path: str) -> ProcessIdentity | None:
             probe.connect(control_path)
         except OSError:
             return None
-        pid, _uid, _gid = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return ProcessIdentity.of(pid)
+        return ProcessIdentity.of(peer_of(probe).pid)
