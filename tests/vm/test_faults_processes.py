@@ -244,3 +244,19 @@ def test_a_disk_belongs_to_its_partition_only_while_that_runs(service: Service) 
     assert {"user.mullion.session", "user.mullion.holder"} <= set(os.listxattr(path))
     service.cli("partition", "stop", "web", "--force")
     assert os.stat(path).st_uid == os.geteuid()
+
+
+def test_a_provider_whose_identity_was_never_written_is_found_by_its_socket(service: Service) -> None:
+    """The parent was killed between a provider's start and the writing of its identity."""
+    service.start()
+    service.cli("partition", "create", "web", "--memory", "64M", "--disk", "web,size=64M")
+    with service.client() as client:
+        client.wait(client.partition_action("web", "start", paused=True))
+    before = service.provider("web")
+    assert before is not None
+    service.kill()
+    os.unlink(service.paths.partition("web").provider_identity)
+    service.start()
+    assert service.partition("web").provider_pid == before.pid
+    assert service.provider("web") == before
+    service.cli("partition", "stop", "web", "--force")
