@@ -179,12 +179,15 @@ def test_what_a_deadline_left_behind_is_not_taken_for_an_answer(tmp_path: Path) 
     told(tmp_path, play, story)
 
 
-def test_shutdown_is_taken_by_silence_and_refused_by_an_answer(tmp_path: Path) -> None:
-    async def silent(pipe: Pipe) -> None:
+def test_shutdown_is_taken_by_silence_or_a_hang_up_and_refused_by_an_answer(tmp_path: Path) -> None:
+    async def hang_up(pipe: Pipe) -> None:
         asked = await pipe.request()
         await pipe.raw(b"\xff" + json.dumps({"return": asked["arguments"]["id"]}).encode() + b"\n")  # type: ignore[index]
         asked = await pipe.request()
         assert asked == {"execute": "guest-shutdown", "arguments": {"mode": "powerdown"}}
+
+    async def silent(pipe: Pipe) -> None:
+        await hang_up(pipe)
         await pipe.reader.read()
 
     async def story(agent: GuestAgent) -> None:
@@ -194,8 +197,9 @@ def test_shutdown_is_taken_by_silence_and_refused_by_an_answer(tmp_path: Path) -
         with pytest.raises(AgentRefusedError, match="not allowed"):
             await agent.shutdown()
 
-    (tmp_path / "silent").mkdir()
-    told(tmp_path / "silent", silent, story)
+    for number, play in enumerate((silent, hang_up)):
+        (tmp_path / str(number)).mkdir()
+        told(tmp_path / str(number), play, story)
     told(tmp_path, lambda pipe: pipe.obey({"guest-shutdown": {"error": {"desc": "not allowed"}}}), refused)
 
 

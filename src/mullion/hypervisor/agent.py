@@ -95,7 +95,8 @@ class GuestAgent:
             await self._synchronize()
             self._in_sync = False  # an answer may still come, after we have gone
             await self._send({"execute": "guest-shutdown", "arguments": {"mode": mode}})
-            with contextlib.suppress(TimeoutError):
+            # No answer, or a hang-up by a QEMU that ends with its guest: it obeys.
+            with contextlib.suppress(TimeoutError, AgentError):
                 async with asyncio.timeout(REFUSAL_S):
                     _result("guest-shutdown", await self._receive())
 

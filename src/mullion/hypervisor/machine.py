@@ -174,11 +174,13 @@ class Machine:
             return self._exit_report
         try:
             await self.execute("quit", timeout_s=QUIT_S)
-            return await asyncio.wait_for(self.wait_exit(), QUIT_S)
+            async with asyncio.timeout(QUIT_S):
+                return await self.wait_exit()
         except MachineGoneError:
             # QEMU often hangs up before its answer; a lost monitor alone looks the same, so see whether it ends.
             try:
-                return await asyncio.wait_for(self.wait_exit(), QUIT_S)
+                async with asyncio.timeout(QUIT_S):
+                    return await self.wait_exit()
             except TimeoutError:
                 return await self.kill()
         except (MonitorError, MonitorRefusedError, DeadlineError, TimeoutError) as error:

@@ -58,7 +58,8 @@ class QmpSession:
         """
         client = QMPClient(path)
         try:
-            await asyncio.wait_for(client.connect(path), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await client.connect(path)
         except TimeoutError as error:
             raise MonitorError(f"no greeting from {path} within {timeout_s:g} s", path=path) from error
         except ConnectError as error:
@@ -78,7 +79,8 @@ class QmpSession:
         have run); DeadlineError after `timeout_s` (likewise; the session stays usable).
         """
         try:
-            return await asyncio.wait_for(self._client.execute(command, arguments), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._client.execute(command, arguments)
         except ExecuteError as error:
             raise MonitorRefusedError(
                 f"QEMU refused {command}: {error}", command=command, reason=error.error_class

@@ -106,7 +106,8 @@ async def _comes_down(machine: MachineControl, deadline_s: float) -> bool:
                 return False
             told.clear()
             try:
-                await asyncio.wait_for(told.wait(), min(POLL_S, left_s))
+                async with asyncio.timeout(min(POLL_S, left_s)):
+                    await told.wait()
             except TimeoutError:
                 continue
         return True

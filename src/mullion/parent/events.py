@@ -183,7 +183,8 @@ class Events:
                     log.error("events cannot be stored, they wait in memory: %s", error)
                 failing = True
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), self._retry_s)
+                    async with asyncio.timeout(self._retry_s):
+                        await self._closing.wait()
 
     async def _write_some(self) -> None:
         """Give the oldest pending events their cursors, store them, show them."""

@@ -335,11 +335,11 @@ class PartitionController:
             desired = PowerState.PAUSED if paused else PowerState.RUNNING
         try:
             await partition.start(desired, operation.stage)
+            view = await partition.view()
         except asyncio.CancelledError:
             if operation.cancel_requested:
                 await partition.roll_back()
             raise
-        view = await partition.view()
         return {"state": view.state.value, "accelerator": view.accelerator}
 
     async def _stop(self, operation: Operation, *, timeout_s: float | None = None) -> Mapping[str, object]:

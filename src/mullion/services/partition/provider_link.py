@@ -102,7 +102,8 @@ class ProviderFleet:
         self._writer.write(json.dumps({"id": number, "spawn": spec}).encode() + b"\n")
         await self._writer.drain()
         try:
-            message = await asyncio.wait_for(asyncio.shield(answer), _START_DEADLINE_S)
+            async with asyncio.timeout(_START_DEADLINE_S):
+                message = await asyncio.shield(answer)
         except asyncio.CancelledError:
             await self._give_up(answer)
             raise
@@ -119,7 +120,8 @@ class ProviderFleet:
     async def _give_up(self, answer: asyncio.Future[Mapping[str, Any]]) -> None:
         """The start was cancelled: wait for its provider, which takes milliseconds, and end it."""
         try:
-            message = await asyncio.wait_for(answer, _GIVE_UP_S)
+            async with asyncio.timeout(_GIVE_UP_S):
+                message = await answer
         except (TimeoutError, MullionError):
             return  # it is ended when it does become ready
         identity = _end_unwanted(message["pid"]) if message.get("ready") else None
@@ -192,7 +194,8 @@ class ProviderLink:
             try:
                 self._writer.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
                 await self._writer.drain()
-                answer = await asyncio.wait_for(self._answers.get(), _ANSWER_DEADLINE_S)
+                async with asyncio.timeout(_ANSWER_DEADLINE_S):
+                    answer = await self._answers.get()
             except TimeoutError as error:
                 await self.close()
                 raise DeadlineError(

@@ -272,11 +272,13 @@ class Runtime:
             return
         if identity.send_signal(signal.SIGTERM):
             try:
-                await asyncio.wait_for(wait_process(identity), _FLUSH_DEADLINE_S)
+                async with asyncio.timeout(_FLUSH_DEADLINE_S):
+                    await wait_process(identity)
             except TimeoutError:
                 log.error("%s: the provider did not end within %g s; killed", self.name, _FLUSH_DEADLINE_S)
                 identity.send_signal(signal.SIGKILL)
-                await asyncio.wait_for(wait_process(identity), _KILL_DEADLINE_S)
+                async with asyncio.timeout(_KILL_DEADLINE_S):
+                    await wait_process(identity)
 
     # -- QEMU ----------------------------------------------------------------------------------------------------------
 
@@ -342,7 +344,8 @@ class Runtime:
     async def _kill_unreachable(self) -> None:
         qemu = read_identity(self.paths.qemu_identity)
         if qemu is not None and qemu.send_signal(signal.SIGKILL):
-            await asyncio.wait_for(wait_process(qemu), _KILL_DEADLINE_S)
+            async with asyncio.timeout(_KILL_DEADLINE_S):
+                await wait_process(qemu)
         self.unreachable = None
 
     async def drop_machine(self) -> ExitReport | None:
