@@ -113,6 +113,7 @@ ENTRIES: Final = {
     "demo": Entry("mullion.cli.demo:demo", "Start the service and a first partition, and say what to try next."),
     "partition": Entry("mullion.cli.partition:partition", "Create, run and look at partitions."),
     "disk": Entry("mullion.cli.disk:disk", "Create and look at virtual hard disks (VHD)."),
+    "vhd": Entry("mullion.cli.vhd:vhd", "Work on virtual hard disk files, without the service."),
     "image": Entry("mullion.cli.image:image", "Build and list disk images that partitions start from."),
     "apply": Entry("mullion.cli.apply:apply", "Create or update partitions as a file defines them."),
     "operation": Entry("mullion.cli.operation:operation", "Look at and cancel long-running work."),

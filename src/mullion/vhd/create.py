@@ -11,21 +11,17 @@ Creator application is `win `, host OS `Wi2k`. The field tells readers how to fi
 file: QEMU before 10.0 takes the size from the CHS geometry, which can hold few sizes exactly, unless the creator is one
 of five marks, of which `win ` is the one whose layout this is. All other readers take the current size anyway.
 
-Durability: the file is made without a name (O_TMPFILE, or a temporary name where that is not supported), synced, and
-linked to its name, which never overwrites; then the folder is synced. A crash leaves the finished file or none.
+Durability: that of `publish`, unless the caller says that he syncs himself (`durable=False`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from typing import Final
 
-from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
+from mullion.base.errors import InvalidError
 from mullion.base.units import GIB, KIB, MIB, SECTOR_BYTES, format_size
 from mullion.vhd.bat import ENTRY_BYTES, MAX_BAT_BYTES
 from mullion.vhd.fileio import SYSTEM
@@ -43,6 +39,8 @@ from mullion.vhd.layout import (
     Footer,
     ParentLocator,
 )
+from mullion.vhd.parents import trust_folder
+from mullion.vhd.publish import new_file
 
 MAX_SIZE_BYTES: Final = 2040 * GIB
 DEFAULT_BLOCK_BYTES: Final = 2 * MIB
@@ -54,7 +52,6 @@ _HOST_OS: Final = b"Wi2k"
 _HEADER_OFFSET: Final = FOOTER_BYTES
 _BODY_OFFSET: Final = _HEADER_OFFSET + HEADER_BYTES
 _LOCATOR_OFFSET: Final = 2048
-_NO_TMPFILE: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
 def footer_place(end: int) -> int:
@@ -62,23 +59,20 @@ def footer_place(end: int) -> int:
     return _round_up(end + FOOTER_BYTES, DATA_ALIGNMENT) - FOOTER_BYTES
 
 
-def create_fixed(path: str, size_bytes: int, *, preallocate: bool = False) -> None:
+def create_fixed(path: str, size_bytes: int, *, preallocate: bool = False, durable: bool = True) -> None:
     """Create a fixed disk of exactly this size; sparse, unless room is to be allocated at once.
 
     Raises: InvalidError for a size that is not a multiple of 512 up to 2040 GiB; AlreadyExistsError; OSError.
     """
     footer = _new_footer(DiskType.FIXED, size_bytes, ALL_ONES)
-
-    def fill(fd: int) -> None:
+    with new_file(path, durable=durable) as fd:
         if preallocate:
             os.posix_fallocate(fd, 0, size_bytes + FOOTER_BYTES)
         os.ftruncate(fd, size_bytes + FOOTER_BYTES)
         SYSTEM.write_all(fd, [footer.pack()], size_bytes)
 
-    _publish(path, fill)
 
-
-def create_dynamic(path: str, size_bytes: int, *, block_bytes: int = DEFAULT_BLOCK_BYTES) -> None:
+def create_dynamic(path: str, size_bytes: int, *, block_bytes: int = DEFAULT_BLOCK_BYTES, durable: bool = True) -> None:
     """Create an empty dynamic disk of exactly this size.
 
     Raises: InvalidError for an impossible size or block size; AlreadyExistsError; OSError.
@@ -86,7 +80,8 @@ def create_dynamic(path: str, size_bytes: int, *, block_bytes: int = DEFAULT_BLO
     footer = _new_footer(DiskType.DYNAMIC, size_bytes, _HEADER_OFFSET)
     entries = _count_blocks(size_bytes, block_bytes)
     header = DynamicHeader(_BODY_OFFSET, entries, block_bytes)
-    _publish(path, lambda fd: _write_sparse(fd, footer, header, []))
+    with new_file(path, durable=durable) as fd:
+        _write_sparse(fd, footer, header, [])
 
 
 def create_differencing(
@@ -95,6 +90,7 @@ def create_differencing(
     *,
     size_bytes: int | None = None,
     block_bytes: int | None = None,
+    durable: bool = True,
 ) -> None:
     """Create an empty child of a disk. Size and block size are the parent's, if not given.
 
@@ -121,7 +117,9 @@ def create_differencing(
         _parent_name(parent_real),
         locators,
     )
-    _publish(path, lambda fd: _write_sparse(fd, footer, header, texts))
+    with new_file(path, durable=durable) as fd:
+        _write_sparse(fd, footer, header, texts)
+        trust_folder(fd, os.path.dirname(parent_real))
 
 
 def _new_footer(kind: DiskType, size_bytes: int, data_offset: int) -> Footer:
@@ -216,47 +214,6 @@ def _write_sparse(fd: int, footer: Footer, header: DynamicHeader, texts: list[tu
     for offset in range(0, bat_bytes, len(blank)):
         SYSTEM.write_all(fd, [blank[: bat_bytes - offset]], header.bat_offset + offset)
     SYSTEM.write_all(fd, [raw_footer], end)
-
-
-def _publish(path: str, fill: Callable[[int], None]) -> None:
-    """Make a file without a name, let it be filled, sync it and give it its name."""
-    if os.path.lexists(path):
-        raise AlreadyExistsError(f"{path} exists already", path=path)
-    folder = os.path.dirname(path) or "."
-    temporary: str | None = None
-    try:
-        try:
-            fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o660)
-        except OSError as error:
-            if error.errno not in _NO_TMPFILE or not os.path.isdir(folder):
-                raise
-            temporary = os.path.join(os.path.abspath(folder), f".{os.path.basename(path)[:200]}.{uuid.uuid4().hex[:8]}")
-            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o660)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(f"there is no folder {folder}", remedy="Create it first.", path=folder) from error
-    try:
-        fill(fd)
-        os.fsync(fd)
-        # A directory descriptor makes Python call linkat(2), and only that follows the link in /proc to the file.
-        with _opened_folder(folder) as folder_fd:
-            os.link(temporary or f"/proc/self/fd/{fd}", path, src_dir_fd=folder_fd)
-            os.fsync(folder_fd)
-    except FileExistsError as error:
-        raise AlreadyExistsError(f"{path} exists already", path=path) from error
-    finally:
-        os.close(fd)
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
-@contextlib.contextmanager
-def _opened_folder(folder: str) -> Iterator[int]:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _round_up(number: int, unit: int) -> int:

@@ -71,7 +71,9 @@ class ParentRefusedError(VhdError):
     """The child names a parent that must not be opened: remote, or outside the allowed folders."""
 
     code = "vhd-parent-refused"
-    default_remedy = "Move the parent into the child's folder, if you trust the file that names it."
+    default_remedy = (
+        "If you trust the file that names it: allow the parent's folder (`--allow`), or move it to the child."
+    )
 
 
 class ChainCycleError(VhdError):

@@ -7,11 +7,14 @@ parent's name in the child's own folder.
 Security: the names come from the file, so a hostile file could name any file of the host and have it read. Hence:
 drive letters, UNC paths and URLs with a host are refused; the file that was really opened (`/proc/self/fd`, all
 symbolic links resolved) must lie in an allowed folder; it must be a regular file and a valid VHD with the right id. A
-null id is an id like any other: it never stands for a raw parent.
+null id is an id like any other: it never stands for a raw parent. Where the caller names no folders these are the
+topmost file's own, and for each child the one that whoever made it here named himself: `trust_folder` keeps that in the
+attribute `user.mullion.parent_folder`, which neither a guest nor the bytes of a file that was sent to us can set.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -37,7 +40,10 @@ from mullion.vhd.locking import lock_file
 CHAIN_LIMIT: Final = 1024
 """Files in a chain; each takes a descriptor for as long as the chain is open."""
 
+FOLDER_ATTRIBUTE: Final = "user.mullion.parent_folder"
+
 _SHOWN_CHARS: Final = 300
+_FOLDER_LIMIT: Final = 4096
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
 _PLATFORM_ORDER: Final = (b"W2ru", b"W2ku", b"MacX")
 
@@ -54,6 +60,19 @@ class ParentName:
 def real_path(fd: int) -> str:
     """The path of an open file, with all links resolved."""
     return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def trust_folder(fd: int, folder: str) -> None:
+    """Note that whoever made this child chose a parent in that folder: best effort, some file systems keep no notes."""
+    with contextlib.suppress(OSError):
+        os.setxattr(fd, FOLDER_ATTRIBUTE, os.fsencode(folder)[:_FOLDER_LIMIT])
+
+
+def _trusted_folder(fd: int) -> list[str]:
+    try:
+        return [os.path.realpath(os.fsdecode(os.getxattr(fd, FOLDER_ATTRIBUTE)))]
+    except (OSError, ValueError):
+        return []
 
 
 def parent_names(image: Image, folder: str) -> Iterator[ParentName]:
@@ -115,9 +134,9 @@ def open_parents(
 ) -> list[Image]:
     """The whole chain of an open file, top first.
 
-    `allowed_dirs` are the folders in which parents may lie; by default the top's own. With `lock` each parent is locked
-    for reading before its structures are read. On an error the parents opened so far are closed, the top stays the
-    caller's.
+    `allowed_dirs` are the folders in which parents may lie; by default the top's own and those that were trusted. With
+    `lock` each parent is locked for reading before its structures are read. On an error the parents opened so far are
+    closed, the top stays the caller's.
 
     Raises: ParentNotFoundError, ParentMismatchError, ParentRefusedError, ChainCycleError, ChainTooDeepError, VhdError.
     """
@@ -132,7 +151,8 @@ def open_parents(
                 raise ChainTooDeepError(
                     f"{top.path}: the chain has more than {limit} files", path=top.path, structure="chain"
                 )
-            parent = find_parent(child, allowed, lock=lock)
+            trusted = _trusted_folder(child.fd) if allowed_dirs is None else []
+            parent = find_parent(child, [*allowed, *trusted], lock=lock)
             identity = _identity(parent.fd)
             if identity in seen:
                 parent.close()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[str, str]:
-    """A child, and the parent in a folder beside it."""
+    """A child that was sent to us, and the parent in a folder beside it."""
     for folder in ("images", "disks", "elsewhere"):
         (tmp_path / folder).mkdir()
     parent, child = str(tmp_path / "images/base.vhd"), str(tmp_path / "disks/child.vhd")
@@ -37,6 +37,8 @@ def pair(tmp_path: Path) -> tuple[str, str]:
     with open_chain(parent) as chain:
         chain.pwrite(0, b"parent")
     create_differencing(child, parent)
+    if parents.FOLDER_ATTRIBUTE in os.listxattr(child):
+        os.removexattr(child, parents.FOLDER_ATTRIBUTE)
     return child, parent
 
 
@@ -74,6 +76,17 @@ def test_parent_in_another_allowed_folder(pair: tuple[str, str], tmp_path: Path)
 def test_parent_outside_the_childs_folder_is_refused_by_default(pair: tuple[str, str]) -> None:
     with pytest.raises(ParentRefusedError, match="outside the allowed folders"):
         open_chain(pair[0])
+
+
+def test_whoever_makes_a_child_here_vouches_for_the_parents_folder(pair: tuple[str, str], tmp_path: Path) -> None:
+    child, grandchild = str(tmp_path / "elsewhere/child.vhd"), str(tmp_path / "grandchild.vhd")
+    create_differencing(child, pair[1])
+    create_differencing(grandchild, child)
+    for path in (child, grandchild):
+        with open_chain(path) as chain:
+            assert read(chain, 0, 6) == b"parent"
+    with pytest.raises(ParentRefusedError, match="outside the allowed folders"):
+        open_chain(child, allowed_dirs=[str(tmp_path / "elsewhere")])
 
 
 def test_chain_that_was_moved_as_a_whole(pair: tuple[str, str], tmp_path: Path) -> None:

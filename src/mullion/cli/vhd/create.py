@@ -1,0 +1,78 @@
+"""`mullion vhd create`."""
+
+from __future__ import annotations
+
+import click
+
+from mullion.base.errors import InvalidError
+from mullion.base.units import MIB, SECTOR_BYTES, format_size
+from mullion.cli.face import Face, pass_face
+from mullion.cli.lazy import Command
+from mullion.cli.values import SizeType
+from mullion.cli.vhd.options import DISK
+
+
+@click.command("create", cls=Command, short_help="Create a fixed, dynamic or differencing disk.")
+@click.argument("path", type=DISK)
+@click.option(
+    "--size", type=SizeType(), metavar="SIZE", help="What a guest sees, such as 40G; a child has its parent's."
+)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["dynamic", "fixed"]),
+    help="A file that grows with use (default), or one as long as the disk, sparse.",
+)
+@click.option("--block-size", type=SizeType(), metavar="SIZE", help="The unit in which a disk grows: 2M, or 512K.")
+@click.option(
+    "--parent", type=DISK, metavar="PARENT", help="Make a differencing disk: it holds what differs from this."
+)
+@click.option(
+    "--align",
+    type=SizeType(),
+    metavar="SIZE",
+    default="1M",
+    show_default=True,
+    help="The size is rounded up to a multiple of this; Azure wants 1M. 512 is the least.",
+)
+@pass_face
+def create(
+    face: Face, *, path: str, size: int | None, kind: str | None, block_size: int | None, parent: str | None, align: int
+) -> None:
+    """Create a fixed, dynamic or differencing disk: of exactly the size asked for, whole or not at all."""
+    from mullion.vhd import create_differencing, create_dynamic, create_fixed, inspect_chain
+
+    if parent is None and size is None:
+        raise click.UsageError("missing option '--size' (or '--parent', whose size a child has)")
+    if parent is not None and kind is not None:
+        raise InvalidError("--type and --parent exclude each other", remedy="A disk with a parent is differencing.")
+    if kind == "fixed" and block_size is not None:
+        raise InvalidError("a fixed disk has no blocks", remedy="Leave --block-size out, or say --type dynamic.")
+    if size is not None:
+        size = _aligned(face, size, align)
+    if parent is not None:
+        create_differencing(path, parent, size_bytes=size, block_bytes=block_size)
+    elif kind == "fixed":
+        assert size is not None
+        create_fixed(path, size)
+    else:
+        assert size is not None
+        create_dynamic(path, size, block_bytes=block_size or 2 * MIB)
+    info = inspect_chain(path).files[0]
+    if face.is_json:
+        face.emit_json({"path": path, "type": info.type.word, "size_bytes": info.size_bytes})
+    else:
+        face.note(f"{path}: {info.type.word}, {format_size(info.size_bytes)} ({info.size_bytes} bytes)")
+
+
+def _aligned(face: Face, size_bytes: int, align_bytes: int) -> int:
+    """The size, rounded up to the alignment, which is said: a disk is never silently larger than it was asked for."""
+    if align_bytes < SECTOR_BYTES or align_bytes % SECTOR_BYTES:
+        raise InvalidError(f"sizes cannot be multiples of {align_bytes} bytes", remedy="Give --align 512, 4K or 1M.")
+    rounded = -(-size_bytes // align_bytes) * align_bytes
+    if rounded != size_bytes:
+        face.note(
+            f"{size_bytes} bytes are not a multiple of {format_size(align_bytes)}: rounded up to {rounded} "
+            f"(--align 512 keeps odd sizes)"
+        )
+    return rounded
