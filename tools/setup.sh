@@ -12,12 +12,12 @@ cd "$(dirname "$0")/.."
 level=${1:?usage: tools/setup.sh runtime|dev}
 
 # docs/dependencies.md says what each is for.
-packages="python3-venv qemu-system-x86 qemu-utils ovmf syslinux mtools dosfstools e2fsprogs util-linux"
+packages="python3-venv qemu-system-x86 qemu-utils ovmf syslinux mtools dosfstools e2fsprogs util-linux fuse3"
 lock=requirements/runtime.lock
 case $level in
 runtime) ;;
 dev)
-    packages="$packages libnbd-bin file nbdkit 7zip fdisk gcc binutils libc6-dev"
+    packages="$packages libnbd-bin file nbdkit 7zip fdisk libvhdi-utils gcc binutils libc6-dev"
     lock=requirements/dev.lock
     ;;
 *)
