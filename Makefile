@@ -6,10 +6,10 @@ SOURCES := src tests bench tools
 RESULTS := test-results
 
 .DEFAULT_GOAL := help
-.PHONY: help run stop test check bench clean format lint types floors unit guests setup-runtime setup-dev
+.PHONY: help run stop test check bench bench-vhd clean format lint types floors unit guests setup-runtime setup-dev
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
 
 run: setup-runtime ## start the service and a first guest; says what to type next
 	@$(BIN)/mullion demo
@@ -43,6 +43,9 @@ guests: setup-dev ## the other tests: other people's programs, hostile bytes, re
 
 bench: setup-dev ## the promises that are ratios, measured against other programs in one run
 	@$(PYTHON) -m bench
+
+bench-vhd: setup-dev ## the same for `mullion vhd`: disk files, without the service
+	@$(PYTHON) -m bench.vhd
 
 clean: ## remove what was built or installed here; guests and their disks stay
 	@rm -rf .venv .stamps .cache build dist $(RESULTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -12,7 +12,8 @@ import re
 import time
 
 from bench.figures import BenchFault, Measure, Row
-from bench.scene import Scale, iocheck_image, service_at_home
+from bench.runner import Scale
+from bench.scene import iocheck_image, service_at_home
 from tests.framework.guest_console import logged_in
 from tests.framework.iocheck import IocheckReport
 from tests.framework.service import GUEST_S, Service

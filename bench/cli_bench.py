@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from bench.figures import Measure, Row
-from bench.scene import MULLION, Scale, small_partitions, start_paused, time_command
+from bench.runner import Scale
+from bench.scene import MULLION, small_partitions, start_paused, time_command
 
 HELP_BAR_MS = 150.0
 LIST_BAR_MS = 250.0

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.figures import BenchFault, Row
-from bench.scene import Scale
+from bench.runner import Scale
 
 READ_BAR = 0.9
 DEPTH_BAR = 1.3

@@ -10,7 +10,8 @@ import json
 import time
 
 from bench.figures import BenchFault, Measure, Row
-from bench.scene import MULLION, BareHost, Scale, connect, demo_image, end, service_at_home, time_command
+from bench.runner import Scale
+from bench.scene import MULLION, BareHost, connect, demo_image, end, service_at_home, time_command
 
 from mullion.model.definition import Transport
 from mullion.vhd import create_differencing

@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 from bench.figures import BenchFault, Measure, Row
-from bench.scene import MULLION, Scale, connect, small_partitions, start_paused, time_command
+from bench.runner import Scale
+from bench.scene import MULLION, connect, small_partitions, start_paused, time_command
 
 from mullion.base.units import MIB
 from mullion.vhd import create_dynamic

@@ -8,7 +8,8 @@ whole command (`mullion partition start`, from exec to exit, the guest let go) i
 from __future__ import annotations
 
 from bench.figures import Row
-from bench.scene import MULLION, BareHost, Scale, small_partitions, start_paused, time_command, turn_off
+from bench.runner import Scale
+from bench.scene import MULLION, BareHost, small_partitions, start_paused, time_command, turn_off
 
 from mullion.base.units import MIB
 from mullion.model.definition import Transport

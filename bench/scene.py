@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -36,33 +35,6 @@ MULLION: Final = str(Path(sys.executable).parent / "mullion")
 DISK_ID: Final = "disk0"
 _CACHE: Final = Path(__file__).resolve().parents[1] / ".cache" / "tests"
 _IMAGES: Final = _CACHE / "images"
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How much is measured. `quick` gives a first impression in a few minutes and keeps no promise."""
-
-    quick: bool = False
-
-    @property
-    def rounds(self) -> int:
-        return 5 if self.quick else 9
-
-    @property
-    def burst_rounds(self) -> int:
-        return 5
-
-    @property
-    def partitions(self) -> int:
-        return 20
-
-    @property
-    def guests(self) -> int:
-        return 3 if self.quick else 10
-
-    @property
-    def kills(self) -> int:
-        return 5 if self.quick else 20
 
 
 def demo_image() -> BuiltImage:

@@ -1,0 +1,15 @@
+"""`python -m bench.vhd [--only NAME] [--quick] [--json FILE]`: the table of the benchmarks of `mullion vhd`."""
+
+import sys
+from typing import Final
+
+import bench.vhd
+from bench.runner import Benchmarks, run_benchmarks
+from bench.vhd import children
+
+BENCHMARKS: Final[Benchmarks] = {
+    "children": children.run,
+}
+
+if __name__ == "__main__":
+    sys.exit(run_benchmarks("bench.vhd", (bench.vhd.__doc__ or "").partition("\n")[0], BENCHMARKS))
