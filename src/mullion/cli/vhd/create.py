@@ -39,7 +39,14 @@ from mullion.cli.vhd.options import DISK
 def create(
     face: Face, *, path: str, size: int | None, kind: str | None, block_size: int | None, parent: str | None, align: int
 ) -> None:
-    """Create a fixed, dynamic or differencing disk: of exactly the size asked for, whole or not at all."""
+    """Create a fixed, dynamic or differencing disk: of exactly the size asked for, whole or not at all.
+
+    \b
+    Examples:
+      mullion vhd create new.vhd --size 40G
+      mullion vhd create new-fixed.vhd --size 64M --type fixed
+      mullion vhd create new-child.vhd --parent base.vhd
+    """
     from mullion.vhd import create_differencing, create_dynamic, create_fixed, inspect_chain
 
     if parent is None and size is None:
