@@ -1,7 +1,8 @@
 """One VHD file: opened safely, its structures read and judged, its blocks located.
 
 What is wrong with a file falls into three classes (docs/formats/vhd.md lists them all): it is refused with an error; it
-can be read but not written (`Image.damage` says why); it is a harmless deviation (`Image.warnings`).
+can be read but not written (`Image.damage` says why); it is a harmless deviation, or one that the next writer mends
+(`Image.warnings`). `structures` judges each structure, `findings` has the table of what can be found.
 
 Invariants: nothing here writes; memory is bounded by `bat.MAX_BAT_BYTES`, never by a number in the file; only a regular
 file is ever opened for I/O.
@@ -21,30 +22,24 @@ from mullion.base.errors import DeniedError, NotFoundError
 from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bat as bat_table
 from mullion.vhd import bitmap
-from mullion.vhd.errors import NotVhdError, VhdDamagedError, VhdUnsupportedError
-from mullion.vhd.geometry import Geometry
-from mullion.vhd.layout import (
-    FOOTER_BYTES,
-    HEADER_BYTES,
-    MAX_LOCATOR_BYTES,
-    OLD_FOOTER_BYTES,
-    DiskType,
-    DynamicHeader,
-    Footer,
-    LayoutError,
+from mullion.vhd.errors import NotVhdError, VhdDamagedError
+from mullion.vhd.findings import Finding, Kind
+from mullion.vhd.layout import FOOTER_BYTES, HEADER_BYTES, DiskType, DynamicHeader, Footer
+from mullion.vhd.structures import (
+    FooterPair,
+    FooterRead,
+    bat_end,
+    batmap_ranges,
+    choose_footer,
+    footer_oddities,
+    judge_fixed,
+    locator_ranges,
+    read_bat,
+    read_footers,
+    read_header,
 )
 
 FIXED_GRANULE_BYTES: Final = 1 << 21
-TAIL_WARNING: Final = "the footer at the end is missing or damaged"
-
-_FOREIGN: Final = (
-    (b"vhdxfile", 0, "a VHDX"),
-    (b"QFI\xfb", 0, "a QCOW image"),
-    (b"KDMV", 0, "a VMDK"),
-    (b"\x7fELF", 0, "a program"),
-    (b"# Disk DescriptorFile", 0, "a VMDK descriptor"),
-)
-_BATMAP_COOKIE: Final = b"tdbatmap"
 
 
 @dataclass(slots=True)
@@ -63,11 +58,26 @@ class Image:
     has_tail: bool
     metadata: list[tuple[int, int]]
     """Ranges of the file that no block may touch: (start, end) in bytes."""
-    warnings: list[str] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    """What is wrong or odd, in the order in which it was met."""
     bad_starts: array[int] = field(default_factory=lambda: array("I"))
     claimed_end: int = 0
     """Where the room ends that locators claim beyond their text."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not keep the disk from being written."""
+        return [finding.what for finding in self.findings if not finding.kind.keeps_from_writing]
+
+    @property
+    def damage(self) -> list[str]:
+        """Why the disk can only be read."""
+        return [finding.what for finding in self.findings if finding.kind.keeps_from_writing]
+
+    @property
+    def has_front(self) -> bool:
+        """Is the copy of the footer at byte 0 good?"""
+        return not any(finding.kind is Kind.FOOTER_COPY_BAD for finding in self.findings)
 
     @property
     def kind(self) -> DiskType:
@@ -105,17 +115,15 @@ class Image:
         entry = self.bat[index]
         if entry == bat_table.UNALLOCATED:
             return None
-        if self.bad_starts:
-            place = bisect_left(self.bad_starts, entry)
-            if place < len(self.bad_starts) and self.bad_starts[place] == entry:
-                assert self.header is not None
-                raise VhdDamagedError(
-                    f"{self.path}: BAT entry {index} points to byte {entry * SECTOR_BYTES}, into another structure "
-                    f"or past the end: what it holds cannot be read",
-                    path=self.path,
-                    structure="BAT",
-                    offset=self.header.bat_offset + index * bat_table.ENTRY_BYTES,
-                )
+        if self.bad_starts and self.is_bad_start(entry):
+            assert self.header is not None
+            raise VhdDamagedError(
+                f"{self.path}: BAT entry {index} points to byte {entry * SECTOR_BYTES}, into another structure "
+                f"or past the end: what it holds cannot be read",
+                path=self.path,
+                structure="BAT",
+                offset=self.header.bat_offset + index * bat_table.ENTRY_BYTES,
+            )
         return entry * SECTOR_BYTES
 
     def read_bits(self, start: int, first: int, count: int) -> int:
@@ -143,19 +151,32 @@ class Image:
         self.bad_starts = array("I")
         if not starts:
             return
-        end = self.footer_offset if self.has_tail else self.file_bytes
-        bitmap_sectors = self.bitmap_bytes // SECTOR_BYTES
-        self.bad_starts = bat_table.find_bad_starts(
-            starts, self.span_bytes // SECTOR_BYTES, end // SECTOR_BYTES - bitmap_sectors, self.metadata
-        )
+        assert self.header is not None
+        end = self.blocks_end
+        past = end // SECTOR_BYTES - self.bitmap_bytes // SECTOR_BYTES
+        self.bad_starts = bat_table.find_bad_starts(starts, self.span_bytes // SECTOR_BYTES, past, self.metadata)
         if self.bad_starts:
-            self.damage.append(
+            what = (
                 f"{len(self.bad_starts)} BAT entries point into other structures or past the end, the first to byte "
                 f"{self.bad_starts[0] * SECTOR_BYTES}"
             )
-        good_end = (starts[-1] * SECTOR_BYTES) + self.span_bytes
-        if not self.bad_starts and good_end > end:
-            self.damage.append(f"the file was cut: its last block should end at byte {good_end}, but {end} is the end")
+            self.findings.append(Finding(Kind.ENTRIES_BAD, what, self.header.bat_offset))
+        last = bisect_left(starts, max(0, past)) - 1
+        if last >= 0 and not self.is_bad_start(starts[last]):
+            good_end = starts[last] * SECTOR_BYTES + self.span_bytes
+            if good_end > end:
+                what = f"the file was cut: its last block should end at byte {good_end}, but {end} is the end"
+                self.findings.append(Finding(Kind.BLOCK_CUT, what, end))
+
+    @property
+    def blocks_end(self) -> int:
+        """Where blocks must have ended: the tail footer, or the end of the file when it is missing."""
+        return self.footer_offset if self.has_tail else self.file_bytes
+
+    def is_bad_start(self, entry: int) -> bool:
+        """Is this BAT entry one that cannot be believed?"""
+        place = bisect_left(self.bad_starts, entry)
+        return place < len(self.bad_starts) and self.bad_starts[place] == entry
 
     def data_end(self) -> int:
         """Where the last structure that is in use ends."""
@@ -208,186 +229,80 @@ def load_image(fd: int, path: str) -> Image:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise NotVhdError(f"{path} is not a regular file", path=path, remedy="Choose a VHD file.")
-    image = _find_footer(fd, path, status.st_size)
-    if image.kind is DiskType.FIXED:
-        _check_fixed(image)
-    else:
-        _load_header(image)
-        _load_bat(image)
-    _note_oddities(image)
+    pair = read_footers(fd, status.st_size)
+    chosen = choose_footer(pair)
+    if isinstance(chosen, Finding):
+        raise chosen.as_error(path)
+    image = begin_image(fd, path, pair, *chosen)
+    problem = load_structures(image)
+    if problem is not None:
+        raise problem.as_error(path)
     return image
 
 
-def _find_footer(fd: int, path: str, file_bytes: int) -> Image:
-    """Choose between the footer at the end and its copy at byte 0.
-
-    The copy wins where two valid ones of a dynamic disk disagree: what stands at the end of a damaged file may be the
-    guest's data, the first sector of a dynamic disk never is. In a fixed disk it is the other way round.
-    """
-    front_raw = os.pread(fd, FOOTER_BYTES, 0)
-    tail, tail_error, tail_offset, tail_raw = None, None, 0, b""
-    for length in (FOOTER_BYTES, OLD_FOOTER_BYTES):
-        if tail is None and file_bytes >= length:
-            offset = file_bytes - length
-            raw = os.pread(fd, length, offset)
-            try:
-                tail, tail_raw, tail_offset = Footer.unpack(raw), raw.ljust(FOOTER_BYTES, b"\0"), offset
-            except LayoutError as error:
-                if tail_error is None or not error.is_absent:
-                    tail_error = (error, offset)
-    front, front_error = None, None
-    try:
-        front = Footer.unpack(front_raw)
-    except LayoutError as error:
-        front_error = error
-    empty: array[int] = array("I")
-    if tail is not None and tail.disk_type is DiskType.FIXED:
-        return Image(fd, path, tail, tail_raw, None, empty, file_bytes, tail_offset, True, [])
-    if front is not None and front.disk_type is not DiskType.FIXED:
-        if tail is None:
-            image = Image(fd, path, front, front_raw, None, empty, file_bytes, file_bytes, False, [(0, FOOTER_BYTES)])
-            assert tail_error is not None
-            image.warnings.append(f"{TAIL_WARNING}: {tail_error[0]}")
-            return image
-        image = Image(fd, path, front, front_raw, None, empty, file_bytes, tail_offset, True, [(0, FOOTER_BYTES)])
-        if tail_raw != front_raw:
-            image.damage.append(f"the footer at byte {tail_offset} and its copy at byte 0 disagree")
-        return image
-    if tail is not None:
-        image = Image(fd, path, tail, tail_raw, None, empty, file_bytes, tail_offset, True, [(0, FOOTER_BYTES)])
-        image.damage.append(f"the copy of the footer at byte 0 is damaged: {front_error or 'it says fixed'}")
-        return image
-    _refuse_footers(path, front_raw, front_error, tail_error)
-    what = next((name for magic, at, name in _FOREIGN if front_raw[at : at + len(magic)] == magic), None)
-    raise NotVhdError(
-        f"{path} is {what}, not a VHD" if what else f"{path} is not a VHD: it has no footer at its end nor at byte 0",
-        path=path,
-        structure="footer",
-        offset=max(0, file_bytes - FOOTER_BYTES),
+def begin_image(fd: int, path: str, pair: FooterPair, read: FooterRead, findings: list[Finding]) -> Image:
+    """An image of which only the footer is known; `read` is the one of the pair that is believed."""
+    footer = read.footer
+    assert footer is not None
+    has_tail = pair.tail.footer is not None
+    return Image(
+        fd,
+        path,
+        footer,
+        read.raw.ljust(FOOTER_BYTES, b"\0"),
+        None,
+        array("I"),
+        pair.file_bytes,
+        pair.tail.offset if has_tail else pair.file_bytes,
+        has_tail,
+        [] if footer.disk_type is DiskType.FIXED else [(0, FOOTER_BYTES)],
+        list(findings),
     )
 
 
-def _refuse_footers(
-    path: str, front_raw: bytes, front_error: LayoutError | None, tail_error: tuple[LayoutError, int] | None
-) -> None:
-    """Tell what is wrong with a file that has the marks of a VHD, but no footer that holds."""
-    at, why = 0, "the one at byte 0 says fixed, and none is at the end"
-    if tail_error is not None and not tail_error[0].is_absent:
-        at, why = tail_error[1] + tail_error[0].field_offset, str(tail_error[0])
-    elif front_raw[:8] != Footer.COOKIE:
-        return
-    elif front_error is not None:
-        at, why = front_error.field_offset, str(front_error)
-    raise VhdDamagedError(f"{path}: no valid footer: {why} (byte {at})", path=path, structure="footer", offset=at)
+def load_structures(image: Image, header: DynamicHeader | None = None) -> Finding | None:
+    """Read what lies behind the footer: nothing when all is there, or the finding with which it ends.
 
-
-def _check_fixed(image: Image) -> None:
-    if image.size_bytes > image.footer_offset:
-        raise VhdDamagedError(
-            f"{image.path}: the footer says {image.size_bytes} bytes, but only {image.footer_offset} are in the file",
-            path=image.path,
-            structure="footer",
-            offset=image.footer_offset + 48,
-        )
-    if image.size_bytes < image.footer_offset:
-        image.warnings.append(f"{image.footer_offset - image.size_bytes} bytes between the data and the footer")
-
-
-def _load_header(image: Image) -> None:
-    at = image.footer.data_offset
-    raw = os.pread(image.fd, HEADER_BYTES, at) if at <= image.file_bytes else b""
-    if len(raw) != HEADER_BYTES or at % SECTOR_BYTES or at < FOOTER_BYTES:
-        raise VhdDamagedError(
-            f"{image.path}: the dynamic disk header should be at byte {at}, which is outside the file or misplaced",
-            path=image.path,
-            structure="footer",
-            offset=16,
-            remedy="Restore the file from a backup: without its header the blocks cannot be found.",
-        )
-    try:
-        image.header = DynamicHeader.unpack(raw)
-    except LayoutError as error:
-        raise VhdDamagedError(
-            f"{image.path}: dynamic disk header at byte {at}: {error}",
-            path=image.path,
-            structure="dynamic disk header",
-            offset=at + error.field_offset,
-            remedy="Restore the file from a backup: without its header the blocks cannot be found.",
-        ) from error
-    image.metadata.append((at, at + HEADER_BYTES))
-
-
-def _load_bat(image: Image) -> None:
-    header = image.header
-    assert header is not None
-    needed = -(-image.size_bytes // header.block_bytes)
-
-    def refuse(kind: type[VhdDamagedError] | type[VhdUnsupportedError], what: str) -> None:
-        raise kind(f"{image.path}: BAT at byte {header.bat_offset}: {what}", path=image.path, structure="BAT",
-                   offset=header.bat_offset)  # fmt: skip
-
-    if header.max_bat_entries < needed:
-        refuse(
-            VhdDamagedError,
-            f"{header.max_bat_entries} entries of {header.block_bytes} bytes do not cover the disk's "
-            f"{image.size_bytes} bytes",
-        )
-    if header.bat_offset < FOOTER_BYTES or header.bat_offset + header.max_bat_entries * 4 > image.file_bytes:
-        refuse(
-            VhdDamagedError,
-            f"its {header.max_bat_entries} entries reach outside the file of {image.file_bytes} bytes",
-        )
-    if header.max_bat_entries > bat_table.MAX_BAT_ENTRIES:
-        refuse(
-            VhdUnsupportedError,
-            f"{header.max_bat_entries} entries are more than the supported {bat_table.MAX_BAT_ENTRIES}",
-        )
-    table = bat_table.load(image.fd, header.bat_offset, header.max_bat_entries)
-    if table is None:
-        refuse(VhdDamagedError, "it could not be read whole")
-        return
-    image.bat = table[:needed]
-    if bat_table.next_allocated(table, needed) < len(table):
-        image.damage.append("the BAT holds blocks past the end of the disk")
-    bat_end = header.bat_offset + -(-header.max_bat_entries * 4 // SECTOR_BYTES) * SECTOR_BYTES
-    image.metadata.append((header.bat_offset, bat_end))
-    for locator in header.locators:
-        space = locator.space_bytes
-        # Windows claims 64 KiB for a path of 34 bytes and keeps the room free; others put blocks behind the text.
-        used = -(-min(space or 0, locator.data_length) // SECTOR_BYTES) * SECTOR_BYTES
-        inside = locator.data_offset + used <= image.file_bytes
-        if locator.platform != bytes(4) and 0 < used <= MAX_LOCATOR_BYTES and inside:
-            image.metadata.append((locator.data_offset, locator.data_offset + used))
-            claimed_end = locator.data_offset + min(space or 0, MAX_LOCATOR_BYTES)
-            if claimed_end <= image.file_bytes:
-                image.claimed_end = max(image.claimed_end, claimed_end)
-    _find_batmap(image, bat_end)
-    image.check_entries()
-
-
-def _find_batmap(image: Image, bat_end: int) -> None:
-    """XenServer keeps a batmap behind the BAT; we never use it, but must not put a block over it.
-
-    Observed: cookie `tdbatmap`, then u64 offset, u32 size in sectors.
+    `header` is used instead of the one in the file, for a file whose own does not hold.
     """
-    raw = os.pread(image.fd, 24, bat_end)
-    if raw[:8] == _BATMAP_COOKIE and len(raw) == 24:
-        offset, sectors = int.from_bytes(raw[8:16], "big"), int.from_bytes(raw[16:20], "big")
-        image.metadata.append((bat_end, bat_end + SECTOR_BYTES))
-        if offset + sectors * SECTOR_BYTES <= image.file_bytes:
-            image.metadata.append((offset, offset + sectors * SECTOR_BYTES))
-
-
-def _note_oddities(image: Image) -> None:
     footer = image.footer
-    if not footer.has_reserved_feature:
-        image.warnings.append("the reserved feature bit is clear")
-    if footer.saved_state:
-        image.warnings.append("the footer says that a saved state belongs to the disk")
-    geometry = Geometry(footer.cylinders, footer.heads, footer.sectors_per_track)
-    if geometry.size_bytes == 0:
-        image.warnings.append("the geometry is zero")
-    if image.has_tail and image.file_bytes - image.footer_offset == OLD_FOOTER_BYTES:
-        image.warnings.append("the footer has 511 bytes, as Virtual PC wrote it before 2004")
+    if image.kind is DiskType.FIXED:
+        found = judge_fixed(footer, image.footer_offset)
+        if found is not None:
+            if not found.is_warning:
+                return found
+            image.findings.append(found)
+    else:
+        at = 0 if image.has_front else image.footer_offset
+        found_header = header or read_header(image.fd, footer, at, image.file_bytes)
+        if isinstance(found_header, Finding):
+            return found_header
+        table = read_bat(image.fd, found_header, image.size_bytes, image.file_bytes)
+        if isinstance(table, Finding):
+            return table
+        _take_bat(image, found_header, table)
+    length = image.file_bytes - image.footer_offset if image.has_tail else FOOTER_BYTES
+    image.findings += footer_oddities(footer, image.footer_offset if image.has_tail else 0, length)
     if image.header and image.header.max_bat_entries > len(image.bat):
-        image.warnings.append(f"the BAT has {image.header.max_bat_entries - len(image.bat)} entries too many")
+        spare = image.header.max_bat_entries - len(image.bat)
+        what = f"the BAT has {spare} entries too many"
+        image.findings.append(Finding(Kind.BAT_SPARE_ENTRIES, what, footer.data_offset + 28))
+    return None
+
+
+def _take_bat(image: Image, header: DynamicHeader, table: array[int]) -> None:
+    image.header = header
+    image.metadata.append((image.footer.data_offset, image.footer.data_offset + HEADER_BYTES))
+    needed = -(-image.size_bytes // header.block_bytes)
+    beyond = bat_table.next_allocated(table, needed)
+    if beyond < len(table):
+        what = "the BAT holds blocks past the end of the disk"
+        at = header.bat_offset + beyond * bat_table.ENTRY_BYTES
+        image.findings.append(Finding(Kind.BAT_BEYOND_DISK, what, at))
+    image.bat = table if needed == len(table) else table[:needed]
+    end = bat_end(header)
+    image.metadata.append((header.bat_offset, end))
+    ranges, image.claimed_end = locator_ranges(header, image.file_bytes)
+    image.metadata += ranges
+    image.metadata += batmap_ranges(image.fd, end, image.file_bytes)
+    image.check_entries()

@@ -33,6 +33,7 @@ from mullion.vhd.errors import (
     VhdDamagedError,
     VhdError,
 )
+from mullion.vhd.findings import Finding, Kind
 from mullion.vhd.image import Image, load_image, open_file
 from mullion.vhd.layout import EPOCH_S, MAX_LOCATOR_BYTES, DiskType, ParentLocator
 from mullion.vhd.locking import lock_file
@@ -200,7 +201,9 @@ def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False) -> 
             broken = broken or error
             complaints.append(f"{name.source}: {error.message}")
         else:
-            child.warnings.extend(f"parent {complaint}" for complaint in complaints)
+            child.findings += [
+                Finding(Kind.LOCATOR_BAD, f"parent {what}", child.footer.data_offset) for what in complaints
+            ]
             return parent
     if mismatch is not None:
         raise mismatch
@@ -275,4 +278,5 @@ def check_parent(child: Image, parent: Image) -> None:
         )
     stamps = (0, parent.footer.timestamp, int(os.fstat(parent.fd).st_mtime) - EPOCH_S)
     if header.parent_timestamp not in stamps:
-        child.warnings.append(f"the parent's timestamp is not the one that was noted ({header.parent_timestamp})")
+        what = f"the parent's timestamp is not the one that was noted ({header.parent_timestamp})"
+        child.findings.append(Finding(Kind.PARENT_TIMESTAMP, what, child.footer.data_offset + 56))

@@ -34,7 +34,8 @@ from mullion.vhd import bitmap
 from mullion.vhd.create import DATA_ALIGNMENT, footer_place
 from mullion.vhd.errors import VhdDamagedError, VhdUnsupportedError
 from mullion.vhd.fileio import FileIO
-from mullion.vhd.image import TAIL_WARNING, Image
+from mullion.vhd.findings import Kind
+from mullion.vhd.image import Image
 from mullion.vhd.layout import FOOTER_BYTES, DiskType
 from mullion.vhd.pending import RECORD_LIMIT, PendingLog, Record, RecordKind
 
@@ -190,7 +191,7 @@ class TopWriter:
         unused = image.footer_offset - end
         said: list[str] = []
         if not image.has_tail:
-            image.warnings = [text for text in image.warnings if not text.startswith(TAIL_WARNING)]
+            image.findings = [found for found in image.findings if found.kind is not Kind.FOOTER_MISSING]
             said.append(f"the footer at the end was missing: it was written again at byte {place}")
             if image.file_bytes > place + FOOTER_BYTES:
                 said.append(f"{image.file_bytes - end} bytes behind the last block belonged to nothing: given back")
