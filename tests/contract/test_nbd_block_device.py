@@ -13,9 +13,9 @@ from tests.framework.devices import MemoryDevice
 from mullion.base.block import BlockDevice, ExtentKind
 from mullion.base.errors import DeniedError, InvalidError, UnavailableError
 from mullion.base.units import MIB
-from mullion.provider.nbd_export import NbdExport
 from mullion.vhd import create_dynamic, open_chain
 from mullion.wire.nbd import NbdClient
+from mullion.wire.nbd.export import NbdExport
 
 pytestmark = pytest.mark.contract
 

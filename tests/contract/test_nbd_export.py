@@ -20,8 +20,8 @@ from tests.framework.nbd_peer import CLIENT_FLAGS, RawClient, request, write
 from mullion.base.block import Buffer
 from mullion.base.errors import AlreadyExistsError, DeadlineError, InvalidError, NotFoundError, UnavailableError
 from mullion.base.units import KIB, MIB
-from mullion.provider.nbd_export import NbdExport
 from mullion.wire.nbd import Export, NbdClient, NbdServer
+from mullion.wire.nbd.export import NbdExport
 from mullion.wire.nbd.messages import Command, NbdError
 
 pytestmark = pytest.mark.contract

@@ -18,8 +18,8 @@ from tests.framework.devices import MemoryDevice, RawFileDevice
 from mullion.base.block import ExtentKind
 from mullion.base.errors import DeniedError, NotFoundError, UnavailableError
 from mullion.base.units import KIB, MIB
-from mullion.provider.nbd_export import NbdExport
 from mullion.wire.nbd import NbdClient, NbdProtocolError
+from mullion.wire.nbd.export import NbdExport
 
 pytestmark = pytest.mark.interop
 

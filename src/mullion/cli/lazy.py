@@ -22,11 +22,16 @@ class GlobalOptions(click.Command):
     """A command that takes the global options beside its own, and lists them last."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *GLOBAL_OPTIONS]
+        return [*super().get_params(ctx), *self._global_options(ctx)]
+
+    def _global_options(self, ctx: click.Context) -> list[click.Option]:
+        """All but those whose name the command uses for something of its own, as `vhd serve` does `--socket`."""
+        taken = {name for param in click.Command.get_params(self, ctx) for name in param.opts}
+        return [option for option in GLOBAL_OPTIONS if taken.isdisjoint(option.opts)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own = [param for param in click.Command.get_params(self, ctx) if isinstance(param, click.Option)]
-        for title, options in (("Options", own), ("Global options", GLOBAL_OPTIONS)):
+        for title, options in (("Options", own), ("Global options", self._global_options(ctx))):
             records = [record for option in options if (record := option.get_help_record(ctx))]
             with formatter.section(title):
                 formatter.write_dl(records)

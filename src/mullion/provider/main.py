@@ -24,15 +24,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from mullion.base.errors import MullionError, NoSpaceError, OperationFailedError
+from mullion.base.listener import bind_listener
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control import ControlServer
 from mullion.provider.control_client import encode
-from mullion.provider.nbd_export import NbdExport
 from mullion.provider.space import Shortage, SpaceGate, is_no_space
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.startup import (
     PROCESS_NAME,
-    bind_listener,
     drop_privileges,
     give_top_file,
     open_chain_files,
@@ -40,6 +39,7 @@ from mullion.provider.startup import (
 )
 from mullion.provider.vhost_export import Served, VhostExport
 from mullion.vhd import Chain
+from mullion.wire.nbd import NbdExport
 
 log = logging.getLogger(__name__)
 

@@ -8,20 +8,16 @@ show a disk, and to find a chain's files before each start): docs/threat-model.m
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import socket
 import stat
 from typing import Final
 
-from mullion.base.errors import AlreadyExistsError, DeniedError, InvalidError, MullionError, NotFoundError
-from mullion.base.paths import SOCKET_PATH_LIMIT
+from mullion.base.errors import DeniedError, InvalidError, MullionError, NotFoundError
 from mullion.provider.spec import DiskSpec
 from mullion.vhd.locking import lock_file
 
 PROCESS_NAME: Final = "mullion-prov"
-_BACKLOG: Final = 16
 
 
 def open_chain_files(disk: DiskSpec) -> list[int]:
@@ -78,55 +74,6 @@ def _file_error(error: OSError, path: str) -> MullionError:
         return DeniedError(f"{path} may not be opened: {error.strerror}", path=path)
     return InvalidError(
         f"{path} cannot be opened: {error.strerror}", remedy="Look after the file system that it is on.", path=path
-    )
-
-
-def bind_listener(path: str, *, uid: int | None = None, gid: int | None = None) -> socket.socket:
-    """A listening socket that only its user may connect to; what a dead process left there is removed.
-
-    Raises: AlreadyExistsError when somebody listens there, or the path is no socket; InvalidError for a path too long;
-    OSError.
-    """
-    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
-        raise InvalidError(
-            f"the socket's path is longer than {SOCKET_PATH_LIMIT} bytes: {path}",
-            remedy="Choose a shorter run folder (setting run_dir).",
-            path=path,
-        )
-    _remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        listener.bind(path)
-        os.chmod(path, 0o600)  # nobody can connect before `listen`
-        if uid is not None or gid is not None:
-            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise _in_use(path) from error
-        raise
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise AlreadyExistsError(f"{path} is there and is not a socket", remedy="Move the file away.", path=path)
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        code = probe.connect_ex(path)
-    if code == errno.ECONNREFUSED:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    elif code != errno.ENOENT:  # EAGAIN too: its backlog is full, so it lives
-        raise _in_use(path)
-
-
-def _in_use(path: str) -> AlreadyExistsError:
-    return AlreadyExistsError(
-        f"another process listens on {path}", remedy="End the other provider of this partition first.", path=path
     )
 
 

@@ -1,4 +1,4 @@
-"""A disk of a partition as an NBD export on a unix socket: for emulated disks, and for anyone else who asks.
+"""A disk as an NBD export on a unix socket of its own: for QEMU, and for anyone else who asks.
 
 Invariants: the socket is there, and only for our own user, from before `start` returns; what another living server
 listens on is never taken away; `stop` leaves no thread, no socket, and no file that we made.
@@ -12,8 +12,9 @@ import os
 import socket
 
 from mullion.base.block import BlockDevice
-from mullion.provider.startup import bind_listener
-from mullion.wire.nbd import Counters, Export, NbdServer
+from mullion.base.listener import bind_listener
+from mullion.wire.nbd.server import MAX_CONNECTIONS, Counters, NbdServer
+from mullion.wire.nbd.session import Export
 
 
 class NbdExport:
@@ -31,10 +32,12 @@ class NbdExport:
         name: str,
         read_only: bool,
         listener: socket.socket | None = None,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self.path = socket_path
         self._export = Export(name, device, read_only)
         self._listener = listener
+        self._max_connections = max_connections
         self._bound: tuple[int, int] | None = None
         self._server: NbdServer | None = None
         self._past = Counters()
@@ -49,7 +52,7 @@ class NbdExport:
         if listener is None:
             listener = bind_listener(self.path)
             self._bound = _file_identity(self.path)
-        self._server = NbdServer(listener, (self._export,))
+        self._server = NbdServer(listener, (self._export,), max_connections=self._max_connections)
         self._server.start()
 
     def stop(self) -> None:
