@@ -51,7 +51,8 @@ _CREATOR_VERSION: Final = 0x000A_0000
 _HOST_OS: Final = b"Wi2k"
 _HEADER_OFFSET: Final = FOOTER_BYTES
 _BODY_OFFSET: Final = _HEADER_OFFSET + HEADER_BYTES
-_LOCATOR_OFFSET: Final = 2048
+LOCATOR_OFFSET: Final = 2048
+"""Where a new child has the texts of its parent locators; the BAT follows."""
 
 
 def footer_place(end: int) -> int:
@@ -107,14 +108,14 @@ def create_differencing(
         block_bytes = parent.block_bytes if parent.header else DEFAULT_BLOCK_BYTES
     folder = os.path.realpath(os.path.dirname(path) or ".")
     footer = _new_footer(DiskType.DIFFERENCING, size_bytes, _HEADER_OFFSET)
-    texts, locators, body = _locators(parent_real, folder)
+    texts, locators, body = name_parent(parent_real, folder, LOCATOR_OFFSET)
     header = DynamicHeader(
         body,
         _count_blocks(size_bytes, block_bytes),
         block_bytes,
         parent.footer.unique_id,
         0,  # as Windows 10 does: the file's modification time changes with every copy
-        _parent_name(parent_real),
+        parent_name(parent_real),
         locators,
     )
     with new_file(path, durable=durable) as fd:
@@ -164,14 +165,18 @@ def _count_blocks(size_bytes: int, block_bytes: int) -> int:
     return blocks
 
 
-def _locators(parent: str, folder: str) -> tuple[list[tuple[int, bytes]], tuple[ParentLocator, ...], int]:
-    """The texts with their places, the locators that point to them, and where the BAT may begin."""
+def name_parent(
+    parent: str, folder: str, offset: int
+) -> tuple[list[tuple[int, bytes]], tuple[ParentLocator, ...], int]:
+    """The texts with their places from `offset` on, the locators that point to them, and where their room ends.
+
+    `parent` is an absolute path, `folder` the child's. Raises: InvalidError when the path cannot be written into a VHD.
+    """
     relative = os.path.relpath(parent, folder)
     if not relative.startswith(".."):
         relative = f"./{relative}"
     texts: list[tuple[int, bytes]] = []
     locators: list[ParentLocator] = []
-    offset = _LOCATOR_OFFSET
     for platform, path in ((b"W2ru", relative), (b"W2ku", parent)):
         raw = _encode(path, "utf-16-le")
         space = _round_up(len(raw), SECTOR_BYTES)
@@ -181,7 +186,8 @@ def _locators(parent: str, folder: str) -> tuple[list[tuple[int, bytes]], tuple[
     return texts, tuple(locators), offset
 
 
-def _parent_name(parent: str) -> bytes:
+def parent_name(parent: str) -> bytes:
+    """The header's field of that name. Raises: InvalidError."""
     raw = _encode(os.path.basename(parent), "utf-16-be")
     if len(raw) > 510:
         raise InvalidError(

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from mullion.base.block import Buffer
-from mullion.base.units import MIB
+from mullion.base.units import KIB, MIB
+from mullion.vhd.publish import new_file
 
 ZEROS: Final = memoryview(bytes(MIB))
 """Shared zeros, to fill buffers from and to write."""
@@ -22,6 +23,10 @@ ZEROS: Final = memoryview(bytes(MIB))
 IOV_LIMIT: Final = 1024
 """Buffers in one preadv or pwritev (IOV_MAX of Linux)."""
 
+SHORT_COPY_BYTES: Final = 64 * KIB
+"""Below this reading and writing costs less than copy_file_range (ext4, Linux 6: half, in pieces of 4 KiB)."""
+
+_CANNOT_COPY: Final = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ETXTBSY)
 _FS_IOC_UNRESVSP64: Final = 0x4030_582B
 """ioctl of every Linux file system that can punch holes, the same as fallocate(PUNCH_HOLE | KEEP_SIZE); linux/falloc.h.
 `os` has no fallocate with flags, and `ctypes` would cost every provider a megabyte."""
@@ -45,6 +50,45 @@ class FileIO:
     def punch_hole(self, fd: int, offset: int, length: int) -> None:
         """Give a range back to the file system; it reads as zeros after."""
         fcntl.ioctl(fd, _FS_IOC_UNRESVSP64, _SPACE_RESERVATION.pack(0, 0, offset, length, 0, 0))
+
+    def copy_range(self, source_fd: int, source_offset: int, fd: int, offset: int, length: int) -> None:
+        """Copy bytes from file to file without leaving the kernel, where it can; it shares them where it can do that.
+
+        Raises: OSError, with EIO when the source ends too early.
+        """
+        while length >= SHORT_COPY_BYTES:
+            try:
+                copied = os.copy_file_range(source_fd, fd, length, source_offset, offset)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+                break
+            if not copied:
+                break
+            source_offset, offset, length = source_offset + copied, offset + copied, length - copied
+        while length:
+            content = os.pread(source_fd, min(length, MIB), source_offset)
+            if not content:
+                raise OSError(errno.EIO, "the file that is copied ends too early")
+            self.write_all(fd, [content], offset)
+            source_offset, offset, length = source_offset + len(content), offset + len(content), length - len(content)
+
+    def remove_file(self, path: str) -> None:
+        """Take a name away; durable after `sync_folder`."""
+        os.unlink(path)
+
+    def sync_folder(self, folder: str) -> None:
+        """Make the names in a folder durable."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def put_file(self, path: str, content: bytes) -> None:
+        """A small file, new or in place of another: durable, and whole or as before, at any instant."""
+        with new_file(path, replace=True) as fd:
+            SYSTEM.write_all(fd, [content], 0)
 
     def write_all(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all of the buffers, however many and however short the system's writes are."""

@@ -11,7 +11,7 @@ from mullion.vhd.errors import VhdDamagedError
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image
 from mullion.vhd.locking import write_holder
-from mullion.vhd.pending import PendingLog, has_session, start_session
+from mullion.vhd.pending import PendingLog, end_session, has_session, start_session
 from mullion.vhd.top import TopWriter
 
 
@@ -44,6 +44,21 @@ def open_top(
             log.close(remove=False)
         raise
     return writer, said
+
+
+def end_top(top: Image, writer: TopWriter | None, file_io: FileIO) -> None:
+    """End what `open_top` began: all durable, no room taken that is not used. The file stays open and locked.
+
+    Raises: OSError.
+    """
+    if writer is not None:
+        writer.flush()
+        writer.close_gap()
+        writer.close_log(remove=True)
+    else:
+        file_io.fdatasync(top.fd)
+    write_holder(top.fd, "")
+    end_session(top.fd)
 
 
 def _replay(writer: TopWriter, log: PendingLog | None, *, was_open: bool) -> list[str]:

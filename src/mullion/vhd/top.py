@@ -124,13 +124,20 @@ class TopWriter:
             raise
         entry = start // SECTOR_BYTES
         records = [Record(RecordKind.ALLOC, block, entry, 0)]
-        if self.is_child:
+        if self.is_child and count:
             records.append(Record(RecordKind.BITS, block, first, count))
         self._record(records)
         with self._state:
             self._allocate(block, entry)
             if self.is_child:
                 self._dirty_bits[block] = bits
+
+    def write_empty(self, block: int) -> int:
+        """Allocate a block without content, and return where its data begins. Raises: as `write_new`."""
+        self.write_new(block, 0, (), 0)
+        data = self.data_offset(block)
+        assert data is not None
+        return data
 
     def set_bits(self, block: int, first: int, count: int) -> None:
         """Make sectors visible whose data was written into an allocated block."""
