@@ -55,7 +55,7 @@ class DiskMachine(RuleBasedStateMachine):
         else:
             self._create_parents(kind)
             create_differencing(self.top, f"{self.folder}/p.vhd", block_bytes=block_bytes, size_bytes=self.size)
-        self.io = RecordingIO(self.top)
+        self.io = RecordingIO()
         self.chain = self._open()
         self._flushed()
 
@@ -202,7 +202,7 @@ class DiskMachine(RuleBasedStateMachine):
                 if self.choose.random() < 0.3:
                     Path(self.pending).unlink(missing_ok=True)
             if power:
-                self.io = RecordingIO(self.top)
+                self.io = RecordingIO()
             self.io.fuse = self.choose.randrange(6) if deaths else None
             try:
                 self.chain = self._open()

@@ -1,8 +1,9 @@
-"""A file system that remembers: what a power cut, or a death at any instant, can leave of a file.
+"""A file system that remembers: what a power cut, or a death at any instant, can leave of a folder of files.
 
 `RecordingIO` does all writes for real and notes, for each sector, every content it had since the file's last sync. A
-power cut then picks for each sector any of them, and for the file's length any length it had: writes between two syncs
-reach the platter in any order or not at all, torn at sectors.
+power cut then picks for each sector any of them, and for a file's length any length it had: writes between two syncs
+reach the platter in any order or not at all, torn at sectors. A name that was removed comes back, or not, unless its
+folder was synced. A file is known from its first change on; what it held before is taken as durable.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from mullion.base.block import Buffer
 from mullion.vhd.fileio import FileIO
@@ -22,87 +24,140 @@ class KilledError(BaseException):
     """The process ends here. Not an Exception, so that nothing can go on after it."""
 
 
-class RecordingIO(FileIO):
-    """Records one file; `fuse` counts changes down to the one that fails, with ENOSPC or by killing."""
+@dataclass
+class Past:
+    """What is known of one file since its last sync."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    path: str
+    synced: bytes
+    versions: dict[int, list[bytes]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+
+
+class RecordingIO(FileIO):
+    """Records every file that is changed; `fuse` counts changes down to the one that fails, with ENOSPC or by killing."""
+
+    def __init__(self) -> None:
         self.fuse: int | None = None
         self.fuse_kills = True
         self.changes = 0
-        self._versions: dict[int, list[bytes]] = {}
-        self._synced = self._content()
-        self._lengths = [len(self._synced)]
+        self._files: dict[tuple[int, int], Past] = {}
+        self._removed: list[tuple[str, str]] = []
+        """Names that a power cut may bring back: (path, where its file is kept meanwhile)."""
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        past = self._past(fd)
         whole = b"".join(bytes(buffer) for buffer in buffers)
         if self._burns():
             if self.fuse_kills:
                 os.pwrite(fd, whole[: self._half(offset, len(whole))], offset)
-                self._note(offset, len(whole))
+                self._note(past, fd, offset, len(whole))
                 raise KilledError
             if half := self._half(offset, len(whole)):  # the system takes what fits, and says so at the next call
                 written = os.pwrite(fd, whole[:half], offset)
-                self._note(offset, written)
+                self._note(past, fd, offset, written)
                 self.fuse = 0
                 return written
             self.fuse = None
             raise OSError(errno.ENOSPC, "no space left")
         written = os.pwrite(fd, whole, offset)
-        self._note(offset, written)
+        self._note(past, fd, offset, written)
         return written
 
+    def copy_range(self, source_fd: int, source_offset: int, fd: int, offset: int, length: int) -> None:
+        content = os.pread(source_fd, length, source_offset)
+        assert len(content) == length
+        self.write_all(fd, [content], offset)
+
     def ftruncate(self, fd: int, length: int) -> None:
+        past = self._past(fd)
         self._burn_or_go()
         before = os.fstat(fd).st_size
         os.ftruncate(fd, length)
-        self._lengths.append(length)
-        self._note(min(before, length), abs(before - length))
+        past.lengths.append(length)
+        self._note(past, fd, min(before, length), abs(before - length))
 
     def punch_hole(self, fd: int, offset: int, length: int) -> None:
+        past = self._past(fd)
         if self._burns():
             if self.fuse_kills:
                 raise KilledError
             raise OSError(errno.EOPNOTSUPP, "no holes here")
         super().punch_hole(fd, offset, length)
-        self._note(offset, length)
+        self._note(past, fd, offset, length)
 
     def fdatasync(self, fd: int) -> None:
+        past = self._past(fd)
         self._burn_or_go()
-        self._synced = self._content()
-        self._versions.clear()
-        self._lengths = [len(self._synced)]
+        past.synced = _content(fd)
+        past.versions.clear()
+        past.lengths = [len(past.synced)]
+
+    def remove_file(self, path: str) -> None:
+        self._burn_or_go()
+        folder = f"{os.path.dirname(path)}/removed"
+        os.makedirs(folder, exist_ok=True)
+        kept = f"{folder}/{self.changes}"
+        os.rename(path, kept)
+        self._removed.append((path, kept))
+
+    def sync_folder(self, folder: str) -> None:
+        self._burn_or_go()
+        for path, kept in [pair for pair in self._removed if os.path.dirname(pair[0]) == folder]:
+            os.unlink(kept)
+            self._removed.remove((path, kept))
+
+    def put_file(self, path: str, content: bytes) -> None:
+        self._burn_or_go()
+        super().put_file(path, content)
 
     def cut_power(self, choose: random.Random) -> None:
-        """Leave in the file one of the states that the platter may be in."""
-        content = bytearray(self._synced)
-        end = max([len(content), *self._lengths])
+        """Leave in each file one of the states that the platter may be in, and what is left is durable."""
+        for path, kept in self._removed:
+            if choose.random() < 0.5 and not os.path.exists(path):
+                os.rename(kept, path)
+            else:
+                os.unlink(kept)
+        self._removed.clear()
+        for past in self._files.values():
+            if os.path.exists(past.path):
+                self._cut(past, choose)
+        self._files.clear()
+
+    def _cut(self, past: Past, choose: random.Random) -> None:
+        content = bytearray(past.synced)
+        end = max([len(content), *past.lengths])
         content.extend(bytes(end - len(content)))
-        for sector, versions in self._versions.items():
+        for sector, versions in past.versions.items():
             at = sector * SECTOR
             if at < end:
                 old = bytes(content[at : at + SECTOR])
                 content[at : at + SECTOR] = choose.choice([old, *versions])[: len(old)]
-        del content[choose.choice(self._lengths) :]
-        with open(self.path, "r+b") as file:
+        del content[choose.choice(past.lengths) :]
+        with open(past.path, "r+b") as file:
             file.write(content)
             file.truncate(len(content))
+
+    def _past(self, fd: int) -> Past:
+        status = os.fstat(fd)
+        found = self._files.get((status.st_dev, status.st_ino))
+        if found is None:
+            synced = _content(fd)
+            found = Past(os.readlink(f"/proc/self/fd/{fd}"), synced, lengths=[len(synced)])
+            self._files[status.st_dev, status.st_ino] = found
+        return found
 
     def _half(self, offset: int, length: int) -> int:
         """About half of a write: a death or a full file system stops it between two pages, never inside a sector."""
         return max(0, (offset + length // 2) // SECTOR * SECTOR - offset)
 
-    def _content(self) -> bytes:
-        with open(self.path, "rb") as file:
-            return file.read()
-
-    def _note(self, offset: int, length: int) -> None:
-        with open(self.path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            self._lengths.append(size)
-            for sector in range(offset // SECTOR, -(-(offset + length) // SECTOR)):
-                file.seek(sector * SECTOR)
-                self._versions.setdefault(sector, []).append(file.read(SECTOR).ljust(SECTOR, b"\0"))
+    def _note(self, past: Past, fd: int, offset: int, length: int) -> None:
+        past.lengths.append(os.fstat(fd).st_size)
+        first, end = offset // SECTOR, -(-(offset + length) // SECTOR)
+        raw = os.pread(fd, (end - first) * SECTOR, first * SECTOR).ljust((end - first) * SECTOR, b"\0")
+        for sector in range(first, end):
+            at = (sector - first) * SECTOR
+            past.versions.setdefault(sector, []).append(raw[at : at + SECTOR])
 
     def _burns(self) -> bool:
         self.changes += 1
@@ -117,3 +172,7 @@ class RecordingIO(FileIO):
                 raise KilledError
             self.fuse = None
             raise OSError(errno.ENOSPC, "no space left")
+
+
+def _content(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
