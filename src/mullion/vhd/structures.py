@@ -16,6 +16,7 @@ from typing import Final
 from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bat as bat_table
 from mullion.vhd.findings import Finding, Kind
+from mullion.vhd.formats import identify
 from mullion.vhd.geometry import Geometry
 from mullion.vhd.layout import (
     FOOTER_BYTES,
@@ -28,21 +29,6 @@ from mullion.vhd.layout import (
     LayoutError,
 )
 
-_FOREIGN: Final = (
-    (b"vhdxfile", 0, "a VHDX"),
-    (b"QFI\xfb", 0, "a QCOW image"),
-    (b"QED\0", 0, "a QED image"),
-    (b"KDMV", 0, "a VMDK"),
-    (b"COWD", 0, "a VMDK"),
-    (b"# Disk DescriptorFile", 0, "a VMDK descriptor"),
-    (b"\x7f\x10\xda\xbe", 64, "a VDI"),
-    (b"ustar", 257, "a tar archive, perhaps an OVA"),
-    (b"\x1f\x8b", 0, "packed with gzip"),
-    (b"BZh", 0, "packed with bzip2"),
-    (b"\xfd7zXZ\0", 0, "packed with xz"),
-    (b"PK\3\4", 0, "a zip archive"),
-    (b"\x7fELF", 0, "a program"),
-)
 _BATMAP_COOKIE: Final = b"tdbatmap"
 
 
@@ -126,18 +112,13 @@ def _neither(pair: FooterPair) -> Finding:
     if pair.front.footer is not None:
         what = "no valid footer: the one at byte 0 says fixed, and none is at the end (byte 0)"
         return Finding(Kind.FOOTER_INVALID, what, 0)
-    foreign = foreign_format(pair.front.raw)
-    what = f"is {foreign}, not a VHD" if foreign else "is not a VHD: it has no footer at its end nor at byte 0"
+    mark = identify(pair.front.raw)
+    what = f"is {mark.title}, not a VHD" if mark else "is not a VHD: it has no footer at its end nor at byte 0"
     return Finding(Kind.NOT_VHD, what, pair.tail.offset, _CONVERT)
 
 
 _LOOK: Final = "See whether it can be mended: mullion vhd check {path}"
 _CONVERT: Final = "Choose a VHD file; another format becomes one by: mullion vhd convert {path} NEW.vhd"
-
-
-def foreign_format(start: bytes) -> str | None:
-    """What a file is that begins like this, when it is a known one of another format."""
-    return next((name for magic, at, name in _FOREIGN if start[at : at + len(magic)] == magic), None)
 
 
 def judge_fixed(footer: Footer, footer_offset: int) -> Finding | None:
