@@ -118,6 +118,40 @@ class Chain:
         """The top's, 16 raw bytes."""
         return self._top.footer.unique_id
 
+    # ------------------------------------------------------------------ for what changes a file's structures
+
+    @property
+    def images(self) -> list[Image]:
+        """The files, top first; for this package."""
+        return self._images
+
+    def segments(self, offset: int, length: int) -> list[Segment]:
+        """In which file a range lies, and where; for this package."""
+        return self._map.segments(offset, length)
+
+    def next_used(self, offset: int) -> int:
+        """An offset at or behind this one before which no file has anything; for this package."""
+        return min(self._size, self._map.next_used(offset))
+
+    def settle(self) -> None:
+        """Write everything and give back the room that was taken ahead: the file is as its structures say."""
+        with self._write_lock:
+            self._flush()
+            if self._writer is not None:
+                self._writer.close_gap()
+
+    def renew(self) -> None:
+        """Go on after the structures of the top were changed, between `settle` and now; not for a pending log."""
+        with self._write_lock:
+            if self._writer is not None:
+                self._writer = TopWriter(self._top, self._io, None)
+            self._size = self._top.size_bytes
+            self._map = Mapping(self._images, self._writer, read_only=self._read_only)
+            self._mask = self._map.granule_bytes - 1
+            self.block_shift = self._map.shift
+            self.direct_read, self.direct_write = self._map.direct_read, self._map.direct_write
+            self.mixed_read, self.mixed_used = self._map.mixed, self._map.used
+
     # ------------------------------------------------------------------ reading
 
     def pread(self, offset: int, buffer: WritableBuffer) -> None:
