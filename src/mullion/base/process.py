@@ -31,6 +31,7 @@ _OUTPUT_LIMIT_CHARS: Final = 4000
 PACKAGES: Final[Mapping[str, str]] = {
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-img": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
     "7z": "7zip",
     "7zz": "7zip",
     "mcopy": "mtools",
@@ -206,6 +207,37 @@ def spawn(
         )
     finally:
         os.close(log_fd)
+
+
+def attach(argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> Spawned:
+    """Start a program that works for us and that we wait for: own session (^C is ours), standard error is a pipe.
+
+    Raises: MissingToolError; OSError.
+    """
+    return subprocess.Popen(
+        [find_program(argv[0]), *argv[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        pass_fds=tuple(pass_fds),
+    )
+
+
+def wait_or_kill(process: Spawned, patience_s: float) -> int:
+    """Wait for a program of ours to end; when the time is over, or we are interrupted, it is killed. Its exit status.
+
+    Negative is the signal that ended it.
+    """
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+    return process.returncode
 
 
 def write_identity(path: str, identity: ProcessIdentity) -> None:
