@@ -24,7 +24,8 @@ from mullion.provider.zygote import spawn_argv
 
 log = logging.getLogger(__name__)
 
-_START_DEADLINE_S: Final = 30.0
+_START_DEADLINE_S: Final = 120.0
+"""A provider is up in milliseconds, unless the storage below keeps its first sync waiting: seen for half a minute."""
 _ANSWER_DEADLINE_S: Final = 30.0
 _GIVE_UP_S: Final = 5.0
 _LINE_LIMIT_BYTES: Final = 256 * 1024
