@@ -14,6 +14,7 @@ from mullion.cli.lazy import Entry, LazyGroup
 ENTRIES: Final = {
     "create": Entry("mullion.cli.vhd.create:create", "Create a fixed, dynamic or differencing disk."),
     "serve": Entry("mullion.cli.vhd.serve:serve", "Serve a disk to other programs as NBD, on a unix socket."),
+    "merge": Entry("mullion.cli.vhd.merge:merge", "Merge a differencing disk into its parent, or a range of a chain."),
 }
 
 
