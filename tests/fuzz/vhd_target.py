@@ -1,4 +1,7 @@
-"""The fuzz target for VHD files: whatever the bytes are, a typed error or a disk that can be read; nothing written.
+"""The fuzz target for VHD files: opening, reading, checking and repairing one of any bytes.
+
+A typed error or a disk that can be read; a check that agrees with it; nothing written, until a repair is asked for, and
+then a disk that is what the check had promised.
 
 Run it for long with atheris: `python tests/fuzz/vhd_target.py tests/fuzz/vhd_corpus`. pytest runs the same function on
 the corpus and on mutations of it (`test_vhd_fuzz.py`).
@@ -19,7 +22,10 @@ from collections.abc import Iterator
 from mullion.base.block import Extent
 from mullion.base.errors import MullionError
 from mullion.vhd import Chain, create_dynamic, inspect_chain, open_chain
+from mullion.vhd.check import Report, check_disk
+from mullion.vhd.findings import Verdict
 from mullion.vhd.layout import Footer, checksum
+from mullion.vhd.repair import repair_disk
 
 READ_LIMIT_BYTES = 1 << 20
 PARENT_ID = b"\x11" * 16
@@ -54,9 +60,10 @@ def repair_checksums(raw: bytearray) -> None:
 
 
 def check_file(raw: bytes) -> bool:
-    """Open, inspect and read a file of these bytes beside a good parent; says whether it could be read.
+    """Open, read and check a file of these bytes beside a good parent; says whether it could be read.
 
-    Raises: what must never be raised.
+    The lowest bit of the first byte makes the checksums right, the next one has the file repaired for real at the end,
+    the third one inspected, and its repair planned: what costs time is not done with every file. Raises: what must never be raised.
     """
     if not raw:
         return False
@@ -67,30 +74,79 @@ def check_file(raw: bytes) -> bool:
     with open(path, "wb") as file:
         file.write(data)
     try:
-        read_all(path)
+        if raw[0] & 4:
+            inspect(path)
+        content = read_all(path)
     except MullionError as error:
         complain_without_remedy(error)
-        return False
-    finally:
-        with open(path, "rb") as file:
-            assert file.read() == data, "the file was changed"
-    return True
+        content = None
+    report = check_disk(path)
+    judge(report, content)
+    if report.files[0].verdict is Verdict.REPAIRABLE or raw[0] & 4:
+        planned = repair_disk(path, allow_loss=has_losses(report), dry_run=True)
+        assert planned.actions or planned.before.verdict is not Verdict.REPAIRABLE
+    with open(path, "rb") as file:
+        assert file.read() == data, "the file was changed"
+    if raw[0] & 2:
+        repair(path, report, content)
+    return content is not None
 
 
-def read_all(path: str) -> None:
-    """Everything that a reader does with a disk. Raises: MullionError when it cannot be opened."""
+def inspect(path: str) -> None:
     for file_info in inspect_chain(path).files:
         assert file_info.size_bytes > 0
+
+
+def judge(report: Report, content: list[bytes | None] | None) -> None:
+    """Does the verdict agree with what reading came to?"""
+    if report.verdict is Verdict.SOUND:
+        assert content is not None, "a sound disk was refused"
+        assert None not in content, "a sound disk could not be read"
+    for problem in report.problems:
+        assert problem.what
+        assert problem.remedy
+        assert problem.offset >= 0
+    assert any(problem.severity == "error" for problem in report.problems) == (report.verdict is not Verdict.SOUND)
+
+
+def has_losses(report: Report) -> bool:
+    """Does the first file need consent?"""
+    return any(problem.cure == "consent" for problem in report.files[0].problems)
+
+
+def repair(path: str, report: Report, content: list[bytes | None] | None) -> None:
+    """A repairable file is sound after its repair, and reads what could be read before."""
+    backup = f"{_FOLDER}/backup"
+    done = repair_disk(path, allow_loss=has_losses(report), backup=backup)
+    if done.backup is not None:
+        os.unlink(backup)
+    if report.files[0].verdict is not Verdict.BROKEN:
+        assert done.after.verdict is Verdict.SOUND, done
+    if content is not None:
+        for before, after in zip(content, read_all(path), strict=True):
+            assert before is None or before == after, "a repair changed what the disk holds"
+
+
+def read_all(path: str) -> list[bytes | None]:
+    """Everything that a reader does with a disk: its start and its end in pieces, None for one that cannot be read.
+
+    Raises: MullionError when the disk cannot be opened.
+    """
+    pieces: list[bytes | None] = []
     with open_chain(path, read_only=True) as chain:
         size = chain.size_bytes
         buffer = bytearray(4096)
         for offset in (*range(0, min(size, READ_LIMIT_BYTES), 4096), max(0, size - 4096)):
+            part = memoryview(buffer)[: min(4096, size - offset)]
             try:
-                chain.pread(offset, memoryview(buffer)[: min(4096, size - offset)])
+                chain.pread(offset, part)
+                pieces.append(bytes(part))
             except MullionError as error:
                 complain_without_remedy(error)
+                pieces.append(None)
         with contextlib.suppress(MullionError):
             check_extents(chain.extents(0, min(size, READ_LIMIT_BYTES)), chain)
+    return pieces
 
 
 def check_extents(extents: Iterator[Extent], chain: Chain) -> None:

@@ -94,6 +94,7 @@ class Kind(Enum):
     AZURE_SIZE = "azure-size", "footer", Cure.COMMAND
     AZURE_LIMIT = "azure-limit", "footer", Cure.NONE
     AZURE_FOOTER = "azure-footer", "footer", Cure.COMMAND
+    AZURE_BAT = "azure-bat", "BAT", Cure.COMMAND
 
     def __init__(self, code: str, structure: str, cure: Cure, keeps_from_writing: bool = False) -> None:
         self.code = code

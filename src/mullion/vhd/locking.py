@@ -68,3 +68,9 @@ def read_holder(fd: int) -> str | None:
         return None
     text = raw[:_HOLDER_LIMIT].decode(errors="replace")
     return "".join(char if char.isprintable() else "?" for char in text) or None
+
+
+def is_locked_for_writing(fd: int) -> bool:
+    """Has somebody else the file open for writing? Asked without taking a lock, so it may change at once."""
+    asked = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, LOCK_OFFSET, LOCK_BYTES, 0))
+    return bool(_FLOCK.unpack(asked)[0] != fcntl.F_UNLCK)

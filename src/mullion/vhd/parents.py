@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -56,6 +56,8 @@ class ParentName:
     source: str
     path: str | None
     complaint: str | None = None
+    is_broken: bool = False
+    """Can nothing be read there? Else it says something that does not lead to a file of this host."""
 
 
 def real_path(fd: int) -> str:
@@ -86,7 +88,7 @@ def parent_names(image: Image, folder: str) -> Iterator[ParentName]:
                 yield _from_locator(image, locator, folder)
     name = header.parent_name
     if name is None:
-        yield ParentName("parent name", None, "is not UTF-16")
+        yield ParentName("parent name", None, "is not UTF-16", is_broken=True)
     elif base := name.replace("\\", "/").rstrip("/").rpartition("/")[2]:
         yield ParentName("parent name", os.path.join(folder, base), None)
 
@@ -95,16 +97,18 @@ def _from_locator(image: Image, locator: ParentLocator, folder: str) -> ParentNa
     source = f"locator {locator.platform.decode('ascii', 'replace')}"
     space, length = locator.space_bytes, locator.data_length
     if space is None or not 0 < length <= MAX_LOCATOR_BYTES:
-        return ParentName(source, None, f"has an impossible size (data length {length}, space {locator.data_space})")
+        return ParentName(
+            source, None, f"has an impossible size (data length {length}, space {locator.data_space})", is_broken=True
+        )
     raw = os.pread(image.fd, length, locator.data_offset) if locator.data_offset < 1 << 62 else b""
     if len(raw) != length:
-        return ParentName(source, None, "lies outside the file")
+        return ParentName(source, None, "lies outside the file", is_broken=True)
     try:
         text = raw.decode("utf-8" if locator.platform == b"MacX" else "utf-16-le").rstrip("\0")
     except UnicodeDecodeError:
-        return ParentName(source, None, "is not text")
+        return ParentName(source, None, "is not text", is_broken=True)
     if "\0" in text or not text:
-        return ParentName(source, None, "is not a path")
+        return ParentName(source, None, "is not a path", is_broken=True)
     if locator.platform == b"MacX":
         return _from_url(source, text)
     return _from_windows(source, text, folder)
@@ -130,38 +134,22 @@ def _from_windows(source: str, text: str, folder: str) -> ParentName:
     return ParentName(source, os.path.normpath(os.path.join(folder, path)))
 
 
+Loader = Callable[[int, str], Image]
+"""Makes an image of an open file, as `load_image` does: raises what refuses the file."""
+
+
 def open_parents(
     top: Image, *, allowed_dirs: Sequence[str] | None, limit: int = CHAIN_LIMIT, lock: bool = False
 ) -> list[Image]:
     """The whole chain of an open file, top first.
 
-    `allowed_dirs` are the folders in which parents may lie; by default the top's own and those that were trusted. With
-    `lock` each parent is locked for reading before its structures are read. On an error the parents opened so far are
-    closed, the top stays the caller's.
-
-    Raises: ParentNotFoundError, ParentMismatchError, ParentRefusedError, ChainCycleError, ChainTooDeepError, VhdError.
+    Arguments and errors are those of `walk_parents`. On an error the parents opened so far are closed, the top stays
+    the caller's.
     """
     images = [top]
-    first = os.path.dirname(real_path(top.fd))
-    allowed = [os.path.realpath(folder) for folder in allowed_dirs] if allowed_dirs is not None else [first]
-    seen = {_identity(top.fd)}
     try:
-        while images[-1].kind is DiskType.DIFFERENCING:
-            child = images[-1]
-            if len(images) >= limit:
-                raise ChainTooDeepError(
-                    f"{top.path}: the chain has more than {limit} files", path=top.path, structure="chain"
-                )
-            trusted = _trusted_folder(child.fd) if allowed_dirs is None else []
-            parent = find_parent(child, [*allowed, *trusted], lock=lock)
-            identity = _identity(parent.fd)
-            if identity in seen:
-                parent.close()
-                raise ChainCycleError(
-                    f"{child.path}: its parent {parent.path} is also its child", path=child.path, structure="chain"
-                )
-            seen.add(identity)
-            images.append(parent)
+        for parent in walk_parents(top, allowed_dirs=allowed_dirs, limit=limit, lock=lock):
+            images.append(parent)  # noqa: PERF402  # what was opened before an error must be known
     except BaseException:
         for image in images[1:]:
             image.close()
@@ -169,7 +157,44 @@ def open_parents(
     return images
 
 
-def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False) -> Image:
+def walk_parents(
+    top: Image,
+    *,
+    allowed_dirs: Sequence[str] | None,
+    limit: int = CHAIN_LIMIT,
+    lock: bool = False,
+    load: Loader = load_image,
+) -> Iterator[Image]:
+    """Open one parent after the other, down to the end of the chain; each is the caller's to close.
+
+    `allowed_dirs` are the folders in which parents may lie; by default the top's own and those that were trusted. With
+    `lock` each parent is locked for reading before its structures are read.
+
+    Raises: ParentNotFoundError, ParentMismatchError, ParentRefusedError, ChainCycleError, ChainTooDeepError, VhdError.
+    """
+    first = os.path.dirname(real_path(top.fd))
+    allowed = [os.path.realpath(folder) for folder in allowed_dirs] if allowed_dirs is not None else [first]
+    seen = {_identity(top.fd)}
+    child = top
+    while child.kind is DiskType.DIFFERENCING:
+        if len(seen) >= limit:
+            raise ChainTooDeepError(
+                f"{top.path}: the chain has more than {limit} files", path=top.path, structure="chain"
+            )
+        trusted = _trusted_folder(child.fd) if allowed_dirs is None else []
+        parent = find_parent(child, [*allowed, *trusted], lock=lock, load=load)
+        identity = _identity(parent.fd)
+        if identity in seen:
+            parent.close()
+            raise ChainCycleError(
+                f"{child.path}: its parent {parent.path} is also its child", path=child.path, structure="chain"
+            )
+        seen.add(identity)
+        yield parent
+        child = parent
+
+
+def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False, load: Loader = load_image) -> Image:
     """Open the parent of a differencing disk; `allowed` are real paths of folders."""
     header = child.header
     assert header is not None
@@ -186,7 +211,7 @@ def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False) -> 
             continue
         tried.add(name.path)
         try:
-            parent = _open_parent(name.path, allowed, lock=lock)
+            parent = _open_parent(name.path, allowed, lock=lock, load=load)
             check_parent(child, parent)
         except NotFoundError:
             complaints.append(f"{name.source}: there is no {_shown(name.path)}")
@@ -218,7 +243,7 @@ def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False) -> 
     )
 
 
-def _open_parent(path: str, allowed: Sequence[str], *, lock: bool) -> Image:
+def _open_parent(path: str, allowed: Sequence[str], *, lock: bool, load: Loader) -> Image:
     # What lies outside the allowed folders is not even opened, so that an error cannot tell whether it exists.
     if not _is_inside(os.path.realpath(path), allowed):
         raise _outside(path, allowed)
@@ -228,7 +253,7 @@ def _open_parent(path: str, allowed: Sequence[str], *, lock: bool) -> Image:
             raise _outside(path, allowed)
         if lock:
             lock_file(fd, path, for_writing=False)
-        return load_image(fd, path)
+        return load(fd, path)
     except BaseException:
         os.close(fd)
         raise
