@@ -19,8 +19,18 @@ from mullion.base.units import SECTOR_BYTES
 MAX_OWNERS: Final = 255
 """An owner map has one byte a unit."""
 
-_PLANES: Final = tuple(bytes(1 << bit if char == 0x31 else 0 for char in range(256)) for bit in range(8))
 _WHOLE_PLANES: Final = tuple(bytes(1 << bit if char == 0xFF else 0 for char in range(256)) for bit in range(8))
+_PAIRS: Final = tuple(
+    tuple(
+        bytes((char >> 7 - first & 1) << 4 + bit | (char >> 6 - first & 1) << bit for char in range(256))
+        for bit in range(4)
+    )
+    for first in (0, 2, 4, 6)
+)
+"""For sectors `first` and `first` + 1 of a byte of plane `bit`: their bits in the high and the low half of a byte."""
+_HIGH: Final = bytes(char >> 4 for char in range(256))
+_LOW: Final = bytes(char & 15 for char in range(256))
+_SHIFTED: Final = bytes(char << 4 & 255 for char in range(256))
 _RUNS: Final = re.compile(rb"(.)\1*", re.DOTALL)
 
 
@@ -59,12 +69,24 @@ def owner_map(masks: Sequence[int], sectors: int) -> tuple[bytes, int]:
             if number >> bit & 1:
                 plane |= bits
         planes.append(plane)
-    if sectors % 8 == 0:
-        raw_planes = [plane.to_bytes(sectors // 8, "big") for plane in planes]
-        if not any(raw.translate(None, b"\x00\xff") for raw in raw_planes):
-            return _merge([raw.translate(_WHOLE_PLANES[bit]) for bit, raw in enumerate(raw_planes)]), 8
-    form = f"0{sectors}b"
-    return _merge([format(plane, form).encode().translate(_PLANES[bit]) for bit, plane in enumerate(planes)]), 1
+    room = -(-sectors // 8)
+    raw_planes = [(plane << room * 8 - sectors).to_bytes(room, "big") for plane in planes]
+    if sectors % 8 == 0 and not any(raw.translate(None, b"\x00\xff") for raw in raw_planes):
+        return _merge([raw.translate(_WHOLE_PLANES[bit]) for bit, raw in enumerate(raw_planes)]), 8
+    halves = [_spread(raw_planes[:4])]
+    if raw_planes[4:]:  # more than 15 owners
+        halves.append(_spread(raw_planes[4:]).translate(_SHIFTED))
+    return _merge(halves)[:sectors], 1
+
+
+def _spread(planes: Sequence[bytes]) -> bytes:
+    """A byte for each sector, with its bits of at most four planes; two sectors at a time share a byte on the way."""
+    spread = bytearray(len(planes[0]) * 8)
+    for first, tables in zip((0, 2, 4, 6), _PAIRS, strict=True):
+        pairs = _merge([raw.translate(table) for raw, table in zip(planes, tables, strict=False)])
+        spread[first::8] = pairs.translate(_HIGH)
+        spread[first + 1 :: 8] = pairs.translate(_LOW)
+    return bytes(spread)
 
 
 def _merge(planes: Sequence[bytes]) -> bytes:
@@ -81,3 +103,11 @@ def runs(owners: bytes) -> Iterator[tuple[int, int, int]]:
     for match in _RUNS.finditer(owners):
         start, end = match.span()
         yield owners[start], start, end - start
+
+
+def set_runs(bits: int, sectors: int) -> Iterator[tuple[int, int]]:
+    """The runs of set bits of a bitmap: (first sector, sectors)."""
+    owners, unit = owner_map((bits,), sectors)
+    for owner, first, count in runs(owners):
+        if owner:
+            yield first * unit, count * unit
