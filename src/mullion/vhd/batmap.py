@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
@@ -60,7 +61,7 @@ class Batmap:
     def covers(self, blocks: int) -> bool:
         return len(self.bits) * 8 >= blocks
 
-    def without(self, blocks: list[int]) -> Self:
+    def without(self, blocks: Iterable[int]) -> Self:
         """The same with the bits of these blocks clear."""
         bits = bytearray(self.bits)
         for block in blocks:

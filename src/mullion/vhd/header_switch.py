@@ -72,6 +72,12 @@ def end_file(image: Image, file_io: FileIO) -> None:
     reload(image)
 
 
+def is_away(image: Image) -> bool:
+    """Is the header where a change that was cut off left it, and could it go home?"""
+    header = image.header
+    return header is not None and image.footer.data_offset != HOME and is_home_free(image, header, ())
+
+
 def is_home_free(image: Image, header: DynamicHeader, pieces: Iterable[Piece]) -> bool:
     """May the header lie at its usual place? True as well when that is where it is."""
     at = image.footer.data_offset

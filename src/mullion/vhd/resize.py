@@ -37,7 +37,7 @@ from mullion.vhd.create import DATA_ALIGNMENT, MAX_SIZE_BYTES
 from mullion.vhd.fileio import SYSTEM, FileIO
 from mullion.vhd.geometry import Geometry
 from mullion.vhd.gpt import Gpt, GptError, leftover_range, load_gpt, move_backup
-from mullion.vhd.header_switch import Piece, switch_header
+from mullion.vhd.header_switch import Piece, is_away, switch_header
 from mullion.vhd.image import Image
 from mullion.vhd.layout import FOOTER_BYTES, DiskType, Footer
 from mullion.vhd.offline import open_for_change, reload
@@ -85,11 +85,16 @@ def resize(
         if size_bytes < old_bytes:
             _prepare_shrink(chain, size_bytes, progress)
         chain.settle()
-        if size_bytes != old_bytes or (image.header is None and image.size_bytes != image.footer_offset):
+        if size_bytes != old_bytes or _is_half_done(image):
             _change(image, size_bytes, file_io)
             chain.renew()
         table, problem = _finish_table(chain, may_write=not children)
         return Resized(path, old_bytes, size_bytes, table, problem)
+
+
+def _is_half_done(image: Image) -> bool:
+    """Did a change of the file end before its last step?"""
+    return is_away(image) if image.header is not None else image.size_bytes != image.footer_offset
 
 
 def _check_size(image: Image, size_bytes: int) -> None:
