@@ -20,14 +20,6 @@ MAX_OWNERS: Final = 255
 """An owner map has one byte a unit."""
 
 _WHOLE_PLANES: Final = tuple(bytes(1 << bit if char == 0xFF else 0 for char in range(256)) for bit in range(8))
-_PAIRS: Final = tuple(
-    tuple(
-        bytes((char >> 7 - first & 1) << 4 + bit | (char >> 6 - first & 1) << bit for char in range(256))
-        for bit in range(4)
-    )
-    for first in (0, 2, 4, 6)
-)
-"""For sectors `first` and `first` + 1 of a byte of plane `bit`: their bits in the high and the low half of a byte."""
 _HIGH: Final = bytes(char >> 4 for char in range(256))
 _LOW: Final = bytes(char & 15 for char in range(256))
 _SHIFTED: Final = bytes(char << 4 & 255 for char in range(256))
@@ -70,22 +62,35 @@ def owner_map(masks: Sequence[int], sectors: int) -> tuple[bytes, int]:
                 plane |= bits
         planes.append(plane)
     room = -(-sectors // 8)
-    raw_planes = [(plane << room * 8 - sectors).to_bytes(room, "big") for plane in planes]
-    if sectors % 8 == 0 and not any(raw.translate(None, b"\x00\xff") for raw in raw_planes):
-        return _merge([raw.translate(_WHOLE_PLANES[bit]) for bit, raw in enumerate(raw_planes)]), 8
-    halves = [_spread(raw_planes[:4])]
-    if raw_planes[4:]:  # more than 15 owners
-        halves.append(_spread(raw_planes[4:]).translate(_SHIFTED))
+    planes = [plane << room * 8 - sectors for plane in planes]
+    if sectors % 8 == 0:
+        raw_planes = [plane.to_bytes(room, "big") for plane in planes]
+        if not any(raw.translate(None, b"\x00\xff") for raw in raw_planes):
+            return _merge([raw.translate(_WHOLE_PLANES[bit]) for bit, raw in enumerate(raw_planes)]), 8
+    halves = [_spread(planes[:4], room)]
+    if planes[4:]:  # more than 15 owners
+        halves.append(_spread(planes[4:], room).translate(_SHIFTED))
     return _merge(halves)[:sectors], 1
 
 
-def _spread(planes: Sequence[bytes]) -> bytes:
-    """A byte for each sector, with its bits of at most four planes; two sectors at a time share a byte on the way."""
-    spread = bytearray(len(planes[0]) * 8)
-    for first, tables in zip((0, 2, 4, 6), _PAIRS, strict=True):
-        pairs = _merge([raw.translate(table) for raw, table in zip(planes, tables, strict=False)])
-        spread[first::8] = pairs.translate(_HIGH)
-        spread[first + 1 :: 8] = pairs.translate(_LOW)
+def _spread(planes: Sequence[int], room: int) -> bytes:
+    """A byte for each sector, with its bits of at most four planes of `room` bytes, the first one's lowest.
+
+    In each half of a byte the planes are a matrix of four rows and columns of bits, which is transposed for all halves
+    at once (two rounds of exchanging blocks); then a row holds every fourth sector's number.
+    """
+    rows = [*reversed([*planes, 0, 0, 0][:4])]
+    for shift, pattern, pairs in ((2, b"\xcc", ((0, 2), (1, 3))), (1, b"\xaa", ((0, 1), (2, 3)))):
+        high = int.from_bytes(pattern * room, "big")
+        for upper, lower in pairs:
+            swapped = (rows[upper] << shift ^ rows[lower]) & high
+            rows[lower] ^= swapped
+            rows[upper] ^= swapped >> shift
+    spread = bytearray(room * 8)
+    for sector, row in enumerate(rows):
+        raw = row.to_bytes(room, "big")
+        spread[sector::8] = raw.translate(_HIGH)
+        spread[sector + 4 :: 8] = raw.translate(_LOW)
     return bytes(spread)
 
 

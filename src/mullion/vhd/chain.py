@@ -164,12 +164,12 @@ class Chain:
         within = offset & self._mask
         if 0 < length <= self._mask + 1 - within and offset + length <= self._size and len(buffers) <= IOV_LIMIT:
             place = self.direct_read.get(granule)
-            if place is None and (levels := self._map.mixed.get(granule)) is not None:
+            if place is None and (levels := self.mixed_read.get(granule)) is not None:
                 owners, unit_shift, places = levels[0]
                 first, last = within >> unit_shift, (within + length - 1) >> unit_shift
                 owner = owners[first]
                 if first == last or owners.count(owner, first, last + 1) == last + 1 - first:
-                    self._map.used.add(granule)
+                    self.mixed_used.add(granule)
                     place = places[owner]
             if place is not None and os.preadv(place[0], buffers, place[1] + within) == length:
                 return
