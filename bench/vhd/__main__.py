@@ -5,9 +5,10 @@ from typing import Final
 
 import bench.vhd
 from bench.runner import Benchmarks, run_benchmarks
-from bench.vhd import children
+from bench.vhd import children, convert
 
 BENCHMARKS: Final[Benchmarks] = {
+    "convert": convert.run,
     "children": children.run,
 }
 

@@ -5,11 +5,64 @@ Invariant: what is written is a VHD, whose engine knows how to write it safely.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from mullion.base.block import BlockDevice
+from mullion.base.errors import InvalidError
 from mullion.vhd import open_chain
+from mullion.vhd.rawfile import RawFile
+
+_NAMES: Final = {".vhd": "vhd", ".vhdx": "vhdx", ".vmdk": "vmdk", ".qcow2": "qcow2", ".vdi": "vdi", ".ova": "ova"}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSource:
+    """A disk that is open for reading."""
+
+    device: BlockDevice
+    format: str
+    """One of `foreign.FORMATS`."""
+    paths: tuple[str, ...]
+    """Its files, as far as they are known."""
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def open_source(
+    path: str,
+    *,
+    source_format: str | None = None,
+    allowed_dirs: Sequence[str] | None = None,
+) -> Iterator[OpenSource]:
+    """Open a disk of any format for reading: a VHD with its parents, a raw file, or what `foreign` reads.
+
+    Without `source_format` the content says what it is, never the name. But where the content says nothing, which means
+    raw, and the name does, the file is refused: a damaged disk must not be taken for the content of one.
+    Raises: what `open_chain`, `RawFile` and `open_foreign` raise; InvalidError.
+    """
+    from mullion.media.foreign import detect_format, open_foreign
+
+    kind = source_format or detect_format(path)
+    if kind == "vhd":
+        with open_chain(path, read_only=True, allowed_dirs=allowed_dirs) as chain:
+            yield OpenSource(chain, kind, chain.paths, chain.warnings)
+    elif kind == "raw":
+        claimed = _NAMES.get(os.path.splitext(path)[1].lower())
+        if source_format is None and claimed is not None:
+            raise InvalidError(
+                f"{path} has the name of a {claimed} disk, but nothing in it says so",
+                remedy="If it holds a raw disk, say --from raw; else restore the file from a backup.",
+                path=path,
+            )
+        with RawFile(path) as raw:
+            yield OpenSource(raw, kind, raw.paths)
+    else:
+        with open_foreign(path, kind) as device:
+            yield OpenSource(device, kind, (path,))
 
 
 def open_disk(

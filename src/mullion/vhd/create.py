@@ -49,8 +49,9 @@ DATA_ALIGNMENT: Final = 4 * KIB
 _CREATOR: Final = b"win "
 _CREATOR_VERSION: Final = 0x000A_0000
 _HOST_OS: Final = b"Wi2k"
-_HEADER_OFFSET: Final = FOOTER_BYTES
-_BODY_OFFSET: Final = _HEADER_OFFSET + HEADER_BYTES
+HEADER_OFFSET: Final = FOOTER_BYTES
+BODY_OFFSET: Final = HEADER_OFFSET + HEADER_BYTES
+"""Where a new dynamic disk has its BAT."""
 LOCATOR_OFFSET: Final = 2048
 """Where a new child has the texts of its parent locators; the BAT follows."""
 
@@ -65,7 +66,7 @@ def create_fixed(path: str, size_bytes: int, *, preallocate: bool = False, durab
 
     Raises: InvalidError for a size that is not a multiple of 512 up to 2040 GiB; AlreadyExistsError; OSError.
     """
-    footer = _new_footer(DiskType.FIXED, size_bytes, ALL_ONES)
+    footer = new_footer(DiskType.FIXED, size_bytes, ALL_ONES)
     with new_file(path, durable=durable) as fd:
         if preallocate:
             os.posix_fallocate(fd, 0, size_bytes + FOOTER_BYTES)
@@ -78,9 +79,9 @@ def create_dynamic(path: str, size_bytes: int, *, block_bytes: int = DEFAULT_BLO
 
     Raises: InvalidError for an impossible size or block size; AlreadyExistsError; OSError.
     """
-    footer = _new_footer(DiskType.DYNAMIC, size_bytes, _HEADER_OFFSET)
-    entries = _count_blocks(size_bytes, block_bytes)
-    header = DynamicHeader(_BODY_OFFSET, entries, block_bytes)
+    footer = new_footer(DiskType.DYNAMIC, size_bytes, HEADER_OFFSET)
+    entries = count_blocks(size_bytes, block_bytes)
+    header = DynamicHeader(BODY_OFFSET, entries, block_bytes)
     with new_file(path, durable=durable) as fd:
         _write_sparse(fd, footer, header, [])
 
@@ -107,11 +108,11 @@ def create_differencing(
     if block_bytes is None:
         block_bytes = parent.block_bytes if parent.header else DEFAULT_BLOCK_BYTES
     folder = os.path.realpath(os.path.dirname(path) or ".")
-    footer = _new_footer(DiskType.DIFFERENCING, size_bytes, _HEADER_OFFSET)
+    footer = new_footer(DiskType.DIFFERENCING, size_bytes, HEADER_OFFSET)
     texts, locators, body = name_parent(parent_real, folder, LOCATOR_OFFSET)
     header = DynamicHeader(
         body,
-        _count_blocks(size_bytes, block_bytes),
+        count_blocks(size_bytes, block_bytes),
         block_bytes,
         parent.footer.unique_id,
         0,  # as Windows 10 does: the file's modification time changes with every copy
@@ -123,7 +124,8 @@ def create_differencing(
         trust_folder(fd, os.path.dirname(parent_real))
 
 
-def _new_footer(kind: DiskType, size_bytes: int, data_offset: int) -> Footer:
+def new_footer(kind: DiskType, size_bytes: int, data_offset: int) -> Footer:
+    """The footer of a new disk, with an id of its own. Raises: InvalidError for an impossible size."""
     if size_bytes <= 0 or size_bytes % SECTOR_BYTES or size_bytes > MAX_SIZE_BYTES:
         raise InvalidError(
             f"a VHD cannot have {size_bytes} bytes",
@@ -148,7 +150,8 @@ def _new_footer(kind: DiskType, size_bytes: int, data_offset: int) -> Footer:
     )
 
 
-def _count_blocks(size_bytes: int, block_bytes: int) -> int:
+def count_blocks(size_bytes: int, block_bytes: int) -> int:
+    """Exactly as many as the size needs. Raises: InvalidError for an impossible block size, or too many."""
     if not MIN_BLOCK_BYTES <= block_bytes <= MAX_BLOCK_BYTES or block_bytes & (block_bytes - 1):
         raise InvalidError(
             f"a block cannot have {block_bytes} bytes",

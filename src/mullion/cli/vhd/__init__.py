@@ -13,8 +13,21 @@ from mullion.cli.lazy import Entry, LazyGroup
 
 ENTRIES: Final = {
     "create": Entry("mullion.cli.vhd.create:create", "Create a fixed, dynamic or differencing disk."),
+    "convert": Entry("mullion.cli.vhd.convert:convert", "Copy a disk of any format into a new VHD or raw file."),
+    "flatten": Entry("mullion.cli.vhd.convert:flatten", "Copy a chain into one file without parents."),
+    "clone": Entry("mullion.cli.vhd.convert:clone", "Copy a disk file as it is, with an identity of its own."),
+    "hash": Entry(
+        "mullion.cli.vhd.content:hash_disks", "Print the SHA-256 of disks' contents, whatever files they are in."
+    ),
+    "read": Entry("mullion.cli.vhd.content:read", "Print bytes of a disk's content to standard output."),
+    "write": Entry("mullion.cli.vhd.content:write", "Write standard input into a disk's content."),
+    "check": Entry("mullion.cli.vhd.check:check", "Check every structure of a disk and of its parents."),
+    "repair": Entry("mullion.cli.vhd.check:repair", "Mend a damaged disk file, without loss unless it is allowed."),
     "serve": Entry("mullion.cli.vhd.serve:serve", "Serve a disk to other programs as NBD, on a unix socket."),
     "merge": Entry("mullion.cli.vhd.merge:merge", "Merge a differencing disk into its parent, or a range of a chain."),
+    "ls": Entry("mullion.cli.vhd.files:ls", "List the files inside a disk, or its volumes."),
+    "cat": Entry("mullion.cli.vhd.files:cat", "Print a file inside a disk."),
+    "get": Entry("mullion.cli.vhd.files:get", "Copy files and folders out of a disk."),
 }
 
 

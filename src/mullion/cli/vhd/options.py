@@ -13,6 +13,9 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 DISK: Final = click.Path(dir_okay=True, path_type=str)
 """A path as it was typed; what is wrong with it is the engine's to say."""
 
+FORMATS: Final = ("vhd", "raw", "vhdx", "vmdk", "qcow2", "qcow", "qed", "vdi", "parallels", "ova")
+"""Those of `media.foreign.FORMATS` that a person may name, repeated here because importing them takes time."""
+
 
 def allow_option(command: _Command) -> _Command:
     """Where parents may lie, beside the folder of the disk itself."""
@@ -23,6 +26,17 @@ def allow_option(command: _Command) -> _Command:
         metavar="FOLDER",
         type=click.Path(exists=True, file_okay=False, path_type=str),
         help="A folder in which parents may lie, beside the disk's own and those its maker named. May be repeated.",
+    )(command)
+
+
+def from_option(command: _Command) -> _Command:
+    """What the source is, for the rare file whose content does not say it."""
+    return click.option(
+        "--from",
+        "source_format",
+        metavar="FORMAT",
+        type=click.Choice(FORMATS),
+        help="The format of the file; default: what its content says. A raw disk may begin with anything.",
     )(command)
 
 

@@ -1,0 +1,42 @@
+"""What the storage refuses, as an error that a person can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from typing import Final
+
+from mullion.base.errors import DeniedError, MullionError, NoSpaceError, OperationFailedError
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def explained(error: OSError, path: str) -> MullionError:
+    """The error for what the system said about a file."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return NoSpaceError(f"{path} cannot be written: {reason}", path=path)
+    if error.errno == errno.EFBIG:
+        return NoSpaceError(
+            f"{path} cannot be written: {reason}",
+            path=path,
+            remedy="The filesystem, or a limit of this user (`ulimit -f`), does not allow files of that size.",
+        )
+    if error.errno in _FORBIDDEN:
+        return DeniedError(f"{path}: {reason}", path=path)
+    return OperationFailedError(
+        f"{path}: {reason}", path=path, remedy="Look into the host's log (`dmesg`): its storage reports this."
+    )
+
+
+@contextlib.contextmanager
+def storage_explained(path: str) -> Iterator[None]:
+    """An OSError of the block becomes a MullionError that names the file; that a pipe's reader left stays as it is."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise explained(error, path) from error
