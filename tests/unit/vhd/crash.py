@@ -16,7 +16,7 @@ Operation = Callable[[str, RecordingIO], object]
 Check = Callable[[str, bool], None]
 """Of the disk's path and whether the operation had ended."""
 
-POWER_CUTS = 3
+POWER_CUTS = 2
 
 
 def content_of(path: str) -> bytes:
