@@ -5,11 +5,13 @@ from typing import Final
 
 import bench.vhd
 from bench.runner import Benchmarks, run_benchmarks
-from bench.vhd import children, convert
+from bench.vhd import children, convert, depth, nbd
 
 BENCHMARKS: Final[Benchmarks] = {
     "convert": convert.run,
     "children": children.run,
+    "depth": depth.run,
+    "nbd": nbd.run,
 }
 
 if __name__ == "__main__":
