@@ -6,7 +6,7 @@ where one is known, and the context (path, offset, partition) as named attribute
 
 Exit codes: 1 our own fault · 2 wrong usage · 3 not found · 4 conflict · 5 invalid input · 6 wrong state · 7 service or
 tool unavailable · 8 disk damaged · 9 no space or memory left · 12 not permitted · 13 deadline passed · 14 operation
-failed or cancelled. 10 and 11 are reserved.
+failed or cancelled. 10 and 11 are verdicts of `mullion vhd check`: repairable, broken.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ Not handled: the blocks' data and the sector bitmaps of a dynamic disk are not l
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from operator import ge, sub
 from typing import Final
@@ -34,6 +34,7 @@ from mullion.vhd.errors import (
     ParentRefusedError,
     VhdError,
 )
+from mullion.vhd.facts import Facts, describe
 from mullion.vhd.findings import Finding, Kind, Verdict, verdict_of
 from mullion.vhd.image import Image, open_file
 from mullion.vhd.layout import HEADER_BYTES, LOCATORS, DiskType
@@ -45,6 +46,7 @@ from mullion.vhd.structures import bat_end
 AZURE_MAX_BYTES: Final = 4095 * GIB
 """The largest disk of Azure."""
 
+_WORST_FIRST: Final = (Verdict.BROKEN, Verdict.REPAIRABLE, Verdict.SOUND)
 _SHOWN_ENTRIES: Final = 32
 _SET_ENTRIES: Final = 1 << 17
 
@@ -85,8 +87,10 @@ class FileReport:
     verdict: Verdict
     problems: tuple[Problem, ...]
     type: str | None
-    """None when the file could not be made out at all, as the size then."""
+    """None when the file could not be made out at all, as the size and the facts then."""
     size_bytes: int | None
+    facts: Facts | None = None
+    """What the file says about itself, where that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,7 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """The worst of all files."""
-        order = (Verdict.BROKEN, Verdict.REPAIRABLE, Verdict.SOUND)
-        return min((file.verdict for file in self.files), key=order.index)
+        return min((file.verdict for file in self.files), key=_WORST_FIRST.index)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -115,28 +118,34 @@ def check_disk(
     *,
     parents: bool = True,
     azure: bool = False,
+    facts: bool = False,
     allowed_dirs: Sequence[str] | None = None,
     limit: int = CHAIN_LIMIT,
 ) -> Report:
     """Check a file, and its parents unless they are left out.
 
-    `azure` adds what Azure would refuse. `allowed_dirs` and `limit` are those of `open_chain`. Whatever the file holds
-    is reported, not raised. Raises: NotFoundError, DeniedError; NotVhdError when it is not a regular file; OSError.
+    `azure` adds what Azure would refuse, `facts` what the files say about themselves. `allowed_dirs` and `limit` are
+    those of `open_chain`. Whatever the file holds is reported, not raised.
+
+    Raises: NotFoundError, DeniedError; NotVhdError when it is not a regular file; OSError.
     """
     fd = open_file(path)
     try:
         top = examine(fd, path)
         if not isinstance(top, Image):
             return Report((_report(path, top, None),))
-        files = _check_chain(top, allowed_dirs, limit) if parents else [_judge(top)]
         if azure:
-            files[0] = _report(path, [*_judged(top), *find_azure_obstacles(top)], top)
+            top.findings += find_azure_obstacles(top)
+        judge = _judge_and_describe if facts else _judge
+        files = _check_chain(top, judge, allowed_dirs, limit) if parents else [judge(top)]
         return Report(tuple(files))
     finally:
         os.close(fd)
 
 
-def _check_chain(top: Image, allowed_dirs: Sequence[str] | None, limit: int) -> list[FileReport]:
+def _check_chain(
+    top: Image, judge: Callable[[Image], FileReport], allowed_dirs: Sequence[str] | None, limit: int
+) -> list[FileReport]:
     """A report for each file of a chain, as far down as it can be followed."""
     images = [top]
     hopeless: dict[str, list[Finding]] = {}
@@ -153,19 +162,19 @@ def _check_chain(top: Image, allowed_dirs: Sequence[str] | None, limit: int) -> 
         try:
             for parent in walk_parents(top, allowed_dirs=allowed_dirs, limit=limit, load=load):
                 images.append(parent)
-                _compare_sizes(images[-2], parent)
+                compare_sizes(images[-2], parent)
         except MullionError as error:
-            images[-1].findings.append(_chain_finding(images[-1], error))
+            images[-1].findings.append(chain_finding(images[-1], error))
             path = getattr(error, "path", None)
             if path in hopeless:
                 lost.append(_report(path, hopeless[path], None))
-        return [*map(_judge, images), *lost]
+        return [*map(judge, images), *lost]
     finally:
         for image in images[1:]:
             image.close()
 
 
-def _chain_finding(child: Image, error: MullionError) -> Finding:
+def chain_finding(child: Image, error: MullionError) -> Finding:
     """Why a chain cannot be followed beyond this child."""
     at = child.footer.data_offset
     for error_class, kind, field_offset in _CHAIN_KINDS:
@@ -178,19 +187,25 @@ def _chain_finding(child: Image, error: MullionError) -> Finding:
     return Finding(Kind.PARENT_UNUSABLE, f"its parent cannot be used: {error.message}", at + 576, remedy)
 
 
-def _compare_sizes(child: Image, parent: Image) -> None:
+def compare_sizes(child: Image, parent: Image) -> None:
     if child.size_bytes != parent.size_bytes:
         what = f"it has {child.size_bytes} bytes, its parent {parent.size_bytes}: past the parent's end it reads zero"
         child.findings.append(Finding(Kind.SIZES_DIFFER, what, child.footer_offset + 48))
 
 
-def check_open_file(examined: Image | list[Finding], path: str) -> FileReport:
+def check_open_file(examined: Image | list[Finding], path: str, *, facts: bool = False) -> FileReport:
     """The report on one file alone, of what `salvage.examine` made of it."""
-    return _judge(examined) if isinstance(examined, Image) else _report(path, examined, None)
+    if not isinstance(examined, Image):
+        return _report(path, examined, None)
+    return _judge_and_describe(examined) if facts else _judge(examined)
 
 
 def _judge(image: Image) -> FileReport:
     return _report(image.path, _judged(image), image)
+
+
+def _judge_and_describe(image: Image) -> FileReport:
+    return replace(_judge(image), facts=describe(image))
 
 
 def _judged(image: Image) -> list[Finding]:
@@ -209,20 +224,31 @@ def _judged(image: Image) -> list[Finding]:
     return found
 
 
-def _report(path: str, findings: Sequence[Finding], image: Image | None) -> FileReport:
-    problems = tuple(
-        Problem(
-            path,
-            finding.kind.code,
-            "warning" if finding.is_warning else "error",
-            finding.kind.structure,
-            finding.offset,
-            finding.what,
-            finding.remedy(path),
-            finding.kind.cure.value,
-        )
-        for finding in findings
+def add_finding(report: FileReport, finding: Finding) -> FileReport:
+    """The report with something that only the files beside it show."""
+    verdicts = {report.verdict, finding.kind.cure.verdict}
+    return replace(
+        report,
+        verdict=next(verdict for verdict in _WORST_FIRST if verdict in verdicts),
+        problems=(*report.problems, _problem(report.path, finding)),
     )
+
+
+def _problem(path: str, finding: Finding) -> Problem:
+    return Problem(
+        path,
+        finding.kind.code,
+        "warning" if finding.is_warning else "error",
+        finding.kind.structure,
+        finding.offset,
+        finding.what,
+        finding.remedy(path),
+        finding.kind.cure.value,
+    )
+
+
+def _report(path: str, findings: Sequence[Finding], image: Image | None) -> FileReport:
+    problems = tuple(_problem(path, finding) for finding in findings)
     kind, size = (image.kind.word, image.size_bytes) if image is not None else (None, None)
     return FileReport(path, verdict_of(findings), problems, kind, size)
 

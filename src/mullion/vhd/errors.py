@@ -36,14 +36,14 @@ class NotVhdError(VhdError):
     """The file is no VHD at all."""
 
     code = "not-a-vhd"
-    default_remedy = "Choose a VHD file; convert other formats with `qemu-img convert -O vpc -o force_size=on`."
+    default_remedy = "Choose a VHD file; another format becomes one with `mullion vhd convert`."
 
 
 class VhdDamagedError(VhdError):
     """A structure of the file is missing, broken or contradicts another."""
 
     code = "vhd-damaged"
-    default_remedy = "Open it read-only and copy its content to a new disk, or restore the file from a backup."
+    default_remedy = "Mend it with `mullion vhd repair`, or open it read-only, or restore the file from a backup."
 
 
 class VhdUnsupportedError(VhdError):

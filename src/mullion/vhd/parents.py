@@ -93,22 +93,26 @@ def parent_names(image: Image, folder: str) -> Iterator[ParentName]:
         yield ParentName("parent name", os.path.join(folder, base), None)
 
 
-def _from_locator(image: Image, locator: ParentLocator, folder: str) -> ParentName:
-    source = f"locator {locator.platform.decode('ascii', 'replace')}"
+def read_locator(image: Image, locator: ParentLocator) -> tuple[str | None, str | None]:
+    """What a locator says: (its text, or None; what is wrong with it, or None)."""
     space, length = locator.space_bytes, locator.data_length
     if space is None or not 0 < length <= MAX_LOCATOR_BYTES:
-        return ParentName(
-            source, None, f"has an impossible size (data length {length}, space {locator.data_space})", is_broken=True
-        )
+        return None, f"has an impossible size (data length {length}, space {locator.data_space})"
     raw = os.pread(image.fd, length, locator.data_offset) if locator.data_offset < 1 << 62 else b""
     if len(raw) != length:
-        return ParentName(source, None, "lies outside the file", is_broken=True)
+        return None, "lies outside the file"
     try:
         text = raw.decode("utf-8" if locator.platform == b"MacX" else "utf-16-le").rstrip("\0")
     except UnicodeDecodeError:
-        return ParentName(source, None, "is not text", is_broken=True)
-    if "\0" in text or not text:
-        return ParentName(source, None, "is not a path", is_broken=True)
+        return None, "is not text"
+    return (None, "is not a path") if "\0" in text or not text else (text, None)
+
+
+def _from_locator(image: Image, locator: ParentLocator, folder: str) -> ParentName:
+    source = f"locator {locator.platform.decode('ascii', 'replace')}"
+    text, complaint = read_locator(image, locator)
+    if text is None:
+        return ParentName(source, None, complaint, is_broken=True)
     if locator.platform == b"MacX":
         return _from_url(source, text)
     return _from_windows(source, text, folder)
@@ -174,7 +178,7 @@ def walk_parents(
     """
     first = os.path.dirname(real_path(top.fd))
     allowed = [os.path.realpath(folder) for folder in allowed_dirs] if allowed_dirs is not None else [first]
-    seen = {_identity(top.fd)}
+    seen = {identity_of(top.fd)}
     child = top
     while child.kind is DiskType.DIFFERENCING:
         if len(seen) >= limit:
@@ -183,7 +187,7 @@ def walk_parents(
             )
         trusted = _trusted_folder(child.fd) if allowed_dirs is None else []
         parent = find_parent(child, [*allowed, *trusted], lock=lock, load=load)
-        identity = _identity(parent.fd)
+        identity = identity_of(parent.fd)
         if identity in seen:
             parent.close()
             raise ChainCycleError(
@@ -275,7 +279,8 @@ def _is_inside(path: str, folders: Sequence[str]) -> bool:
     return any(os.path.commonpath([path, folder]) == folder for folder in folders)
 
 
-def _identity(fd: int) -> tuple[int, int]:
+def identity_of(fd: int) -> tuple[int, int]:
+    """Which file it is, whatever its names: device and inode."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
 

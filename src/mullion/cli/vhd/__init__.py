@@ -21,6 +21,8 @@ ENTRIES: Final = {
     ),
     "read": Entry("mullion.cli.vhd.content:read", "Print bytes of a disk's content to standard output."),
     "write": Entry("mullion.cli.vhd.content:write", "Write standard input into a disk's content."),
+    "info": Entry("mullion.cli.vhd.show:info", "Show what a disk says about itself: sizes, creator, blocks, parents."),
+    "tree": Entry("mullion.cli.vhd.show:tree", "Draw a chain, or all disks of a folder, with what is wrong."),
     "check": Entry("mullion.cli.vhd.check:check", "Check every structure of a disk and of its parents."),
     "repair": Entry("mullion.cli.vhd.check:repair", "Mend a damaged disk file, without loss unless it is allowed."),
     "serve": Entry("mullion.cli.vhd.serve:serve", "Serve a disk to other programs as NBD, on a unix socket."),
