@@ -11,11 +11,11 @@ Durability: first a backup of every byte that will change is made durable beside
 
 each followed by fdatasync. Each step is one sector or a set of sectors that are right one by one, and what stood before
 is not needed after it: at every instant the file is as it was, or mended in part and repairable again. Repairing again
-ends in the same file.
+ends in a disk of the same content.
 
-A disk whose last writer was killed, or that has entries that cannot be believed, keeps the room behind its last block.
-What that writer acknowledged may lie there, and the next opening with its pending log needs it; that opening gives back
-what is left over. Entries that were cleared can be put back.
+A disk whose last writer was killed keeps the room behind its last block: what that writer acknowledged may lie there,
+and the next opening with its pending log needs it. So does one whose BAT has entries to be cleared, lest they lead
+nowhere when they are put back. The next opening for writing gives back what is left over.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def _plan_end(image: Image, kinds: set[Kind], plan: Plan, *, allow_loss: bool) -
         if image.has_tail:
             zeros = bytes(min(image.file_bytes, end) - image.footer_offset)
             plan.groups.append([Change.of(image.fd, "old footer", image.footer_offset, zeros)])
-    if has_session(image.fd) or image.bad_starts:
-        end = max(end, image.blocks_end)  # what lies there may be somebody's yet
+    if has_session(image.fd) or image.bad_starts or Kind.BAT_BEYOND_DISK in kinds:
+        end = max(end, image.blocks_end)  # what lies there may be somebody's yet, or wanted back
     is_spare = image.footer_offset - end >= -(-image.span_bytes // DATA_ALIGNMENT) * DATA_ALIGNMENT
     must_move = not image.has_tail or is_cut or Kind.FOOTER_BURIED in kinds
     if not must_move and not is_spare:

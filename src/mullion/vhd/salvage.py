@@ -123,7 +123,7 @@ def _with_checksum(fd: int, path: str, pair: FooterPair) -> Image | None:
     read, findings = chosen
     assert read.footer is not None
     image = begin_image(fd, path, mended, read, findings)
-    if load_structures(image) is not None:
+    if (_load(image) if _are_same(pair) else load_structures(image)) is not None:
         return None
     if image.kind is DiskType.FIXED:
         is_proven = _fits_its_file(read.footer, read.offset)
