@@ -8,7 +8,8 @@ Durability: the table is valid by at least one copy at every instant:
 
     1  new backup, entries then header; the primary still names the old one      flush
     2  primary header, one sector: it names the new backup                       flush
-    3  size in the protective MBR, one sector; zeros over the old backup         flush
+    3  size in the protective MBR, one sector; zeros over the old entries        flush
+    4  zeros over the old backup's header                                        flush
 
 A crash leaves a primary that is whole, so the same can be done again. Where the new backup overlaps the old one, when
 the disk grew by less than the table's length, the primary alone is valid until 1 is done.
@@ -107,10 +108,10 @@ def leftover_range(device: BlockDevice, gpt: Gpt) -> tuple[int, int] | None:
         return None
     try:
         header = _header(_read(device, sectors - 1, 1), sectors - 1, sectors)
-        _entries(device, header, sectors)
     except GptError:
         return None
-    if header.disk_id != gpt.header.disk_id or header.entries_sector < gpt.least_sectors:
+    is_ours = header.disk_id == gpt.header.disk_id and header.table_bytes == gpt.header.table_bytes
+    if not is_ours or header.entries_sector != sectors - 1 - gpt.table_sectors:
         return None
     return header.entries_sector * SECTOR_BYTES, device.size_bytes
 
@@ -136,12 +137,18 @@ def move_backup(device: BlockDevice, gpt: Gpt, size_bytes: int) -> bool:
     _move_protective_end(device, size_bytes)
     old = gpt.backup_range()
     if old is not None:
-        kept = (table * SECTOR_BYTES, size_bytes)
-        for start, end in ((old[0], min(old[1], kept[0])), (max(old[0], kept[1]), old[1])):
+        _wipe(device, old, (table * SECTOR_BYTES, size_bytes))
+    return True
+
+
+def _wipe(device: BlockDevice, old: tuple[int, int], kept: tuple[int, int]) -> None:
+    """Zeros over the old backup, its header last: while the header is there, `leftover_range` knows the rest."""
+    header = old[1] - SECTOR_BYTES
+    for first, last in ((old[0], header), (header, old[1])):
+        for start, end in ((first, min(last, kept[0])), (max(first, kept[1]), last)):
             if start < end:
                 device.write_zeroes(start, end - start)
-    device.flush()
-    return True
+        device.flush()
 
 
 def _header(raw: bytes, sector: int, sectors: int) -> GptHeader:

@@ -240,6 +240,7 @@ def _grow_fixed(image: Image, size_bytes: int, file_io: FileIO) -> None:
     file_io.fdatasync(image.fd)
     reload(image)
     _write_fixed_footer(image, image.footer_offset, size_bytes, file_io)
+    reload(image)
 
 
 def _shrink_fixed(image: Image, size_bytes: int, file_io: FileIO) -> None:
