@@ -298,8 +298,8 @@ def test_damage_ends_in_an_error(tmp_path: Path, kind: str) -> None:
                 if device.size_bytes >= 4096:
                     read(device, 0, 4096)
         except ForeignDiskError as error:
-            assert str(path) in error.message
-            assert "/proc/self" not in error.message
+            assert str(path) in error.message  # noqa: PT017 - a disk that opens is as good an outcome
+            assert "/proc/self" not in error.message  # noqa: PT017
 
 
 # ---------------------------------------------------------------------------------------------------- the second wall

@@ -26,6 +26,8 @@ ENTRIES: Final = {
     "check": Entry("mullion.cli.vhd.check:check", "Check every structure of a disk and of its parents."),
     "repair": Entry("mullion.cli.vhd.check:repair", "Mend a damaged disk file, without loss unless it is allowed."),
     "serve": Entry("mullion.cli.vhd.serve:serve", "Serve a disk to other programs as NBD, on a unix socket."),
+    "mount": Entry("mullion.cli.vhd.mount:mount", "Mount a disk as a folder: its raw content, and its partitions."),
+    "unmount": Entry("mullion.cli.vhd.mount:unmount", "Flush and unmount a disk that was mounted."),
     "merge": Entry("mullion.cli.vhd.merge:merge", "Merge a differencing disk into its parent, or a range of a chain."),
     "ls": Entry("mullion.cli.vhd.files:ls", "List the files inside a disk, or its volumes."),
     "cat": Entry("mullion.cli.vhd.files:cat", "Print a file inside a disk."),

@@ -1,0 +1,47 @@
+"""The line between the confined reader of a filesystem and the process that has the disk.
+
+A frame is one letter, the length of what follows (4 bytes), and that. Integers are little-endian.
+
+    from the disk's side       C  a command, JSON · D  bytes that were asked for
+    from the reader's side     R  asks for bytes of the volume: offset 8, length 4 · J  an entry, JSON · B  content
+                               E  the end of an answer, JSON: empty, or an error · H  once: confined and ready
+
+One command at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Final
+
+HEAD: Final = struct.Struct("<cI")
+READ: Final = struct.Struct("<QI")
+FRAME_LIMIT_BYTES: Final = 4 << 20
+READ_LIMIT_BYTES: Final = 1 << 20
+
+COMMAND: Final = b"C"
+DATA: Final = b"D"
+WANT: Final = b"R"
+ENTRY: Final = b"J"
+CONTENT: Final = b"B"
+END: Final = b"E"
+READY: Final = b"H"
+
+
+def send(fd: int, kind: bytes, payload: bytes = b"") -> None:
+    """Send a whole frame. Raises: OSError."""
+    frame = memoryview(HEAD.pack(kind, len(payload)) + payload)
+    while frame:
+        frame = frame[os.write(fd, frame) :]
+
+
+def receive_exactly(fd: int, count: int) -> bytes:
+    """So many bytes; fewer only when the other side has closed. Raises: OSError."""
+    parts = bytearray()
+    while len(parts) < count:
+        part = os.read(fd, count - len(parts))
+        if not part:
+            break
+        parts += part
+    return bytes(parts)

@@ -1,0 +1,305 @@
+"""The other side of the confined reader: it has the disk, starts the process, and believes nothing that it says.
+
+Every request for bytes is checked against the volume; what comes back is bounded and checked to be what it must be; a
+process that is silent for `DEADLINE_S` is killed. Crash, hang and nonsense are one error, `ReaderDiedError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from mullion.base.block import BlockDevice
+from mullion.base.errors import InvalidError, MullionError, NotFoundError
+from mullion.base.process import Spawned, attach, wait_or_kill
+from mullion.media.errors import FilesystemError, ReaderDiedError
+from mullion.media.filesystems import channel
+from mullion.media.filesystems.volumes import Volume
+
+DEADLINE_S: Final = 10.0
+"""How long the process may compute, time for reading the disk not counted, before it gives something."""
+_STOP_S: Final = 2.0
+_SAID_LIMIT_BYTES: Final = 4000
+_KINDS: Final = ("file", "folder", "link", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file, folder or link inside a volume; times in nanoseconds since 1970, None where there is none."""
+
+    path: str
+    """Below what was asked for; empty for that itself."""
+    name: str
+    type: str
+    size_bytes: int
+    mode: int
+    modified_ns: int | None
+    created_ns: int | None
+    accessed_ns: int | None
+    target: str | None
+    streams: tuple[tuple[str, int], ...]
+    unreadable: str | None
+    """Why its content cannot be had, where it cannot."""
+
+
+class VolumeReader:
+    """The files of one volume, read by a confined process. The device stays the caller's, who closes it last."""
+
+    def __init__(self, device: BlockDevice, volume: Volume, path: str) -> None:
+        if volume.holds.kind is None:
+            raise FilesystemError(f"{path} holds {volume.holds.title}", remedy=volume.holds.remedy)
+        self._device = device
+        self._volume = volume
+        self._path = path
+        self._is_busy = False
+        self._socket: socket.socket | None = None
+        self._process: Spawned | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Start the process and wait until it is confined."""
+        ours, theirs = socket.socketpair()
+        self._socket = ours
+        with theirs:
+            arguments = (str(theirs.fileno()), str(self._volume.length), str(self._volume.holds.kind), str(os.getpid()))
+            line = (sys.executable, "-I", "-m", "mullion.media.filesystems.worker", *arguments)
+            try:
+                self._process = attach(line, pass_fds=(theirs.fileno(),))
+            except BaseException:
+                self.close()
+                raise
+        try:
+            kind, _ = self._receive()
+            if kind != channel.READY:
+                raise self._death("it did not begin as it must")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The confined process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> VolumeReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def list(self, path: str, *, recursive: bool = False) -> Iterator[FileEntry]:
+        """What is at a path, then what is in it when it is a folder, in the order of the disk.
+
+        Raises: NotFoundError, InvalidError, FilesystemError.
+        """
+        for found in self._ask("list", path, recursive=recursive):
+            if isinstance(found, FileEntry):
+                yield found
+
+    def read(self, path: str) -> Generator[FileEntry | bytes, None, None]:
+        """A file, or a stream of it (`file:stream`): its entry, then its bytes in pieces."""
+        yield from self._ask("read", path)
+
+    def tree(self, path: str) -> Generator[FileEntry | bytes, None, None]:
+        """Everything from a path on: each entry, followed by its bytes when it is a file that can be read."""
+        yield from self._ask("tree", path)
+
+    def close(self) -> None:
+        """End the process."""
+        self._end(_STOP_S)
+
+    def _end(self, patience_s: float) -> tuple[int, str]:
+        """Hang up and wait for the process: how it ended, and the last line of what it said."""
+        if self._socket is not None:
+            self._socket.close()
+        process, self._process, self._socket = self._process, None, None
+        if process is None:
+            return 0, ""
+        status, last = wait_or_kill(process, patience_s), ""
+        if process.stderr is not None:
+            last = process.stderr.read(_SAID_LIMIT_BYTES).decode(errors="replace").strip().rpartition("\n")[2]
+            process.stderr.close()
+        return status, _shown(last)
+
+    def _ask(self, operation: str, path: str, **options: object) -> Iterator[FileEntry | bytes]:
+        if "\0" in path:
+            raise InvalidError("a path cannot hold a zero byte", remedy="Leave it out.")
+        request = json.dumps({"operation": operation, "path": path, **options}).encode()
+        assert not self._is_busy, "one answer is taken to its end before the next question"
+        if self._process is None:  # an earlier answer was not taken to its end
+            self._start()
+        self._is_busy = True
+        self._send(channel.COMMAND, request)
+        is_done = False
+        try:
+            while True:
+                kind, payload = self._receive()
+                if kind == channel.CONTENT:
+                    yield payload
+                elif kind == channel.ENTRY:
+                    yield self._entry(payload)
+                elif kind == channel.END:
+                    is_done = True
+                    self._raise_error(payload)
+                    return
+                else:
+                    raise self._death(f"it sent {kind!r}")
+        finally:
+            self._is_busy = False
+            if not is_done:  # the rest of the answer would be taken for the next one's
+                self.close()
+
+    def _raise_error(self, payload: bytes) -> None:
+        fields = self._parse(payload)
+        if not fields:
+            return
+        code, message = str(fields.get("code")), _shown(str(fields.get("message")))
+        where = f"{self._path}{f':{self._volume.number}' if self._volume.number else ''}"
+        if code == "not-found":
+            raise NotFoundError(
+                f"{where}: {message}", remedy="List what there is with `mullion vhd ls`.", path=self._path
+            )
+        if code == "invalid":
+            raise InvalidError(f"{where}: {message}", path=self._path)
+        raise FilesystemError(f"{where}: {self._volume.holds.title}: {message}", path=self._path)
+
+    def _entry(self, payload: bytes) -> FileEntry:
+        fields = self._parse(payload)
+        try:
+            entry = FileEntry(
+                path=_text(fields["path"]),
+                name=_text(fields["name"]),
+                type=_text(fields["type"]),
+                size_bytes=_number(fields["size_bytes"]),
+                mode=_number(fields["mode"]) & 0o7777,
+                modified_ns=_time(fields["modified_ns"]),
+                created_ns=_time(fields["created_ns"]),
+                accessed_ns=_time(fields["accessed_ns"]),
+                target=None if fields["target"] is None else _text(fields["target"]),
+                streams=_streams(fields["streams"]),
+                unreadable=None if fields["unreadable"] is None else _shown(_text(fields["unreadable"])),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._death("it sent an entry that is none") from error
+        if entry.type not in _KINDS or entry.size_bytes < 0:
+            raise self._death("it sent an entry that is none")
+        return entry
+
+    def _parse(self, payload: bytes) -> dict[str, object]:
+        try:
+            fields = json.loads(payload)
+        except (ValueError, RecursionError) as error:
+            raise self._death("it sent what is not JSON") from error
+        if not isinstance(fields, dict):
+            raise self._death("it sent what is no object")
+        return fields
+
+    # ------------------------------------------------------------------------------------------------ the channel
+
+    def _receive(self) -> tuple[bytes, bytes]:
+        """The next frame that is not a request for bytes of the disk; those are answered on the way."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            kind, length = channel.HEAD.unpack(self._take(channel.HEAD.size, deadline))
+            if length > channel.FRAME_LIMIT_BYTES:
+                raise self._death(f"it announced {length} bytes")
+            payload = self._take(length, deadline)
+            if kind != channel.WANT:
+                return kind, payload
+            begun = time.monotonic()
+            self._give(payload, deadline)
+            deadline += time.monotonic() - begun
+
+    def _give(self, payload: bytes, deadline: float) -> None:
+        """Answer a request for bytes: of the volume, never beyond it; none where it asks for more than there is."""
+        if len(payload) != channel.READ.size:
+            raise self._death("it asked for bytes in a way that is none")
+        offset, length = channel.READ.unpack(payload)
+        if length > channel.READ_LIMIT_BYTES:
+            raise self._death(f"it asked for {length} bytes at once")
+        buffer = bytearray(max(0, min(length, self._volume.length - offset)))
+        if buffer:
+            self._device.pread(self._volume.offset + offset, buffer)
+        self._send(channel.DATA, bytes(buffer))
+
+    def _take(self, count: int, deadline: float) -> bytes:
+        assert self._socket is not None
+        parts = bytearray()
+        while len(parts) < count:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                part = self._socket.recv(count - len(parts))
+            except TimeoutError as error:
+                raise self._death(f"it computed for {DEADLINE_S:g} s without a result") from error
+            except ConnectionError:
+                part = b""
+            if not part:
+                raise self._death(None)
+            parts += part
+        return bytes(parts)
+
+    def _send(self, kind: bytes, payload: bytes) -> None:
+        assert self._socket is not None
+        self._socket.settimeout(DEADLINE_S)
+        try:
+            self._socket.sendall(channel.HEAD.pack(kind, len(payload)) + payload)
+        except TimeoutError as error:
+            raise self._death(f"it took nothing for {DEADLINE_S:g} s") from error
+        except ConnectionError as error:
+            raise self._death(None) from error
+
+    def _death(self, why: str | None) -> MullionError:
+        """End the process; the error that says what happened to it, which is for us to find out without `why`."""
+        status, last = self._end(_STOP_S if why is None else 0)
+        if why is None:
+            why = f"signal {-status} ended it" if status < 0 else f"it ended with status {status}"
+        return ReaderDiedError(
+            f"{self._path}: the reader of its {self._volume.holds.title} failed: {why}{f' ({last})' if last else ''}",
+            path=self._path,
+        )
+
+
+@contextlib.contextmanager
+def open_volume(device: BlockDevice, volume: Volume, path: str) -> Iterator[VolumeReader]:
+    """The files of a volume of an open disk; `path` is what messages call the disk."""
+    with VolumeReader(device, volume, path) as reader:
+        yield reader
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(value)
+    return value
+
+
+def _time(value: object) -> int | None:
+    """A time that the host can set; others are as good as none."""
+    if value is None:
+        return None
+    number = _number(value)
+    return number if 0 <= number < 1 << 62 else None
+
+
+def _streams(value: object) -> tuple[tuple[str, int], ...]:
+    if not isinstance(value, list):
+        raise TypeError(value)
+    return tuple((_text(stream["name"]), _number(stream["size_bytes"])) for stream in value)
+
+
+def _shown(text: str) -> str:
+    """Harmless for a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)[:500]

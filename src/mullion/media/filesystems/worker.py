@@ -1,0 +1,342 @@
+"""The confined process that reads a filesystem with The Sleuth Kit: started by `reader`, one for each open volume.
+
+It shuts itself in (`jail.confine`) before it sees the first byte of the disk, and sees the disk only through `channel`.
+Whatever the library does with hostile bytes, it can do here: there is nothing to reach.
+
+Never shown: deleted names, the library's own virtual entries, the metadata files of NTFS.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytsk3
+
+from mullion.base.units import MIB
+from mullion.media import jail
+from mullion.media.filesystems import channel
+
+DEPTH_LIMIT: Final = 256
+ENTRY_LIMIT: Final = 5_000_000
+FILE_LIMIT_BYTES: Final = 1 << 44
+LIMITS: Final = jail.Limits(memory_bytes=1024 * MIB, cpu_s=600, file_bytes=0, descriptors=16)
+_PIECE_BYTES: Final = MIB
+_TYPES: Final = {
+    "ntfs": pytsk3.TSK_FS_TYPE_NTFS,
+    "fat": pytsk3.TSK_FS_TYPE_FAT_DETECT,
+    "exfat": pytsk3.TSK_FS_TYPE_EXFAT,
+    "ext": pytsk3.TSK_FS_TYPE_EXT_DETECT,
+    "iso": pytsk3.TSK_FS_TYPE_ISO9660,
+}
+_IGNORES_CASE: Final = ("ntfs", "fat", "exfat", "iso")
+_NTFS_FIRST_USER_INODE: Final = 24
+_NTFS_ROOT_INODE: Final = 5
+_EXFAT_TABLES: Final = (b"$ALLOC_BITMAP", b"$UPCASE_TABLE", b"$VOLUME_GUID", b"$TEX_FAT", b"$ACT")
+_LABEL_SUFFIX: Final = b" (Volume Label Entry)"
+
+_REPARSE_ATTRIBUTE: Final = 0xC0
+_DATA_ATTRIBUTE: Final = 0x80
+_SYMLINK_TAG: Final = 0xA000000C
+_MOUNT_POINT_TAG: Final = 0xA0000003
+_REPARSE_NAMES: Final = {
+    0x80000017: "it is compressed by Windows (compact /exe)",
+    0x80000013: "it is deduplicated by Windows",
+}
+_ENCRYPTED_FLAG: Final = int(pytsk3.TSK_FS_ATTR_ENC)
+
+Entry = dict[str, Any]
+
+
+class RefusedError(Exception):
+    """A request that cannot be answered: code for the other side, and why."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Image(pytsk3.Img_Info):  # type: ignore[misc]
+    """The volume as the library sees it: bytes that the other side reads for us."""
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self._fd = fd
+        self._size_bytes = size_bytes
+        super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
+
+    def close(self) -> None:
+        """The descriptor is not ours to close."""
+
+    def get_size(self) -> int:
+        return self._size_bytes
+
+    def read(self, offset: int, size: int) -> bytes:
+        parts = []
+        while size > 0:
+            count = min(size, channel.READ_LIMIT_BYTES)
+            channel.send(self._fd, channel.WANT, channel.READ.pack(offset, count))
+            kind, length = channel.HEAD.unpack(channel.receive_exactly(self._fd, channel.HEAD.size))
+            if kind != channel.DATA:
+                os._exit(2)
+            part = channel.receive_exactly(self._fd, length)
+            parts.append(part)
+            if length < count:
+                break
+            offset, size = offset + count, size - count
+        return b"".join(parts)
+
+
+class Filesystem:
+    """A filesystem that the library opened, seen through paths of `/` and names."""
+
+    def __init__(self, image: _Image, kind: str) -> None:
+        self._kind = kind
+        self._fs = pytsk3.FS_Info(image, offset=0, type=_TYPES[kind])
+        self._count = 0
+
+    def find(self, path: str) -> tuple[Any, Entry]:
+        """The file at a path, and what there is to say about it."""
+        file = self._fs.open_meta(inode=self._fs.info.root_inum)
+        entry = self._describe(file, "")
+        walked = ""
+        for name in [part for part in path.split("/") if part not in ("", ".")]:
+            walked += f"/{name}"
+            if name == "..":
+                raise RefusedError("invalid", f"{path}: a path inside a disk has no '..'")
+            if entry["type"] != "folder":
+                raise RefusedError("not-found", f"there is no {walked}: what is before it is no folder")
+            found = self._lookup(file, name)
+            if found is None:
+                raise RefusedError("not-found", f"there is no {walked}")
+            file, entry = found
+        return file, entry
+
+    def _lookup(self, folder: Any, name: str) -> tuple[Any, Entry] | None:
+        """The entry of that name; where the filesystem ignores case, one that differs in case only is second best."""
+        wanted, second = os.fsencode(name), None
+        for file, raw in self._names(folder):
+            if raw == wanted:
+                return file, self._describe(file, name)
+            if second is None and self._kind in _IGNORES_CASE and os.fsdecode(raw).casefold() == name.casefold():
+                second = file, os.fsdecode(raw)
+        return None if second is None else (second[0], self._describe(*second))
+
+    def _names(self, folder: Any) -> Iterator[tuple[Any, bytes]]:
+        """The files of a folder that are there and not deleted, with their names."""
+        is_root = folder.info.meta.addr == self._fs.info.root_inum
+        for file in folder.as_directory():
+            info = file.info.name
+            if info is None or info.name is None or int(info.flags) & int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC):
+                continue
+            name, meta = bytes(info.name), file.info.meta
+            if name in (b"", b".", b"..") or meta is None or int(meta.flags) & int(pytsk3.TSK_FS_META_FLAG_UNALLOC):
+                continue
+            if meta.type in (pytsk3.TSK_FS_META_TYPE_VIRT, pytsk3.TSK_FS_META_TYPE_VIRT_DIR):
+                continue
+            if self._kind == "ntfs" and is_root and meta.addr < _NTFS_FIRST_USER_INODE:
+                continue
+            if self._kind in ("fat", "exfat") and is_root and (name.endswith(_LABEL_SUFFIX) or name in _EXFAT_TABLES):
+                continue
+            self._count += 1
+            if self._count > ENTRY_LIMIT:
+                raise RefusedError("filesystem", f"more than {ENTRY_LIMIT} entries")
+            yield file, name
+
+    def _describe(self, file: Any, name: str) -> Entry:
+        meta = file.info.meta
+        kinds = {
+            pytsk3.TSK_FS_META_TYPE_REG: "file",
+            pytsk3.TSK_FS_META_TYPE_DIR: "folder",
+            pytsk3.TSK_FS_META_TYPE_LNK: "link",
+        }
+        entry: Entry = {
+            "name": name,
+            "type": kinds.get(meta.type, "other"),
+            "size_bytes": int(meta.size),
+            "mode": int(meta.mode) & 0o7777,
+            "inode": int(meta.addr),
+            "target": os.fsdecode(bytes(meta.link)) if getattr(meta, "link", None) else None,
+            "streams": [],
+            "unreadable": None,
+        }
+        for field, of_library in (
+            ("modified", "mtime"),
+            ("accessed", "atime"),
+            ("changed", "ctime"),
+            ("created", "crtime"),
+        ):
+            seconds, rest_ns = getattr(meta, of_library, 0), getattr(meta, f"{of_library}_nano", 0)
+            entry[f"{field}_ns"] = int(seconds) * 1_000_000_000 + int(rest_ns) if seconds else None
+        if self._kind == "iso":  # the library keeps the one time of a record as that of its creation
+            entry["modified_ns"] = entry["modified_ns"] or entry["created_ns"]
+        if self._kind == "ntfs":
+            _describe_ntfs(file, entry)
+        return entry
+
+    def walk(self, path: str, *, recursive: bool) -> Iterator[tuple[str, Any, Entry]]:
+        """What is at a path and, when that is a folder, in it: (path below it, file, entry); folders before content."""
+        file, entry = self.find(path)
+        yield "", file, entry
+        if entry["type"] == "folder":
+            yield from self._below(file, "", {entry["inode"]}, recursive=recursive)
+
+    def _below(self, folder: Any, prefix: str, seen: set[int], *, recursive: bool) -> Iterator[tuple[str, Any, Entry]]:
+        waiting = [(folder, prefix, 0)]
+        while waiting:
+            parent, above, depth = waiting.pop()
+            inner = []
+            for file, raw in self._names(parent):
+                entry = self._describe(file, os.fsdecode(raw))
+                below = f"{above}{entry['name']}"
+                if recursive and entry["type"] == "folder":
+                    if entry["inode"] in seen:
+                        entry["unreadable"] = "it was shown already: folders that contain each other are damage"
+                    elif depth >= DEPTH_LIMIT:
+                        entry["unreadable"] = f"folders deeper than {DEPTH_LIMIT} are not followed"
+                    else:
+                        seen.add(entry["inode"])
+                        inner.append((file, f"{below}/", depth + 1))
+                yield below, file, entry
+            waiting += reversed(inner)
+
+    def content(self, file: Any, entry: Entry, stream: str | None) -> Iterator[bytes]:
+        """A file's bytes, or those of one of its streams."""
+        if entry["unreadable"]:
+            raise RefusedError("filesystem", f"{entry['name']}: {entry['unreadable']}")
+        attribute: tuple[int, ...] = ()
+        size = entry["size_bytes"]
+        if stream is not None:
+            size, attribute = _find_stream(file, entry["name"], stream)
+        elif entry["type"] != "file":
+            raise RefusedError("invalid", f"{entry['name'] or '/'} is no file")
+        if size > FILE_LIMIT_BYTES:
+            raise RefusedError("filesystem", f"{entry['name']}: {size} bytes are more than any file can have here")
+        at = 0
+        while at < size:
+            part = file.read_random(at, min(_PIECE_BYTES, size - at), *attribute)
+            if not part:
+                raise RefusedError("filesystem", f"{entry['name']}: it ends at byte {at}, not {size}: it is damaged")
+            yield part
+            at += len(part)
+
+
+def _describe_ntfs(file: Any, entry: Entry) -> None:
+    """Streams, links, and what hides the content from everybody but Windows."""
+    for attribute in file:
+        info = attribute.info
+        name = bytes(info.name).decode("utf-8", "replace") if info.name else ""
+        kind = int(info.type)
+        if kind == _DATA_ATTRIBUTE and name and name != "N/A":
+            entry["streams"].append({"name": name, "size_bytes": int(info.size)})
+        if kind == _DATA_ATTRIBUTE and int(info.flags) & _ENCRYPTED_FLAG:
+            entry["unreadable"] = "it is encrypted by Windows (EFS)"
+        if kind == _REPARSE_ATTRIBUTE:
+            _describe_reparse(bytes(file.read_random(0, 4096, kind, int(info.id))), entry)
+
+
+def _describe_reparse(raw: bytes, entry: Entry) -> None:
+    """[MS-FSCC] 2.1.2: tag, length; for links the places of the two names in what follows."""
+    if len(raw) < 8:
+        return
+    (tag,) = struct.unpack_from("<I", raw)
+    if tag in (_SYMLINK_TAG, _MOUNT_POINT_TAG) and len(raw) >= 20:
+        start, length = struct.unpack_from("<HH", raw, 12)
+        names_at = 20 if tag == _SYMLINK_TAG else 16
+        entry["type"] = "link"
+        entry["target"] = raw[names_at + start :][:length].decode("utf-16-le", "replace").replace("\\", "/")
+    else:
+        why = _REPARSE_NAMES.get(tag, f"it is a reparse point of type {tag:#x}, which only Windows can follow")
+        entry["unreadable"] = why
+
+
+def _find_stream(file: Any, name: str, stream: str) -> tuple[int, tuple[int, int]]:
+    for attribute in file:
+        info = attribute.info
+        named = bytes(info.name).decode("utf-8", "replace") if info.name else ""
+        if int(info.type) == _DATA_ATTRIBUTE and named.casefold() == stream.casefold():
+            return int(info.size), (_DATA_ATTRIBUTE, int(info.id))
+    raise RefusedError("not-found", f"{name} has no stream {stream}")
+
+
+def _split_stream(filesystem: Filesystem, path: str) -> tuple[Any, Entry, str | None]:
+    """`file:stream`, unless there is a file of that whole name."""
+    try:
+        return *filesystem.find(path), None
+    except RefusedError as error:
+        head, colon, stream = path.rpartition(":")
+        if not colon or not stream or "/" in stream or error.code != "not-found":
+            raise
+        try:
+            return *filesystem.find(head), stream
+        except RefusedError:
+            raise error from None
+
+
+def _answer(fd: int, filesystem: Filesystem, request: Entry) -> None:
+    def give(entry: Entry) -> None:
+        channel.send(fd, channel.ENTRY, json.dumps(entry).encode())
+
+    path = str(request["path"])
+    match request["operation"]:
+        case "list":
+            for below, _, entry in filesystem.walk(path, recursive=bool(request["recursive"])):
+                give(entry | {"path": below})
+        case "read":
+            file, entry, stream = _split_stream(filesystem, path)
+            give(entry | {"path": "", "stream": stream})
+            for part in filesystem.content(file, entry, stream):
+                channel.send(fd, channel.CONTENT, part)
+        case "tree":
+            file, entry, stream = _split_stream(filesystem, path)
+            found = iter([("", file, entry)]) if stream else filesystem.walk(path, recursive=True)
+            for below, file, entry in found:
+                give(entry | {"path": below, "type": "file" if stream else entry["type"]})
+                if (entry["type"] != "file" and not stream) or entry["unreadable"]:
+                    continue
+                try:
+                    for part in filesystem.content(file, entry, stream):
+                        channel.send(fd, channel.CONTENT, part)
+                except (RefusedError, OSError) as fault:  # this file is damaged; the others need not be
+                    give(entry | {"path": below, "unreadable": str(fault).splitlines()[0][:300]})
+
+
+def serve(fd: int, size_bytes: int, kind: str) -> None:
+    """Answer commands until the other side hangs up. An exception of the library ends one answer only."""
+    channel.send(fd, channel.READY)
+    filesystem: Filesystem | None = None
+    while True:
+        head = channel.receive_exactly(fd, channel.HEAD.size)
+        if len(head) < channel.HEAD.size:
+            return
+        _, length = channel.HEAD.unpack(head)
+        request = json.loads(channel.receive_exactly(fd, length))
+        error = {}
+        try:
+            filesystem = filesystem or Filesystem(_Image(fd, size_bytes), kind)
+            _answer(fd, filesystem, request)
+        except RefusedError as refused:
+            error = {"code": refused.code, "message": str(refused)}
+        except MemoryError:
+            error = {"code": "filesystem", "message": "it takes more memory than it may"}
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as fault:
+            first = (str(fault) or type(fault).__name__).splitlines()[0]
+            error = {"code": "filesystem", "message": f"the filesystem cannot be read: {first[:300]}"}
+        channel.send(fd, channel.END, json.dumps(error).encode())
+
+
+def main(arguments: list[str]) -> None:
+    """Descriptor of the channel, size of the volume in bytes, kind of filesystem, pid of the parent."""
+    fd, size_bytes, kind, parent = int(arguments[0]), int(arguments[1]), arguments[2], int(arguments[3])
+    for name in ("utf-16-le", "utf-8", "latin-1"):  # modules, which cannot be loaded any more later
+        codecs.lookup(name)
+    jail.confine(LIMITS, keep=(fd,), parent=parent)
+    serve(fd, size_bytes, kind)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
