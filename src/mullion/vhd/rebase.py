@@ -62,7 +62,8 @@ def rebase(
     """
     child = _peek(path, parent)
     assert child.header is not None
-    with open_chain(parent, read_only=True, allowed_dirs=allowed_dirs) as new:
+    beside = None if allowed_dirs is None else [*allowed_dirs, os.path.dirname(os.path.realpath(parent))]
+    with open_chain(parent, read_only=True, allowed_dirs=beside) as new:
         _check_cycle(path, new)
         is_same = child.header.parent_unique_id == new.unique_id
         needs_old = not is_same and not unsafe

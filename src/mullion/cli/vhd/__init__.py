@@ -29,6 +29,12 @@ ENTRIES: Final = {
     "mount": Entry("mullion.cli.vhd.mount:mount", "Mount a disk as a folder: its raw content, and its partitions."),
     "unmount": Entry("mullion.cli.vhd.mount:unmount", "Flush and unmount a disk that was mounted."),
     "merge": Entry("mullion.cli.vhd.merge:merge", "Merge a differencing disk into its parent, or a range of a chain."),
+    "resize": Entry("mullion.cli.vhd.change:resize", "Make a disk larger, or smaller where it is empty."),
+    "compact": Entry("mullion.cli.vhd.change:compact", "Make a disk's file as short as its content allows."),
+    "rebase": Entry(
+        "mullion.cli.vhd.change:rebase", "Give a differencing disk another parent, or its parent's new path."
+    ),
+    "diff": Entry("mullion.cli.vhd.diff:diff", "List the ranges of a disk that changed, or in which two disks differ."),
     "ls": Entry("mullion.cli.vhd.files:ls", "List the files inside a disk, or its volumes."),
     "cat": Entry("mullion.cli.vhd.files:cat", "Print a file inside a disk."),
     "get": Entry("mullion.cli.vhd.files:get", "Copy files and folders out of a disk."),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from mullion.base.errors import InvalidError
-from mullion.base.units import MIB, SECTOR_BYTES, format_size
+from mullion.base.units import MIB, format_size
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
-from mullion.cli.vhd.options import DISK
+from mullion.cli.vhd.options import DISK, aligned
 
 
 @click.command("create", cls=Command, short_help="Create a fixed, dynamic or differencing disk.")
@@ -56,7 +56,7 @@ def create(
     if kind == "fixed" and block_size is not None:
         raise InvalidError("a fixed disk has no blocks", remedy="Leave --block-size out, or say --type dynamic.")
     if size is not None:
-        size = _aligned(face, size, align)
+        size = aligned(face, size, align)
     if parent is not None:
         create_differencing(path, parent, size_bytes=size, block_bytes=block_size)
     elif kind == "fixed":
@@ -70,16 +70,3 @@ def create(
         face.emit_json({"path": path, "type": info.type.word, "size_bytes": info.size_bytes})
     else:
         face.note(f"{path}: {info.type.word}, {format_size(info.size_bytes)} ({info.size_bytes} bytes)")
-
-
-def _aligned(face: Face, size_bytes: int, align_bytes: int) -> int:
-    """The size, rounded up to the alignment, which is said: a disk is never silently larger than it was asked for."""
-    if align_bytes < SECTOR_BYTES or align_bytes % SECTOR_BYTES:
-        raise InvalidError(f"sizes cannot be multiples of {align_bytes} bytes", remedy="Give --align 512, 4K or 1M.")
-    rounded = -(-size_bytes // align_bytes) * align_bytes
-    if rounded != size_bytes:
-        face.note(
-            f"{size_bytes} bytes are not a multiple of {format_size(align_bytes)}: rounded up to {rounded} "
-            f"(--align 512 keeps odd sizes)"
-        )
-    return rounded

@@ -8,6 +8,10 @@ from typing import Final, TypeVar
 
 import click
 
+from mullion.base.errors import InvalidError
+from mullion.base.units import SECTOR_BYTES, format_size
+from mullion.cli.face import Face
+
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 DISK: Final = click.Path(dir_okay=True, path_type=str)
@@ -45,3 +49,16 @@ def allowed_dirs(path: str, allow: Sequence[str]) -> list[str] | None:
     if not allow:
         return None
     return [os.path.dirname(os.path.realpath(path)), *allow]
+
+
+def aligned(face: Face, size_bytes: int, align_bytes: int) -> int:
+    """The size, rounded up to the alignment, which is said: a disk is never silently larger than it was asked for."""
+    if align_bytes < SECTOR_BYTES or align_bytes % SECTOR_BYTES:
+        raise InvalidError(f"sizes cannot be multiples of {align_bytes} bytes", remedy="Give --align 512, 4K or 1M.")
+    rounded = -(-size_bytes // align_bytes) * align_bytes
+    if rounded != size_bytes:
+        face.note(
+            f"{size_bytes} bytes are not a multiple of {format_size(align_bytes)}: rounded up to {rounded} "
+            f"(--align 512 keeps odd sizes)"
+        )
+    return rounded
