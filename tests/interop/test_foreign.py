@@ -19,7 +19,7 @@ from tests.interop.test_vhd_fixtures import FIXTURES, unpacked
 
 from mullion.base.block import ExtentKind
 from mullion.base.errors import InvalidError, NotFoundError
-from mullion.media import jail
+from mullion.media.confined import jail
 from mullion.media.errors import ForeignDiskError, ForeignReferenceError, ForeignUnsupportedError
 from mullion.media.foreign import detect_format, open_foreign, open_ova
 from mullion.media.headers import Source
@@ -444,7 +444,7 @@ def test_ova_cut_short(tmp_path: Path, stream: bytes) -> None:
 
 def test_the_limits_are_written_into_the_command_line() -> None:
     line = jail.command(("prog", "arg"), limits=jail.Limits(1, 2, 3, 4), listen_fd=7, files=(8, 9))
-    assert line[1:4] == ("-I", "-m", "mullion.media.jail")
+    assert line[1:4] == ("-I", "-m", "mullion.media.confined.jail")
     rights = json.loads(line[4])
     assert rights == {
         "argv": ["prog", "arg"],

@@ -28,9 +28,9 @@ from tests.interop.filesystem_images import (
 from tests.interop.test_vhd_fixtures import FIXTURES, unpacked
 
 from mullion.base.errors import AlreadyExistsError, InvalidError, MullionError, NotFoundError
-from mullion.media import jail
+from mullion.media.confined import channel, jail
 from mullion.media.errors import FilesystemError, ReaderDiedError, VolumeChoiceError
-from mullion.media.filesystems import channel, reader
+from mullion.media.filesystems import reader
 from mullion.media.filesystems.extract import extract
 from mullion.media.filesystems.reader import FileEntry, VolumeReader, open_volume
 from mullion.media.filesystems.volumes import choose_volume, list_volumes
@@ -365,7 +365,7 @@ def test_damage_ends_in_an_error_or_in_files(tmp_path: Path, tree: Path, kind: s
 
 IN_JAIL = """
 import os, socket, resource, sys, json
-from mullion.media import jail
+from mullion.media.confined import jail
 held = os.open("/etc/hostname", os.O_RDONLY)
 kept, other = socket.socketpair()
 jail.confine(jail.Limits(memory_bytes=300 << 20, cpu_s=7, file_bytes=0, descriptors=16), keep=(kept.fileno(),), parent=os.getppid())
@@ -486,7 +486,7 @@ def test_a_reader_that_lies_is_not_believed(
 ) -> None:
     script = (
         "import os, sys\n"
-        "from mullion.media.filesystems.channel import HEAD, READ, send\n"
+        "from mullion.media.confined.channel import HEAD, READ, send\n"
         f"fd = int(sys.argv[1])\nsend(fd, b'H')\nos.read(fd, 1000)\n{says}\nos.read(fd, 1000)\n"
     )
     attach = reader.attach
@@ -506,7 +506,7 @@ def test_nothing_beyond_the_volume_is_given(tmp_path: Path, monkeypatch: pytest.
     disk = make_mbr(tmp_path / "disk.img", [(0x06, bytes(fat)), (0x07, b"secret!!" * (1 << 17))])
     script = (
         "import os, sys\n"
-        "from mullion.media.filesystems.channel import *\n"
+        "from mullion.media.confined.channel import *\n"
         "fd = int(sys.argv[1])\nsend(fd, b'H')\nos.read(fd, 1000)\n"
         "for offset in ((1 << 20) - 16, 1 << 20, (1 << 64) - 1):\n"
         "    send(fd, b'R', READ.pack(offset, 4096))\n"

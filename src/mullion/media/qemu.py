@@ -24,7 +24,7 @@ from mullion.base.block import Extent, WritableBuffer
 from mullion.base.errors import DeadlineError, MullionError, UnavailableError
 from mullion.base.process import Spawned, attach, find_program, run, wait_or_kill
 from mullion.base.units import MIB
-from mullion.media import jail
+from mullion.media.confined import jail
 from mullion.media.errors import ForeignDiskError
 from mullion.media.headers import Source, vhdx_has_log
 from mullion.media.windows import ReadOnlyDevice

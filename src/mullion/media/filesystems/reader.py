@@ -19,8 +19,8 @@ from typing import Final
 from mullion.base.block import BlockDevice
 from mullion.base.errors import InvalidError, MullionError, NotFoundError
 from mullion.base.process import Spawned, attach, wait_or_kill
+from mullion.media.confined import channel
 from mullion.media.errors import FilesystemError, ReaderDiedError
-from mullion.media.filesystems import channel
 from mullion.media.filesystems.volumes import Volume
 
 DEADLINE_S: Final = 10.0
@@ -69,7 +69,7 @@ class VolumeReader:
         self._socket = ours
         with theirs:
             arguments = (str(theirs.fileno()), str(self._volume.length), str(self._volume.holds.kind), str(os.getpid()))
-            line = (sys.executable, "-I", "-m", "mullion.media.filesystems.worker", *arguments)
+            line = (sys.executable, "-I", "-m", "mullion.media.confined.file_reader", *arguments)
             try:
                 self._process = attach(line, pass_fds=(theirs.fileno(),))
             except BaseException:

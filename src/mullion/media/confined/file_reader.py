@@ -1,4 +1,4 @@
-"""The confined process that reads a filesystem with The Sleuth Kit: started by `reader`, one for each open volume.
+"""The confined process that reads a filesystem with The Sleuth Kit: started by `filesystems.reader`, one for each open volume.
 
 It shuts itself in (`jail.confine`) before it sees the first byte of the disk, and sees the disk only through `channel`.
 Whatever the library does with hostile bytes, it can do here: there is nothing to reach.
@@ -19,8 +19,7 @@ from typing import Any, Final
 import pytsk3
 
 from mullion.base.units import MIB
-from mullion.media import jail
-from mullion.media.filesystems import channel
+from mullion.media.confined import channel, jail
 
 DEPTH_LIMIT: Final = 256
 ENTRY_LIMIT: Final = 5_000_000

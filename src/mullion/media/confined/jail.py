@@ -94,7 +94,7 @@ def command(argv: Sequence[str], *, limits: Limits, listen_fd: int, files: Seque
     `/proc/self/fd/10`, and nothing else but what it is made of. Pure.
     """
     rights = {"argv": list(argv), "limits": asdict(limits), "listen": listen_fd, "files": list(files)}
-    return (sys.executable, "-I", "-m", "mullion.media.jail", json.dumps(rights), str(os.getpid()))
+    return (sys.executable, "-I", "-m", "mullion.media.confined.jail", json.dumps(rights), str(os.getpid()))
 
 
 def confine(limits: Limits, *, keep: Iterable[int], parent: int) -> None:
