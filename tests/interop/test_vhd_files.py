@@ -258,6 +258,49 @@ def test_files_are_whole_or_not_there(tmp_path: Path, tree: Path) -> None:
         assert not (tmp_path / "none").exists()
 
 
+def test_links_and_devices_are_left_out_and_counted(tmp_path: Path, tree: Path) -> None:
+    (tree / "one").symlink_to("readme.txt")
+    (tree / "two").symlink_to("/etc/passwd")
+    os.mkfifo(tree / "pipe")
+    for files in opened(make_ext(tmp_path / "disk.img", tree)):
+        done = extract(files, "/", str(tmp_path / "out"))
+        assert sorted(done.left_out) == [
+            "2 symbolic links, which --links makes",
+            "pipe: it is a device, a socket or a pipe",
+        ]
+        with pytest.raises(InvalidError, match="is a link"):
+            extract(files, "/one", str(tmp_path / "one"))
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        [*(set(os.listdir(tree)) - {"one", "two", "pipe"}), "lost+found"]
+    )
+
+
+def test_no_room_leaves_nothing(tmp_path: Path, tree: Path) -> None:
+    """A limit on the length of files stands for a full disk: both refuse a write half-way."""
+    image = make_ext(tmp_path / "disk.img", tree)
+    (tmp_path / "here").mkdir()
+    command = f"ulimit -f 400; exec {sys.executable} -m mullion.cli vhd get {image}"
+    for what in ("/folder/data.bin", "/folder"):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {what} here"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 9
+        assert "cannot be written" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert os.listdir(tmp_path / "here") == []
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m mullion.cli vhd cat {image} /folder/data.bin > /dev/full"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 9
+    assert "Traceback" not in done.stderr
+
+
 def test_hostile_names_stay_inside(tmp_path: Path) -> None:
     """Names that no system would write: patched into the folders of an ext2, where nothing is checksummed."""
     root = tmp_path / "tree"

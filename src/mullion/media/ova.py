@@ -92,7 +92,7 @@ def choose(package: Package, disk: str | None) -> OvaDisk:
     if disk is None:
         if len(package.disks) == 1:
             return package.disks[0]
-        raise InvalidError(f"{package.path} holds several disks: {names}", remedy="Choose one with --disk N.")
+        raise InvalidError(f"{package.path} holds several disks: {names}", remedy="Choose one: --disk 1, or the name.")
     for found in package.disks:
         if disk in (str(found.number), found.name):
             return found

@@ -16,7 +16,7 @@ from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
 from mullion.cli.vhd.meter import metered
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, from_option
+from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, disk_option, from_option
 
 if TYPE_CHECKING:
     from mullion.media.source import OpenSource
@@ -50,6 +50,7 @@ def _target_options(command: _Command) -> _Command:
 @click.argument("target", metavar="DST", type=DISK)
 @_target_options
 @from_option
+@disk_option
 @allow_option
 @pass_face
 def convert(
@@ -62,6 +63,7 @@ def convert(
     verify: bool,
     force: bool,
     source_format: str | None,
+    member: str | None,
     allow: tuple[str, ...],
 ) -> None:
     """Copy a disk of any format into a new VHD or raw file.
@@ -78,7 +80,7 @@ def convert(
     """
     _copy(
         face, "convert", source, target, kind, block_size=block_size, verify=verify, force=force,
-        source_format=source_format, allow=allow,
+        source_format=source_format, member=member, allow=allow,
     )  # fmt: skip
 
 
@@ -156,6 +158,7 @@ def _copy(
     force: bool,
     source_format: str | None,
     allow: tuple[str, ...],
+    member: str | None = None,
 ) -> None:
     from mullion.media.source import open_source
     from mullion.vhd.copying import TargetKind, check_target, copy_disk
@@ -166,7 +169,8 @@ def _copy(
         _check_stream(kind, block_size, verify=verify)
     else:
         check_target(target, [source], replace=force)  # before a foreign disk is opened, which may take long
-    with open_source(source, source_format=source_format, allowed_dirs=allowed_dirs(source, allow)) as disk:
+    folders = allowed_dirs(source, allow)
+    with open_source(source, source_format=source_format, allowed_dirs=folders, disk=member) as disk:
         for warning in disk.warnings:
             face.note(f"warning: {warning}")
         if is_stream:

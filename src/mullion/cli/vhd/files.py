@@ -19,7 +19,7 @@ from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.tables import printable, table
 from mullion.cli.vhd.meter import metered
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs
+from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, disk_option
 
 if TYPE_CHECKING:
     from mullion.media.filesystems.reader import FileEntry, VolumeReader
@@ -39,7 +39,7 @@ def _volume_options(command: _Command) -> _Command:
         metavar="N",
         help="The volume, where the disk has several; 0 is the whole disk.",
     )
-    return number(allow_option(command))
+    return number(disk_option(allow_option(command)))
 
 
 @click.command("ls", cls=Command, short_help="List the files inside a disk, or its volumes.")
@@ -59,6 +59,7 @@ def ls(
     recursive: bool,
     shows_volumes: bool,
     volume: int | None,
+    member: str | None,
     allow: Sequence[str],
 ) -> None:
     """List the files inside a disk: NTFS, FAT, exFAT, ext2, ext3, ext4, ISO 9660.
@@ -73,9 +74,9 @@ def ls(
       mullion vhd ls --volumes base.vhd
     """
     if shows_volumes:
-        _list_volumes(face, disk, allow)
+        _list_volumes(face, disk, member, allow)
         return
-    with _opened(face, disk, volume, allow) as reader:
+    with _opened(face, disk, volume, member, allow) as reader:
         answer = reader.list(path, recursive=recursive)
         first = next(answer)
         entries = list(answer) if first.type == "folder" and not recursive else answer
@@ -94,18 +95,22 @@ def ls(
 @click.argument("path")
 @_volume_options
 @pass_face
-def cat(face: Face, *, disk: str, path: str, volume: int | None, allow: Sequence[str]) -> None:
+def cat(face: Face, *, disk: str, path: str, volume: int | None, member: str | None, allow: Sequence[str]) -> None:
     """Print a file inside a disk, byte by byte as it is; of NTFS also a stream, as FILE:STREAM.
 
     \b
     Examples:
       mullion vhd cat files.vhd /etc/hostname
     """
-    with _opened(face, disk, volume, allow) as reader:
+    from mullion.vhd.storage import storage_explained
+
+    with _opened(face, disk, volume, member, allow) as reader:
         for item in reader.read(path):
             if isinstance(item, bytes):
-                sys.stdout.buffer.write(item)
-        sys.stdout.buffer.flush()
+                with storage_explained("standard output"):
+                    sys.stdout.buffer.write(item)
+        with storage_explained("standard output"):
+            sys.stdout.buffer.flush()
 
 
 @click.command("get", cls=Command, short_help="Copy files and folders out of a disk.")
@@ -127,6 +132,7 @@ def get(
     links: bool,
     skip: bool,
     volume: int | None,
+    member: str | None,
     allow: Sequence[str],
 ) -> None:
     """Copy files and whole folders out of a disk: each whole under its name, or not there.
@@ -140,17 +146,19 @@ def get(
       mullion vhd get files.vhd /etc copy-of-etc
     """
     from mullion.media.filesystems.extract import extract
+    from mullion.vhd.storage import storage_explained
 
     if len(paths) > 1 and not os.path.isdir(destination):
         raise InvalidError(f"{destination} is no folder", remedy="Several files go into a folder that exists.")
     results = []
     with (
         metered(face, "get", after="What was finished is there; nothing else is.") as progress,
-        _opened(face, disk, volume, allow) as reader,
+        _opened(face, disk, volume, member, allow) as reader,
     ):
         for path in paths:
             target = os.path.join(destination, _target_name(disk, path)) if os.path.isdir(destination) else destination
-            done = extract(reader, path, target, force=force, links=links, skip=skip, progress=progress)
+            with storage_explained(target):
+                done = extract(reader, path, target, force=force, links=links, skip=skip, progress=progress)
             results.append((path, target, done))
     for path, target, done in results:
         if face.is_json:
@@ -185,14 +193,16 @@ def _target_name(disk: str, path: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(face: Face, disk: str, volume: int | None, allow: Sequence[str]) -> Iterator[VolumeReader]:
+def _opened(
+    face: Face, disk: str, volume: int | None, member: str | None, allow: Sequence[str]
+) -> Iterator[VolumeReader]:
     """The files of the volume that was meant."""
     from mullion.media.filesystems.reader import open_volume
     from mullion.media.filesystems.volumes import choose_volume, list_volumes
     from mullion.media.source import open_source
 
     path, number = _split(disk, volume)
-    with open_source(path, allowed_dirs=allowed_dirs(path, allow)) as source:
+    with open_source(path, allowed_dirs=allowed_dirs(path, allow), disk=member) as source:
         volumes, problems = list_volumes(source.device)
         for problem in problems:
             face.note(f"{path}: partition table: {problem}")
@@ -213,12 +223,12 @@ def _split(disk: str, volume: int | None) -> tuple[str, int | None]:
     return match[1], int(match[2])
 
 
-def _list_volumes(face: Face, disk: str, allow: Sequence[str]) -> None:
+def _list_volumes(face: Face, disk: str, member: str | None, allow: Sequence[str]) -> None:
     from mullion.media.filesystems.volumes import list_volumes
     from mullion.media.source import open_source
 
     path, _ = _split(disk, None)
-    with open_source(path, allowed_dirs=allowed_dirs(path, allow)) as source:
+    with open_source(path, allowed_dirs=allowed_dirs(path, allow), disk=member) as source:
         volumes, problems = list_volumes(source.device)
     for problem in problems:
         face.note(f"{path}: partition table: {problem}")

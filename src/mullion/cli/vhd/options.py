@@ -44,6 +44,13 @@ def from_option(command: _Command) -> _Command:
     )(command)
 
 
+def disk_option(command: _Command) -> _Command:
+    """Which of the disks in an OVA."""
+    return click.option(
+        "--disk", "member", metavar="N", help="Of an OVA with several disks: which one, by its number or name."
+    )(command)
+
+
 def allowed_dirs(path: str, allow: Sequence[str]) -> list[str] | None:
     """The folders for `open_chain`: None is its own rule."""
     if not allow:

@@ -1,4 +1,4 @@
-"""The confined process that reads a filesystem with The Sleuth Kit: started by `filesystems.reader`, one for each open volume.
+"""The confined process that reads a filesystem with The Sleuth Kit: one for each volume, started by `VolumeReader`.
 
 It shuts itself in (`jail.confine`) before it sees the first byte of the disk, and sees the disk only through `channel`.
 Whatever the library does with hostile bytes, it can do here: there is nothing to reach.
@@ -212,7 +212,8 @@ class Filesystem:
         if stream is not None:
             size, attribute = _find_stream(file, entry["name"], stream)
         elif entry["type"] != "file":
-            raise RefusedError("invalid", f"{entry['name'] or '/'} is no file")
+            what = {"folder": "a folder", "link": "a link"}.get(entry["type"], "a device, a socket or a pipe")
+            raise RefusedError("invalid", f"{entry['name'] or '/'} is {what}, not a file")
         if size > FILE_LIMIT_BYTES:
             raise RefusedError("filesystem", f"{entry['name']}: {size} bytes are more than any file can have here")
         at = 0

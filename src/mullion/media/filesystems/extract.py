@@ -38,6 +38,8 @@ class Extracted:
     folders: int = 0
     links: int = 0
     content_bytes: int = 0
+    begun_bytes: int = 0
+    """Of the files that were begun, as far as their folders say."""
     left_out: list[str] = field(default_factory=list)
 
 
@@ -57,8 +59,8 @@ def extract(
     otherwise; `skip` leaves out what cannot be read, which otherwise ends the work with nothing made.
     Raises: AlreadyExistsError; NotFoundError; FilesystemError; InvalidError; OSError.
     """
-    if os.path.lexists(target) and (not force or os.path.isdir(target)):
-        remedy = "Choose another name, or --force." if not os.path.isdir(target) else "Choose another name."
+    if os.path.lexists(target) and not (force and os.path.isfile(target)):
+        remedy = "Choose another name, or --force." if os.path.isfile(target) else "Choose another name."
         raise AlreadyExistsError(f"{target} exists already", remedy=remedy, path=target)
     answer = reader.tree(path)
     try:
@@ -89,7 +91,7 @@ class _Work:
     def leave_out(self, entry: FileEntry, why: str) -> None:
         """Note what is left out. Raises: FilesystemError when nothing may be."""
         where = f"{self.path.rstrip('/')}/{entry.path}" if entry.path else self.path
-        text = f"{''.join(char if char.isprintable() else '?' for char in where)}: {why}"
+        text = f"{_shown(where)}: {why}"
         if not self.skip:
             raise FilesystemError(text, remedy="Leave out what cannot be read: --skip.")
         self.done.left_out.append(text)
@@ -100,6 +102,7 @@ def _extract_file(
 ) -> None:
     if entry.unreadable:
         raise FilesystemError(f"{work.path}: {entry.unreadable}", remedy="Copy it out in Windows, which can read it.")
+    work.done.begun_bytes += entry.size_bytes
     with new_file(target, replace=force) as fd:
         following = _fill(work, fd, answer)
         if following is not None:
@@ -123,7 +126,7 @@ def _fill(work: _Work, fd: int, answer: Iterator[FileEntry | bytes]) -> FileEntr
                 _write(fd, part, at + start)
         at += len(view)
         work.done.content_bytes += len(view)
-        work.progress("reading", work.done.content_bytes, 0)
+        work.progress("reading", work.done.content_bytes, work.done.begun_bytes)
     os.ftruncate(fd, at)
     return following
 
@@ -170,17 +173,21 @@ def _fill_folder(work: _Work, answer: Iterator[FileEntry | bytes], root: str, fi
         following: FileEntry | bytes | None = None
         if isinstance(item, bytes):  # of a file that was left out
             pass
-        elif (why := _objection(work, item, folders)) is not None:
+        elif (why := _objection(item, folders)) is not None:
             work.leave_out(item, why)
         elif item.type == "folder":
             _make_folder(work, root, item, folders)
         elif item.type == "link":
             links.append(item)
+        elif item.type == "other":
+            work.done.left_out.append(f"{_shown(item.path)}: it is a device, a socket or a pipe")
         elif item.type == "file":
             following = _fill_one(work, answer, root, item)
         item = following if following is not None else next(answer, None)
-    for link in links:
-        if work.links and link.target:
+    if links and not work.links:
+        work.done.left_out.append(f"{len(links)} symbolic links, which --links makes")
+    for link in links if work.links else ():
+        if link.target:
             with _making(work, link):
                 os.symlink(link.target, os.path.join(root, link.path))
                 work.done.links += 1
@@ -194,7 +201,12 @@ def _fill_folder(work: _Work, answer: Iterator[FileEntry | bytes], root: str, fi
             os.close(fd)
 
 
-def _objection(work: _Work, entry: FileEntry, folders: dict[str, FileEntry]) -> str | None:
+def _shown(path: str) -> str:
+    """Harmless for a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in path)
+
+
+def _objection(entry: FileEntry, folders: dict[str, FileEntry]) -> str | None:
     """Why an entry cannot be made on the host, where it cannot."""
     above, _, name = entry.path.rpartition("/")
     if name != entry.name or name in ("", ".", "..") or "\0" in name:
@@ -205,13 +217,12 @@ def _objection(work: _Work, entry: FileEntry, folders: dict[str, FileEntry]) -> 
         return "the folder that it is in was left out"
     if entry.unreadable:
         return entry.unreadable
-    if entry.type == "other":
-        return "it is a device, a socket or a pipe"
     return None
 
 
 def _fill_one(work: _Work, answer: Iterator[FileEntry | bytes], root: str, entry: FileEntry) -> FileEntry | None:
     """One file of a tree; the entry that follows."""
+    work.done.begun_bytes += entry.size_bytes
     path = os.path.join(root, entry.path)
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = -1

@@ -168,7 +168,8 @@ class VolumeReader:
                 f"{where}: {message}", remedy="List what there is with `mullion vhd ls`.", path=self._path
             )
         if code == "invalid":
-            raise InvalidError(f"{where}: {message}", path=self._path)
+            remedy = "Name a file, by its path from the root of the volume; `mullion vhd ls` shows what there is."
+            raise InvalidError(f"{where}: {message}", path=self._path, remedy=remedy)
         raise FilesystemError(f"{where}: {self._volume.holds.title}: {message}", path=self._path)
 
     def _entry(self, payload: bytes) -> FileEntry:
