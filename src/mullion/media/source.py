@@ -37,17 +37,27 @@ def open_source(
     *,
     source_format: str | None = None,
     allowed_dirs: Sequence[str] | None = None,
+    disk: str | None = None,
 ) -> Iterator[OpenSource]:
     """Open a disk of any format for reading: a VHD with its parents, a raw file, or what `foreign` reads.
+
+    `disk` chooses one of several in an OVA, by number or name.
 
     Without `source_format` the content says what it is, never the name. But where the content says nothing, which means
     raw, and the name does, the file is refused: a damaged disk must not be taken for the content of one.
     Raises: what `open_chain`, `RawFile` and `open_foreign` raise; InvalidError.
     """
-    from mullion.media.foreign import detect_format, open_foreign
+    from mullion.media.foreign import detect_format, open_foreign, open_ova
 
     kind = source_format or detect_format(path)
-    if kind == "vhd":
+    if disk is not None and kind != "ova":
+        raise InvalidError(
+            f"{path} is one disk, not a package of several", remedy="Leave --disk out: it chooses among an OVA's disks."
+        )
+    if kind == "ova":
+        with open_ova(path, disk) as device:
+            yield OpenSource(device, kind, (path,))
+    elif kind == "vhd":
         with open_chain(path, read_only=True, allowed_dirs=allowed_dirs) as chain:
             yield OpenSource(chain, kind, chain.paths, chain.warnings)
     elif kind == "raw":
