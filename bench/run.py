@@ -15,6 +15,7 @@ from bench import (
     cli_bench,
     data_path_bench,
     demo_bench,
+    fresh_bench,
     memory_bench,
     partition_start_bench,
     provider_kill_bench,
@@ -29,11 +30,12 @@ BENCHMARKS: Final[Benchmarks] = {
     "provider-kill": provider_kill_bench.run,
     "cli": cli_bench.run,
     "memory": memory_bench.run,
+    "fresh": fresh_bench.run,
 }
 
 
 def main() -> int:
-    return run_benchmarks("bench", __doc__.partition("\n")[0], BENCHMARKS)
+    return run_benchmarks("bench", __doc__.partition("\n")[0], BENCHMARKS, on_demand=("fresh",))
 
 
 if __name__ == "__main__":

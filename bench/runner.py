@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from bench.figures import BenchFault, Row, table
@@ -47,8 +47,11 @@ Benchmarks = Mapping[str, Callable[[Scale], list[Row]]]
 """A name for `--only`, and what measures; the first line of its module's docstring says what that is."""
 
 
-def run_benchmarks(prog: str, what: str, benchmarks: Benchmarks) -> int:
-    """Measure what the command line asks for; the exit status: 1 when a bar is missed or could not be measured."""
+def run_benchmarks(prog: str, what: str, benchmarks: Benchmarks, *, on_demand: Collection[str] = ()) -> int:
+    """Measure what the command line asks for; the exit status: 1 when a bar is missed or could not be measured.
+
+    `on_demand` are benchmarks that run only when they are named.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=what)
     parser.add_argument(
         "--only", action="append", choices=benchmarks, metavar="NAME", help=f"one of: {', '.join(benchmarks)}"
@@ -63,7 +66,7 @@ def run_benchmarks(prog: str, what: str, benchmarks: Benchmarks) -> int:
         print("quick: fewer rounds and smaller amounts than the promises name")
     results: list[tuple[str, Row]] = []
     faults: list[str] = []
-    for name in options.only or benchmarks:
+    for name in options.only or [name for name in benchmarks if name not in on_demand]:
         begun_s = time.monotonic()
         print(f"\n{name}: {(sys.modules[benchmarks[name].__module__].__doc__ or '').partition(chr(10))[0]}", flush=True)
         try:

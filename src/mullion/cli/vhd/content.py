@@ -144,7 +144,7 @@ def write(face: Face, *, path: str, offset: int, allow: tuple[str, ...]) -> None
 
     \b
     Examples:
-      mullion vhd write base.vhd --offset 1M < disk.img
+      mullion vhd write base.vhd < disk.img
       mullion vhd read base.vhd --length 64K | mullion vhd write child.vhd --offset 2M
     """
     from mullion.vhd import open_chain
