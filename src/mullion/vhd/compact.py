@@ -22,14 +22,15 @@ compaction is a sound disk; running it again goes on.
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Final
 
+from mullion.base.block import BlockDevice
 from mullion.base.errors import ConflictError
 from mullion.base.progress import Progress, no_progress
 from mullion.base.units import MIB, SECTOR_BYTES
@@ -47,6 +48,9 @@ from mullion.vhd.layout import DiskType
 from mullion.vhd.offline import open_for_change
 from mullion.vhd.structures import bat_end
 from mullion.vhd.zeros import UNIT_BYTES, file_runs, is_zero
+
+FindFree = Callable[[BlockDevice], Iterable[tuple[int, int]]]
+"""Finds the ranges of a disk that nobody uses; reads it only."""
 
 _BATCH_BYTES: Final = 64 * MIB
 _BATCH_BLOCKS: Final = 4096
@@ -71,6 +75,7 @@ def compact(
     path: str,
     *,
     free: Iterable[tuple[int, int]] = (),
+    find_free: FindFree | None = None,
     against_parent: bool = False,
     force: bool = False,
     allowed_dirs: Sequence[str] | None = None,
@@ -79,15 +84,20 @@ def compact(
 ) -> Compacted:
     """Make the file of a disk as short as its content allows.
 
-    `free` are ranges of the disk, (offset, length) in bytes, whose content nobody needs; that changes what other disks
-    see that were made on this one, so it needs `force` then. Raises: ConflictError; what opening for writing raises,
-    of the parents only with `against_parent`; OSError.
+    `free` are ranges of the disk, (offset, length) in bytes, whose content nobody needs; `find_free` finds more, once
+    the disk is open and nobody else can write. That changes what other disks see that were made on this one, so it
+    needs `force` then. Raises: ConflictError; what opening for writing raises, of the parents only with `find_free` and
+    `against_parent`; what `find_free` raises; OSError.
     """
-    unused = FreeMap(free)
     with open_for_change(
-        path, holder="mullion vhd compact", file_io=file_io, with_parents=against_parent, allowed_dirs=allowed_dirs
+        path,
+        holder="mullion vhd compact",
+        file_io=file_io,
+        with_parents=against_parent or find_free is not None,
+        allowed_dirs=allowed_dirs,
     ) as chain:
         image = chain.images[0]
+        unused = FreeMap(itertools.chain(free, find_free(chain) if find_free is not None else ()))
         if unused and not force and (child := next(find_children(path, chain.unique_id), None)):
             raise ConflictError(
                 f"{path} is the parent of {child}: its free space must not change",
@@ -230,7 +240,7 @@ class _Compaction:
         )
         at_once = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // image.span_bytes))
         moved = 0
-        while batch := [move for move in islice(moves, at_once) if move[0] < move[1]]:
+        while batch := [move for move in itertools.islice(moves, at_once) if move[0] < move[1]]:
             self._progress("moving blocks", moved * image.block_bytes, len(starts) * image.block_bytes)
             for slot, start, _ in batch:
                 self._copy(start, slot)

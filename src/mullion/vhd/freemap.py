@@ -5,6 +5,11 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final
+
+RANGES_LIMIT: Final = 1 << 22
+"""More are left out and count as used: memory must not grow with what a disk says."""
 
 
 class FreeMap:
@@ -14,14 +19,26 @@ class FreeMap:
         """Of (offset, length) in bytes, in any order; they may overlap."""
         self._starts = array("Q")
         self._ends = array("Q")
-        for offset, length in sorted(ranges):
+        late: list[tuple[int, int]] = []
+        for offset, length in islice(ranges, RANGES_LIMIT):
             if length <= 0 or offset < 0:
                 continue
-            if self._ends and offset <= self._ends[-1]:
-                self._ends[-1] = max(self._ends[-1], offset + length)
+            if self._starts and offset < self._starts[-1]:
+                late.append((offset, length))
             else:
-                self._starts.append(offset)
-                self._ends.append(offset + length)
+                self._add(offset, offset + length)
+        if late:
+            known = [(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
+            self._starts, self._ends = array("Q"), array("Q")
+            for offset, length in sorted([*known, *late]):
+                self._add(offset, offset + length)
+
+    def _add(self, start: int, end: int) -> None:
+        if self._ends and start <= self._ends[-1]:
+            self._ends[-1] = max(self._ends[-1], end)
+        else:
+            self._starts.append(start)
+            self._ends.append(end)
 
     def __bool__(self) -> bool:
         return bool(self._starts)

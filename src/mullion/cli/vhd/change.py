@@ -14,6 +14,7 @@ from mullion.cli.vhd.meter import metered
 from mullion.cli.vhd.options import DISK, aligned, allow_option, allowed_dirs
 
 if TYPE_CHECKING:
+    from mullion.vhd.compact import FindFree
     from mullion.vhd.resize import Resized
 
 
@@ -89,29 +90,42 @@ def _about_table(done: Resized) -> str | None:
 @click.command("compact", cls=Command, short_help="Make a disk's file as short as its content allows.")
 @click.argument("path", type=DISK)
 @click.option(
+    "--free-space", is_flag=True, help="Give up what no filesystem of the disk uses (NTFS, FAT, exFAT, ext2 to ext4)."
+)
+@click.option(
     "--against-parent", is_flag=True, help="Of a differencing disk, take out blocks that read the same in its parent."
 )
+@click.option("--force", is_flag=True, help="With --free-space, also when other disks were made on this one.")
 @allow_option
 @pass_face
-def compact(face: Face, *, path: str, against_parent: bool, allow: tuple[str, ...]) -> None:
-    """Make a disk's file as short as its content allows; no content changes.
+def compact(
+    face: Face, *, path: str, free_space: bool, against_parent: bool, force: bool, allow: tuple[str, ...]
+) -> None:
+    """Make a disk's file as short as its content allows.
 
     Blocks of zeros are taken out of a dynamic disk, and of a differencing disk those that hold nothing; the last blocks
     fill their places, and the file is cut. A fixed disk keeps its length, but zeros take no room on the filesystem any
-    more. For the best result let the guest discard its free space first (fstrim, Optimize-Volume -ReTrim).
+    more. The content stays the same, but for --free-space: what no file uses reads as anything afterwards. A volume
+    counts as used whole when its filesystem is not known, or was not unmounted; it is said then.
 
     After ^C or a power cut the disk is sound and complete: give the same command again and it goes on.
 
     \b
     Examples:
       mullion vhd compact base.vhd
+      mullion vhd compact files.vhd --free-space
       mullion vhd compact grandchild.vhd --against-parent
     """
     from mullion.vhd.compact import compact as compact_disk
 
     with metered(face, "compact", after="The disk is sound: give the same command again and it goes on.") as progress:
         done = compact_disk(
-            path, against_parent=against_parent, allowed_dirs=allowed_dirs(path, allow), progress=progress
+            path,
+            find_free=_find_free(face) if free_space else None,
+            against_parent=against_parent,
+            force=force,
+            allowed_dirs=allowed_dirs(path, allow),
+            progress=progress,
         )
     if face.is_json:
         face.emit_json(
@@ -131,6 +145,12 @@ def compact(face: Face, *, path: str, against_parent: bool, allow: tuple[str, ..
         f"{format_size(done.old_room_bytes)} -> {format_size(done.room_bytes)} "
         f"({done.blocks_removed} blocks removed, {done.blocks_moved} moved)"
     )
+
+
+def _find_free(face: Face) -> FindFree:
+    from mullion.media.filesystems import free_extents_of
+
+    return lambda device: free_extents_of(device, doubt=lambda text: face.note(f"counts as used: {text}"))
 
 
 @click.command("rebase", cls=Command, short_help="Give a differencing disk another parent, or its parent's new path.")
