@@ -8,13 +8,12 @@ Kept as `array("I")` in the machine's byte order; `byteswap` turns a million ent
 
 from __future__ import annotations
 
-import heapq
 import os
 import sys
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import islice, pairwise, repeat
 from operator import lt, sub
 from typing import Final
 
@@ -29,7 +28,8 @@ MAX_BAT_ENTRIES: Final = MAX_BAT_BYTES // ENTRY_BYTES
 
 _NATIVE_IS_BIG: Final = sys.byteorder == "big"
 _SCAN_ENTRIES: Final = 4096
-_SORT_ENTRIES: Final = 1 << 20
+_SORT_ENTRIES: Final = 1 << 18
+_WINDOW_ENTRIES: Final = 1 << 14
 _SKIP_ENTRIES: Final = 512
 _BLANK: Final = array("I", [UNALLOCATED]) * _SCAN_ENTRIES
 
@@ -106,16 +106,16 @@ def find_bad_starts(
     """
     past = bisect_left(starts, max(0, end_sector))
     bad = [starts[past:]]
-    rest = starts[:past]
+    rest = starts if past == len(starts) else starts[:past]
     for begin, end in metadata:
         low = bisect_left(rest, begin // SECTOR_BYTES - span_sectors + 1)
         high = bisect_left(rest, -(-end // SECTOR_BYTES))
-        bad.append(rest[low:high])
-        del rest[low:high]
-    followers = rest[1:]
-    if any(map(lt, map(sub, followers, rest), repeat(span_sectors))):
+        if low < high:
+            bad.append(rest[low:high])
+            rest = rest[:low] + rest[high:]
+    if any(map(lt, map(sub, islice(rest, 1, None), rest), repeat(span_sectors))):
         colliding = array("I")
-        for first, second in zip(rest, followers, strict=False):
+        for first, second in pairwise(rest):
             if second - first < span_sectors:
                 if not colliding or colliding[-1] != first:
                     colliding.append(first)
@@ -125,7 +125,26 @@ def find_bad_starts(
 
 
 def _merge(pieces: Sequence[array[int]]) -> array[int]:
-    """One ascending array of several."""
+    """One ascending array of several.
+
+    In windows between values that occur: `sorted` merges the ascending parts of a window at machine speed, and a window
+    is bounded, so that no more than a few numbers are Python objects at a time.
+    """
     if len(pieces) == 1:
         return pieces[0]
-    return array("I", heapq.merge(*pieces))
+    merged = array("I")
+    marks = sorted({piece[index] for piece in pieces for index in range(0, len(piece), _WINDOW_ENTRIES)})
+    at = [0] * len(pieces)
+    for mark, following in pairwise([*marks, UNALLOCATED + 1]):
+        same = 0
+        window: list[int] = []
+        for number, piece in enumerate(pieces):
+            first = bisect_right(piece, mark, at[number])
+            same += first - at[number]
+            at[number] = bisect_left(piece, following, first)
+            window += piece[first : at[number]]
+        for count in range(same, 0, -_WINDOW_ENTRIES):
+            merged.extend(array("I", [mark]) * min(count, _WINDOW_ENTRIES))
+        window.sort()
+        merged.extend(array("I", window))
+    return merged

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
+from itertools import islice, pairwise, repeat
 from operator import ge, sub
 from typing import Final
 
@@ -309,7 +309,8 @@ def _orphans(image: Image) -> list[Finding]:
     if image.bad_starts:
         return []
     stride = -(-image.span_bytes // DATA_ALIGNMENT) * DATA_ALIGNMENT
-    starts = bat_table.allocated_starts(image.bat)
+    starts = image.kept_starts
+    assert starts is not None
     metadata = sorted(image.metadata)
     total, first, number = 0, 0, 0
 
@@ -326,9 +327,8 @@ def _orphans(image: Image) -> list[Finding]:
     if starts:
         see(min(end for _, end in metadata), starts[0] * SECTOR_BYTES)
         sectors = image.span_bytes // SECTOR_BYTES
-        followers = starts[1:]
-        if any(map(ge, map(sub, followers, starts), repeat(sectors + stride // SECTOR_BYTES))):
-            for start, follower in zip(starts, followers, strict=False):
+        if any(map(ge, map(sub, islice(starts, 1, None), starts), repeat(sectors + stride // SECTOR_BYTES))):
+            for start, follower in pairwise(starts):
                 if follower - start >= sectors + stride // SECTOR_BYTES:
                     see((start + sectors) * SECTOR_BYTES, follower * SECTOR_BYTES)
         structures_end = max(structures_end, starts[-1] * SECTOR_BYTES + image.span_bytes)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
-from itertools import repeat
+from itertools import islice, repeat
 from operator import add, or_, sub
 from typing import Final
 
@@ -198,8 +197,7 @@ def _count_followers(image: Image) -> int:
     found = 0
     for index in range(0, len(image.bat), _PIECE):
         part = image.bat[index : index + _PIECE + 1]
-        steps = Counter(map(sub, part[1:], part))
-        found += sum(steps[step] for step in near)
+        found += sum(map(near.__contains__, map(sub, islice(part, 1, None), part)))
     return found
 
 

@@ -63,6 +63,8 @@ class Image:
     bad_starts: array[int] = field(default_factory=lambda: array("I"))
     claimed_end: int = 0
     """Where the room ends that locators claim beyond their text."""
+    kept_starts: array[int] | None = None
+    """The entries of all allocated blocks, ascending: only an image that was asked to keeps them, by an empty array."""
 
     @property
     def warnings(self) -> list[str]:
@@ -148,6 +150,8 @@ class Image:
     def check_entries(self) -> None:
         """Find the BAT entries that cannot be believed, and the file that ends too early."""
         starts = bat_table.allocated_starts(self.bat)
+        if self.kept_starts is not None:
+            self.kept_starts = starts
         self.bad_starts = array("I")
         if not starts:
             return

@@ -237,8 +237,8 @@ def _plan_tail_in_place(image: Image, kinds: set[Kind], plan: Plan) -> None:
 def _data_end(image: Image) -> int:
     """Where the last structure ends that can be believed."""
     ends = [image.claimed_end, *(end for _, end in image.metadata)]
-    starts = bat_table.allocated_starts(image.bat)
-    good = next((start for start in reversed(starts) if not image.is_bad_start(start)), None)
+    assert image.kept_starts is not None
+    good = next((start for start in reversed(image.kept_starts) if not image.is_bad_start(start)), None)
     if good is not None:
         ends.append(good * SECTOR_BYTES + image.span_bytes)
     return max(ends)

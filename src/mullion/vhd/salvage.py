@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from dataclasses import replace
 from typing import Final
 
@@ -49,7 +50,7 @@ def examine(fd: int, path: str) -> Image | list[Finding]:
     if isinstance(chosen, Finding):
         image = _with_checksum(fd, path, pair) or _with_buried_footer(fd, path, pair)
         return image if image is not None else [chosen]
-    image = begin_image(fd, path, pair, *chosen)
+    image = _begin(fd, path, pair, *chosen)
     problem = _load(image)
     if any(finding.kind is Kind.FOOTERS_DISAGREE for finding in image.findings):
         other = _other_reading(fd, path, pair, image, problem)
@@ -65,7 +66,7 @@ def _other_reading(fd: int, path: str, pair: FooterPair, image: Image, problem: 
     what is at the end is the guest's data, and the footer is missing.
     """
     if problem is not None:
-        other = begin_image(fd, path, pair, pair.tail, list(image.findings[:1]))
+        other = _begin(fd, path, pair, pair.tail, list(image.findings[:1]))
         return other if _load(other) is None else None
     if not any(finding.kind is Kind.BLOCK_CUT for finding in image.findings):
         return None
@@ -73,9 +74,15 @@ def _other_reading(fd: int, path: str, pair: FooterPair, image: Image, problem: 
     read = FooterPair(pair.front, is_data, pair.file_bytes)
     chosen = choose_footer(read)
     assert not isinstance(chosen, Finding)
-    other = begin_image(fd, path, read, *chosen)
+    other = _begin(fd, path, read, *chosen)
     is_whole = _load(other) is None and not any(finding.kind is Kind.BLOCK_CUT for finding in other.findings)
     return other if is_whole else None
+
+
+def _begin(fd: int, path: str, pair: FooterPair, read: FooterRead, findings: list[Finding]) -> Image:
+    image = begin_image(fd, path, pair, read, findings)
+    image.kept_starts = array("I")  # what is examined is looked at more than once
+    return image
 
 
 def _load(image: Image) -> Finding | None:
@@ -122,7 +129,7 @@ def _with_checksum(fd: int, path: str, pair: FooterPair) -> Image | None:
         return None
     read, findings = chosen
     assert read.footer is not None
-    image = begin_image(fd, path, mended, read, findings)
+    image = _begin(fd, path, mended, read, findings)
     if (_load(image) if _are_same(pair) else load_structures(image)) is not None:
         return None
     if image.kind is DiskType.FIXED:
@@ -179,7 +186,7 @@ def _with_buried_footer(fd: int, path: str, pair: FooterPair) -> Image | None:
             chosen = choose_footer(found)
             assert not isinstance(chosen, Finding)
             findings = chosen[1]
-        image = begin_image(fd, path, found, read, findings)
+        image = _begin(fd, path, found, read, findings)
         if _load(image) is None:
             behind = pair.file_bytes - offset - FOOTER_BYTES
             what = f"{behind} bytes behind the footer belong to nothing: it must be the last of the file"
