@@ -44,6 +44,8 @@ PACKAGES: Final[Mapping[str, str]] = {
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "setpriv": "util-linux",
+    "fusermount3": "fuse3",
+    "umount": "mount",
 }
 """The Debian package of each program that Mullion may call."""
 

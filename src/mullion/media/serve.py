@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-from mullion.base.block import BlockDevice
 from mullion.base.errors import DeniedError, InvalidError, NotFoundError
-from mullion.media.source import open_disk
+from mullion.media.source import OpenSource, open_disk
 from mullion.wire.nbd import Counters, NbdExport
 
 MAX_CLIENTS: Final = 256
@@ -62,16 +61,13 @@ def serve_disk(
             f"an export cannot be called {name!r}",
             remedy=f"Choose a printable name of at most {NAME_LIMIT_BYTES} bytes.",
         )
-    device, warnings = open_disk(path, read_only=not writable, allowed_dirs=allowed_dirs, purpose="vhd serve")
-    try:
-        export = NbdExport(socket_path, device, name=name, read_only=not writable, max_connections=max_clients)
+    with open_disk(path, writable=writable, purpose="vhd serve", allowed_dirs=allowed_dirs) as source:
+        export = NbdExport(socket_path, source.device, name=name, read_only=not writable, max_connections=max_clients)
         _start(export, socket_path)
         try:
-            yield _describe(device, export, name, warnings)
+            yield _describe(source, export, name)
         finally:
             export.stop()
-    finally:
-        device.close()
 
 
 def _start(export: NbdExport, socket_path: str) -> None:
@@ -90,7 +86,9 @@ def _start(export: NbdExport, socket_path: str) -> None:
         ) from error
 
 
-def _describe(device: BlockDevice, export: NbdExport, name: str, warnings: Sequence[str]) -> ServedDisk:
+def _describe(source: OpenSource, export: NbdExport, name: str) -> ServedDisk:
+    device = source.device
     absolute = os.path.abspath(export.path)
     uri = f"nbd+unix:///{quote(name, safe='')}?socket={quote(os.fsencode(absolute), safe='/')}"
-    return ServedDisk(uri, absolute, device.size_bytes, device.read_only, tuple(warnings), lambda: export.counters)
+    warnings = tuple(source.warnings)
+    return ServedDisk(uri, absolute, device.size_bytes, device.read_only, warnings, lambda: export.counters)

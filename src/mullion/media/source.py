@@ -75,13 +75,18 @@ def open_source(
             yield OpenSource(device, kind, (path,))
 
 
+@contextlib.contextmanager
 def open_disk(
-    path: str, *, read_only: bool, purpose: str, allowed_dirs: Sequence[str] | None = None
-) -> tuple[BlockDevice, list[str]]:
-    """Open a disk and say what is odd about it. `purpose` is shown to whoever finds the disk busy.
+    path: str, *, writable: bool, purpose: str, allowed_dirs: Sequence[str] | None = None
+) -> Iterator[OpenSource]:
+    """Open a disk for other programs: of any format for reading, a VHD for writing.
 
-    Raises: what `open_chain` raises.
+    `purpose` is shown to whoever finds the disk busy. Raises: what `open_source` and `open_chain` raise.
     """
+    if not writable:
+        with open_source(path, allowed_dirs=allowed_dirs) as source:
+            yield source
+        return
     holder = f"mullion {purpose} (pid {os.getpid()})"
-    chain = open_chain(path, read_only=read_only, allowed_dirs=allowed_dirs, holder=holder)
-    return chain, chain.warnings
+    with open_chain(path, allowed_dirs=allowed_dirs, holder=holder) as chain:
+        yield OpenSource(chain, "vhd", chain.paths, chain.warnings)
