@@ -19,15 +19,16 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Final, Self
 
-from mullion.base.units import MIB
+from mullion.base.units import KIB, MIB
 from mullion.vhd.fileio import SYSTEM
 from mullion.vhd.targets import Piece
 
 WINDOW_BYTES: Final = 2 * MIB
 """The size of a buffer."""
-_WRITERS: Final = 2
+_WRITERS: Final = 4
 _BUFFERS: Final = _WRITERS + 2
 _GROWTH_BYTES: Final = 256 * MIB
+_LONG_BYTES: Final = 64 * KIB
 
 _Work = tuple[memoryview, Sequence[Piece]]
 
@@ -42,6 +43,7 @@ class CopyWriters:
         """`fd` is an empty file; its flags are as before when the block has ended."""
         self._fd = os.dup(fd)  # its own: no thread can ever write to a number that was closed and given out again
         self._direct = direct and self._set_direct(on=True)
+        self._reserves = True
         self._grown = 0
         self._failure: BaseException | None = None
         self._free: SimpleQueue[memoryview] = SimpleQueue()
@@ -118,6 +120,10 @@ class CopyWriters:
             self._free.put(buffer)
 
     def _write_piece(self, offset: int, parts: Sequence[memoryview | bytes | bytearray]) -> None:
+        length = sum(map(len, parts))
+        if self._direct and self._reserves and length >= _LONG_BYTES:
+            # ext4 lets writes around the cache go side by side only where there is room already
+            self._reserves = SYSTEM.reserve(self._fd, offset, length)
         try:
             SYSTEM.write_all(self._fd, parts, offset)
         except OSError as error:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from itertools import repeat
 from typing import Final
 
 from mullion.base.errors import InvalidError
@@ -49,6 +50,7 @@ DATA_ALIGNMENT: Final = 4 * KIB
 _CREATOR: Final = b"win "
 _CREATOR_VERSION: Final = 0x000A_0000
 _HOST_OS: Final = b"Wi2k"
+_BLANK: Final = b"\xff" * (64 * KIB)
 HEADER_OFFSET: Final = FOOTER_BYTES
 BODY_OFFSET: Final = HEADER_OFFSET + HEADER_BYTES
 """Where a new dynamic disk has its BAT."""
@@ -219,9 +221,8 @@ def _write_sparse(fd: int, footer: Footer, header: DynamicHeader, texts: list[tu
     SYSTEM.write_all(fd, [raw_footer, header.pack()], 0)
     for offset, raw in texts:
         SYSTEM.write_all(fd, [raw], offset)
-    blank = b"\xff" * min(bat_bytes, MIB)
-    for offset in range(0, bat_bytes, len(blank)):
-        SYSTEM.write_all(fd, [blank[: bat_bytes - offset]], header.bat_offset + offset)
+    whole, rest = divmod(bat_bytes, len(_BLANK))
+    SYSTEM.write_all(fd, [*repeat(_BLANK, whole), _BLANK[:rest]], header.bat_offset)
     SYSTEM.write_all(fd, [raw_footer], end)
 
 

@@ -30,12 +30,17 @@ _CANNOT_COPY: Final = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL
 _FS_IOC_UNRESVSP64: Final = 0x4030_582B
 """ioctl of every Linux file system that can punch holes, the same as fallocate(PUNCH_HOLE | KEEP_SIZE); linux/falloc.h.
 `os` has no fallocate with flags, and `ctypes` would cost every provider a megabyte."""
+_FS_IOC_RESVSP64: Final = 0x4030_582A
+"""The same as fallocate(KEEP_SIZE)."""
 _SPACE_RESERVATION: Final = struct.Struct("hhqqiI16x")
 _CANNOT_PUNCH: Final = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
 
 
 class FileIO:
     """Changes of files, straight to the system. Methods raise OSError."""
+
+    is_threaded = True
+    """May several threads use it at once?"""
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         """Write as much as the system takes at once; returns the bytes written."""
@@ -50,6 +55,16 @@ class FileIO:
     def punch_hole(self, fd: int, offset: int, length: int) -> None:
         """Give a range back to the file system; it reads as zeros after."""
         fcntl.ioctl(fd, _FS_IOC_UNRESVSP64, _SPACE_RESERVATION.pack(0, 0, offset, length, 0, 0))
+
+    def reserve(self, fd: int, offset: int, length: int) -> bool:
+        """Allocate room, which reads as zeros, without changing the file's length; False where that is not known."""
+        try:
+            fcntl.ioctl(fd, _FS_IOC_RESVSP64, _SPACE_RESERVATION.pack(0, 0, offset, length, 0, 0))
+        except OSError as error:
+            if error.errno not in _CANNOT_PUNCH:
+                raise
+            return False
+        return True
 
     def copy_range(self, source_fd: int, source_offset: int, fd: int, offset: int, length: int) -> None:
         """Copy bytes from file to file without leaving the kernel, where it can; it shares them where it can do that.
