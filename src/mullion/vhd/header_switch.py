@@ -19,6 +19,7 @@ the end, because 1 overwrites it: the state that any crash of a writer leaves an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
@@ -47,12 +48,13 @@ def switch_header(
     """
     assert image.header is not None
     away = _sector_up(max([image.footer_offset, *(offset + len(raw) for offset, raw in pieces)]))
-    for offset, raw in pieces:
-        for at in range(0, len(raw), MIB):
-            file_io.write_all(image.fd, [raw[at : at + MIB]], offset + at)
-    # Zeros behind it, so that nothing of the header can pass for a footer at the end of the file.
-    file_io.write_all(image.fd, [header.pack(), bytes(FOOTER_BYTES)], away)
-    file_io.fdatasync(image.fd)
+    try:
+        _write_unseen(image, header, away, pieces, file_io)
+    except OSError:
+        with contextlib.suppress(OSError):  # the old end again; the first error is the one to tell
+            file_io.write_all(image.fd, [image.footer_raw], image.footer_offset)
+            file_io.ftruncate(image.fd, image.footer_offset + FOOTER_BYTES)
+        raise
     _write_copy(image, replace(footer, data_offset=away), file_io)
     if is_home_free(image, header, pieces):
         file_io.write_all(image.fd, [header.pack()], HOME)
@@ -60,6 +62,16 @@ def switch_header(
         _write_copy(image, replace(footer, data_offset=HOME), file_io)
     reload(image)
     end_file(image, file_io)
+
+
+def _write_unseen(image: Image, header: DynamicHeader, away: int, pieces: Sequence[Piece], file_io: FileIO) -> None:
+    """Everything that nothing points to yet, durably."""
+    for offset, raw in pieces:
+        for at in range(0, len(raw), MIB):
+            file_io.write_all(image.fd, [raw[at : at + MIB]], offset + at)
+    # Zeros behind it, so that nothing of the header can pass for a footer at the end of the file.
+    file_io.write_all(image.fd, [header.pack(), bytes(FOOTER_BYTES)], away)
+    file_io.fdatasync(image.fd)
 
 
 def end_file(image: Image, file_io: FileIO) -> None:

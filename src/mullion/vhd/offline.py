@@ -15,6 +15,7 @@ from mullion.vhd.chain import Chain, open_chain
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image, load_image, open_file
 from mullion.vhd.locking import lock_file
+from mullion.vhd.storage import storage_explained
 
 
 @contextlib.contextmanager
@@ -28,8 +29,17 @@ def open_for_change(
 ) -> Iterator[Chain]:
     """The disk, open for writing until the block ends; `with_parents=False` when only the file itself matters.
 
-    What a differencing disk without its parents reads is not its content. Raises: what `open_chain` raises.
+    What a differencing disk without its parents reads is not its content. An OSError of the block becomes an error
+    that names the file. Raises: what `open_chain` raises; NoSpaceError, DeniedError, OperationFailedError.
     """
+    with storage_explained(path), _opened(path, holder, file_io, with_parents, allowed_dirs) as chain:
+        yield chain
+
+
+@contextlib.contextmanager
+def _opened(
+    path: str, holder: str, file_io: FileIO, with_parents: bool, allowed_dirs: Sequence[str] | None
+) -> Iterator[Chain]:
     if with_parents:
         chain = open_chain(path, allowed_dirs=allowed_dirs, holder=holder, file_io=file_io)
     else:

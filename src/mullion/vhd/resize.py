@@ -19,6 +19,7 @@ footer before them. The GPT is moved after a growth and before a shrink, and is 
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -234,8 +235,13 @@ def _footer_for(image: Image, size_bytes: int) -> Footer:
 
 def _grow_fixed(image: Image, size_bytes: int, file_io: FileIO) -> None:
     if size_bytes > image.footer_offset:
-        file_io.write_all(image.fd, [image.footer_raw], size_bytes)
-        file_io.fdatasync(image.fd)
+        try:
+            file_io.write_all(image.fd, [image.footer_raw], size_bytes)
+            file_io.fdatasync(image.fd)
+        except OSError:
+            with contextlib.suppress(OSError):  # the old end is the good one still; the first error is the one to tell
+                file_io.ftruncate(image.fd, image.file_bytes)
+            raise
     file_io.write_zeros(image.fd, image.size_bytes, size_bytes - image.size_bytes)
     file_io.fdatasync(image.fd)
     reload(image)

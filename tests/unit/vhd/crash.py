@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.contract.block_device import all_of
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
+from mullion.base.errors import NoSpaceError
 from mullion.vhd import open_chain
 
 Operation = Callable[[str, RecordingIO], object]
@@ -54,4 +55,25 @@ def end_everywhere(folder: Path, name: str, operation: Operation, check: Check) 
             operation(path, RecordingIO())
             check(path, True)
             shutil.rmtree(copy)
+        fuse += 1
+
+
+def fill_everywhere(folder: Path, name: str, operation: Operation, check: Check) -> None:
+    """The same, with a filesystem that is full at each change once: refused by name, and it can be repeated."""
+    fuse = 0
+    while True:
+        copy = folder.with_name(f"{folder.name}-full-{fuse}")
+        shutil.copytree(folder, copy)
+        path = str(copy / name)
+        recording = RecordingIO()
+        recording.fuse, recording.fuse_kills = fuse, False
+        try:
+            operation(path, recording)
+        except NoSpaceError:
+            check(path, False)
+            operation(path, RecordingIO())
+        check(path, True)
+        shutil.rmtree(copy)
+        if recording.fuse is not None:
+            return
         fuse += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.unit.vhd import craft
-from tests.unit.vhd.crash import content_of, end_everywhere
+from tests.unit.vhd.crash import content_of, end_everywhere, fill_everywhere
 from tests.unit.vhd.power_cut import RecordingIO
 
 from mullion.base.errors import ConflictError
@@ -249,6 +249,7 @@ def test_an_end_at_any_instant_costs_nothing(kind: str, tmp_path: Path, monkeypa
         compact(found, file_io=recording)
 
     assert end_everywhere(folder, name, operate, check) > 10
+    fill_everywhere(folder, name, operate, check)
 
 
 def test_a_free_map_merges_and_cuts() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.unit.vhd import craft
-from tests.unit.vhd.crash import content_of, end_everywhere
+from tests.unit.vhd.crash import content_of, end_everywhere, fill_everywhere
 from tests.unit.vhd.power_cut import RecordingIO
 
 from mullion.base.errors import InvalidError, NotFoundError
@@ -192,3 +192,4 @@ def test_an_end_at_any_instant_changes_nothing_that_is_read(is_same: bool, tmp_p
         rebase(found, parent, file_io=recording)
 
     assert end_everywhere(folder, "child.vhd", operate, check) > 8
+    fill_everywhere(folder, "child.vhd", operate, check)

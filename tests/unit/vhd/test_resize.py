@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.unit.vhd import craft
-from tests.unit.vhd.crash import content_of, end_everywhere
+from tests.unit.vhd.crash import content_of, end_everywhere, fill_everywhere
 from tests.unit.vhd.power_cut import RecordingIO
 
 from mullion.base.errors import ConflictError, InvalidError
@@ -202,6 +202,7 @@ def test_an_end_at_any_instant_leaves_the_old_size_or_the_new_one(kind: str, siz
         assert_sound(found, size_bytes)
 
     assert end_everywhere(folder, os.path.basename(path), operate, check) > 5
+    fill_everywhere(folder, os.path.basename(path), operate, check)
 
 
 def content_of_or_mended(path: str) -> bytes:

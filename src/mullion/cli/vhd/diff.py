@@ -46,6 +46,7 @@ def diff(face: Face, *, path: str, other: str | None, since: str | None, allow: 
       mullion vhd diff base.vhd fixed.vhd
     """
     from mullion.vhd.diff import changed, differences
+    from mullion.vhd.storage import storage_explained
 
     if other is not None and since is not None:
         raise InvalidError(
@@ -54,7 +55,7 @@ def diff(face: Face, *, path: str, other: str | None, since: str | None, allow: 
         )
     folders = [*allow, os.path.dirname(os.path.realpath(other))] if other is not None and allow else allow
     allowed = allowed_dirs(path, folders)
-    with metered(face, "diff", after="Nothing was changed.") as progress:
+    with storage_explained(path), metered(face, "diff", after="Nothing was changed.") as progress:
         if other is None:
             changes = changed(path, since=since, allowed_dirs=allowed)
         else:
