@@ -1,9 +1,10 @@
-"""The disk machine of the unit tests, run for longer."""
+"""The disk machines of the unit tests, run for longer."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tests.unit.vhd.chain_machine import ChainMachine
 from tests.unit.vhd.disk_machine import DiskMachine
 
 pytestmark = pytest.mark.fuzz
@@ -11,4 +12,9 @@ pytestmark = pytest.mark.fuzz
 TestDiskForLong = DiskMachine.TestCase
 TestDiskForLong.settings = settings(
     max_examples=400, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+TestChainForLong = ChainMachine.TestCase
+TestChainForLong.settings = settings(
+    max_examples=400, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -210,10 +210,14 @@ def _copy(images: Sequence[Image], chosen: Range, report: MergeReport, progress:
                 told = done * _PROGRESS_STEPS // total
                 progress("copying", done, total)
         progress("making durable", total, total)
+        lower.flush()
     except (Exception, KeyboardInterrupt):
+        lower.close()
         with contextlib.suppress(OSError):
             end_top(lower_image, writer, file_io)
         raise
+    finally:
+        lower.close()
     end_top(lower_image, writer, file_io)
 
 

@@ -12,11 +12,13 @@ untouched, except where it lies past the end of one of them: there the disk abov
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
 
 from mullion.base.units import SECTOR_BYTES
+from mullion.vhd.direct_copy import LONG_BYTES, PAGE_BYTES, DirectCopies
 from mullion.vhd.fileio import SHORT_COPY_BYTES, FileIO
 from mullion.vhd.image import Image
 from mullion.vhd.mapping import NOWHERE, Mapping, Segment
@@ -95,12 +97,16 @@ class LowerLayer:
         self._image = image
         self._writer = writer
         self._io = file_io
+        self._direct: DirectCopies | None = None
+        if file_io.is_threaded:
+            with contextlib.suppress(OSError):
+                self._direct = DirectCopies(image.fd, file_io)
         self.size_bytes = image.size_bytes
 
     def copy(self, offset: int, fd: int, at: int, length: int) -> None:
         """Take over whole sectors from byte `at` of another file. Raises: OSError, after which it may be repeated."""
         for place, count in self._places(offset, length, is_zero=False):
-            self._io.copy_range(fd, at, self._image.fd, place, count)
+            self._copy_run(fd, at, place, count)
             self._show(offset, count)
             offset, at = offset + count, at + count
 
@@ -113,11 +119,30 @@ class LowerLayer:
             offset += count
 
     def flush(self) -> None:
-        """Make it durable."""
+        """Make it durable. Raises: OSError, also that of an earlier copy."""
+        if self._direct is not None:
+            self._direct.drain()
         if self._writer is not None:
             self._writer.flush()
         else:
             self._io.fdatasync(self._image.fd)
+
+    def close(self) -> None:
+        """Write nothing more. What was not flushed may be there or not."""
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
+
+    def _copy_run(self, fd: int, at: int, place: int, length: int) -> None:
+        if self._direct is not None and length >= LONG_BYTES:
+            head = -place % PAGE_BYTES
+            middle = (length - head) // PAGE_BYTES * PAGE_BYTES
+            self._direct.copy(fd, at + head, place + head, middle)
+            tail = head + middle
+            self._io.copy_range(fd, at, self._image.fd, place, head)
+            self._io.copy_range(fd, at + tail, self._image.fd, place + tail, length - tail)
+        else:
+            self._io.copy_range(fd, at, self._image.fd, place, length)
 
     def _places(self, offset: int, length: int, *, is_zero: bool) -> Iterator[tuple[int, int]]:
         """Where a range goes in the file, block by block: (place or `NOWHERE`, bytes)."""
@@ -130,7 +155,7 @@ class LowerLayer:
             block, within = divmod(offset, self._image.block_bytes)
             count = min(end - offset, self._image.block_bytes - within)
             if writer.is_full:
-                writer.flush()
+                self.flush()
             data = writer.data_offset(block)
             if data is None and not (is_zero and not writer.is_child):
                 data = writer.write_empty(block)

@@ -51,25 +51,30 @@ class DiskMachine(RuleBasedStateMachine):
         self.pending = f"{self.folder}/pending"
         self.model = bytearray(self.size)
         if kind == "dynamic":
-            create_dynamic(self.top, self.size, block_bytes=block_bytes)
+            create_dynamic(self.top, self.size, block_bytes=block_bytes, durable=False)
         else:
             self._create_parents(kind)
-            create_differencing(self.top, f"{self.folder}/p.vhd", block_bytes=block_bytes, size_bytes=self.size)
+            parent = f"{self.folder}/p.vhd"
+            create_differencing(self.top, parent, block_bytes=block_bytes, size_bytes=self.size, durable=False)
         self.io = RecordingIO()
         self.chain = self._open()
         self._flushed()
+        self._first_opened()
+
+    def _first_opened(self) -> None:
+        """For machines that can do more."""
 
     def _create_parents(self, kind: str) -> None:
         parent = f"{self.folder}/p.vhd"
         base = f"{self.folder}/base.vhd" if kind == "over child" else parent
         size = max(SECTOR, self.size - self.choose.choice([0, 0, 3]) * SECTOR)  # a parent may be smaller
         if kind == "over fixed":
-            create_fixed(base, size)
+            create_fixed(base, size, durable=False)
         else:
-            create_dynamic(base, size, block_bytes=self.choose.choice([1024, 8192]))
+            create_dynamic(base, size, block_bytes=self.choose.choice([1024, 8192]), durable=False)
         layers = [base]
         if kind == "over child":
-            create_differencing(parent, base, block_bytes=4096)
+            create_differencing(parent, base, block_bytes=4096, durable=False)
             layers.append(parent)
         for layer in layers:
             with open_chain(layer) as chain:

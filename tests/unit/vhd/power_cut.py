@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from mullion.base.block import Buffer
 from mullion.vhd.fileio import FileIO
+from mullion.vhd.publish import new_file
 
 SECTOR = 512
 
@@ -36,6 +37,8 @@ class Past:
 
 class RecordingIO(FileIO):
     """Records every file that is changed; `fuse` counts changes down to the one that fails, with ENOSPC or by killing."""
+
+    is_threaded = False
 
     def __init__(self) -> None:
         self.fuse: int | None = None
@@ -109,7 +112,8 @@ class RecordingIO(FileIO):
 
     def put_file(self, path: str, content: bytes) -> None:
         self._burn_or_go()
-        super().put_file(path, content)
+        with new_file(path, replace=True, durable=False) as fd:
+            os.write(fd, content)
 
     def cut_power(self, choose: random.Random) -> None:
         """Leave in each file one of the states that the platter may be in, and what is left is durable."""

@@ -1,9 +1,10 @@
-"""The disk machine, as long as a unit test may take; `tests/fuzz/test_vhd_model.py` lets it run longer."""
+"""The disk machines, as long as a unit test may take; `tests/fuzz/test_vhd_model.py` lets it run longer."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tests.unit.vhd.chain_machine import ChainMachine
 from tests.unit.vhd.disk_machine import DiskMachine
 
 pytestmark = pytest.mark.unit
@@ -11,4 +12,9 @@ pytestmark = pytest.mark.unit
 TestDisk = DiskMachine.TestCase
 TestDisk.settings = settings(
     max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+TestChain = ChainMachine.TestCase
+TestChain.settings = settings(
+    max_examples=20, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
