@@ -187,17 +187,22 @@ def _table_end(chain: Chain, gpt: Gpt | None) -> int:
 
 def _last_used(chain: Chain, start: int, skipped: list[tuple[int, int]], progress: Progress) -> int:
     """Where the last byte other than zero ends, from `start` on; `start` when there is none. Looks from the end."""
-    total = chain.size_bytes - start
-    for window in reversed(range(start, chain.size_bytes, _WINDOW_BYTES)):
-        progress("looking at what is cut off", chain.size_bytes - window, total)
-        length = min(_WINDOW_BYTES, chain.size_bytes - window)
-        extents = [extent for extent in chain.extents(window, length) if extent.kind is ExtentKind.DATA]
+    windows: dict[int, None] = {}  # those with anything in them, in order; at most 32640
+    for extent in chain.extents(start, chain.size_bytes - start):
+        if extent.kind is ExtentKind.DATA:
+            first, last = extent.offset // _WINDOW_BYTES, (extent.offset + extent.length - 1) // _WINDOW_BYTES
+            windows.update(dict.fromkeys(range(first, last + 1)))
+    for number, window in enumerate(reversed(windows)):
+        progress("looking at what is cut off", number * _WINDOW_BYTES, len(windows) * _WINDOW_BYTES)
+        begin = max(start, window * _WINDOW_BYTES)
+        length = min((window + 1) * _WINDOW_BYTES, chain.size_bytes) - begin
+        extents = [extent for extent in chain.extents(begin, length) if extent.kind is ExtentKind.DATA]
         for extent in reversed(extents):
             for at in reversed(range(extent.offset, extent.offset + extent.length, _PIECE_BYTES)):
                 piece = bytearray(min(_PIECE_BYTES, extent.offset + extent.length - at))
                 chain.pread(at, piece)
-                for begin, end in skipped:
-                    low, high = max(begin, at), min(end, at + len(piece))
+                for gap_start, gap_end in skipped:
+                    low, high = max(gap_start, at), min(gap_end, at + len(piece))
                     if low < high:
                         piece[low - at : high - at] = bytes(high - low)
                 if used := len(piece.rstrip(b"\0")):
