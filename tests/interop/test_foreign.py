@@ -102,6 +102,27 @@ def test_each_format_reads_as_it_was_written(
     assert Path(path).read_bytes() == before
 
 
+@pytest.mark.parametrize("block_bytes", [1 << 20, 8 << 20, 32 << 20])
+def test_the_holes_of_a_vhdx_are_known(tmp_path: Path, block_bytes: int) -> None:
+    """In each chunk of blocks, behind entries for bitmaps too, and up to the last block, which is cut."""
+    size, raw, path = (70 << 30) + 4096, tmp_path / "raw", str(tmp_path / "disk.vhdx")
+    with raw.open("wb") as file:
+        file.truncate(size)
+        for at in (0, 9 << 30, (64 << 30) - 512, size - 512):
+            file.seek(at)
+            file.write(b"x" * 512)
+    qemu_img("convert", "-f", "raw", "-O", "vhdx", "-o", f"block_size={block_bytes}", str(raw), path)
+    with open_foreign(path) as device:
+        data = [extent for extent in device.extents(0, size) if extent.kind is ExtentKind.DATA]
+        assert sum(extent.length for extent in data) <= 4 * block_bytes
+        for at in (0, 9 << 30, (64 << 30) - 512, size - 512):
+            assert any(extent.offset <= at < extent.offset + extent.length for extent in data)
+            assert read(device, at, 512) == b"x" * 512
+        part = list(device.extents(size - 700, 600))
+        assert part[0].offset == size - 700
+        assert sum(extent.length for extent in part) == 600
+
+
 def test_a_format_can_be_named(raw: Path, content: bytes) -> None:
     """A raw disk whose guest wrote the header of another format into it stays a raw disk."""
     raw.write_bytes(b"QFI\xfb" + content[4:])

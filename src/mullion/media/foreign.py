@@ -1,7 +1,7 @@
 """Disks in other formats, read as they are: VHDX, QCOW2, VMDK, VDI, OVA and more, beside VHD and raw.
 
 What a file is, its bytes say, never its name (`detect_format`). Its own structures are looked through for names of
-other files (`headers`, `vmdk`) before a confined QEMU reads it (`qemu`).
+other files (`headers`, `vhdx`, `vmdk`) before a confined QEMU reads it (`qemu`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 
 from mullion.base.block import BlockDevice
 from mullion.base.errors import NotFoundError
-from mullion.media import ova, vmdk
+from mullion.media import ova, vhdx, vmdk
 from mullion.media.errors import ForeignDiskError, ForeignReferenceError, ForeignUnsupportedError
 from mullion.media.headers import Source, check_header
 from mullion.media.qemu import served
@@ -117,11 +117,22 @@ def _opened(source: Source, kind: str) -> contextlib.AbstractContextManager[Bloc
         raise ForeignUnsupportedError(
             f"{source.path} is {title}, not a disk that can be read here", path=source.path, remedy=remedy
         )
+    if kind == "vhdx":
+        return _opened_vhdx(source)
     if kind == "vmdk":
         vmdk.check_sparse(source)
     else:
         check_header(source, kind)
     return served(source, kind)
+
+
+@contextlib.contextmanager
+def _opened_vhdx(source: Source) -> Iterator[BlockDevice]:
+    vhdx.check_vhdx(source)
+    blocks = vhdx.read_map(source)
+    with served(source, "vhdx") as device:
+        is_certain = blocks is not None and blocks.size_bytes == device.size_bytes
+        yield vhdx.VhdxDisk(device, blocks) if blocks is not None and is_certain else device
 
 
 @contextlib.contextmanager

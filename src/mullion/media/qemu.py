@@ -26,7 +26,8 @@ from mullion.base.process import Spawned, attach, find_program, run, wait_or_kil
 from mullion.base.units import MIB
 from mullion.media.confined import jail
 from mullion.media.errors import ForeignDiskError
-from mullion.media.headers import Source, vhdx_has_log
+from mullion.media.headers import Source
+from mullion.media.vhdx import has_log
 from mullion.media.windows import ReadOnlyDevice
 from mullion.wire.nbd.client import NbdClient
 from mullion.wire.nbd.messages import NbdProtocolError
@@ -106,7 +107,7 @@ def served(source: Source, kind: str) -> Iterator[ServedDisk]:
     find_program("qemu-nbd")
     with contextlib.ExitStack() as stack:
         files = [source.fd]
-        overlay = kind == "vhdx" and vhdx_has_log(source)
+        overlay = kind == "vhdx" and has_log(source)
         if overlay:
             files.append(stack.enter_context(_overlay(source.length)))
         whole = source.offset == 0 and source.length == os.fstat(source.fd).st_size
