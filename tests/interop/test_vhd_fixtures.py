@@ -14,6 +14,8 @@ from tests.contract.block_device import all_of
 
 from mullion.base.block import ExtentKind
 from mullion.vhd import inspect_chain, open_chain
+from mullion.vhd.check import check_disk
+from mullion.vhd.findings import Verdict
 from mullion.vhd.layout import DiskType
 
 pytestmark = [
@@ -127,3 +129,19 @@ def test_a_vhdx_is_named_as_one(tmp_path: Path) -> None:
 
     with pytest.raises(NotVhdError, match="VHDX"):
         open_chain(unpacked("ntfs-dynamic.vhdx.gz", tmp_path), read_only=True)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.glob("*") if ".vhd" in path.name))
+def test_every_real_disk_is_sound(name: str, tmp_path: Path) -> None:
+    """VirtualBox and XenServer pad the BAT with zeros; a VHDX is none of ours, and is said to be one."""
+    for parent in ("win8.vhd", "ntfs-parent.vhd.gz"):
+        unpacked(parent, tmp_path)
+    report = check_disk(unpacked(name, tmp_path))
+    found = [(problem.code, problem.severity) for problem in report.problems]
+    if ".vhdx" in name:
+        assert (report.verdict, found) == (Verdict.BROKEN, [("not-a-vhd", "error")])
+        assert "a VHDX" in report.problems[0].what
+    elif name in ("vbox.vhd", "xapi.vhd"):
+        assert (report.verdict, found) == (Verdict.SOUND, [("bat-padding", "warning")])
+    else:
+        assert (report.verdict, found) == (Verdict.SOUND, [])
