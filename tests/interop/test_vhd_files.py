@@ -32,7 +32,7 @@ from mullion.media.confined import channel, jail
 from mullion.media.errors import FilesystemError, ReaderDiedError, VolumeChoiceError
 from mullion.media.filesystems import reader
 from mullion.media.filesystems.extract import extract
-from mullion.media.filesystems.reader import FileEntry, VolumeReader, open_volume
+from mullion.media.filesystems.reader import FileEntry, Hole, VolumeReader, open_volume
 from mullion.media.filesystems.volumes import choose_volume, list_volumes
 from mullion.media.foreign import open_foreign
 
@@ -45,7 +45,12 @@ PASSWORDS = (126, "677ff39b3f70e7173580976e587b9ec30c73703d9947a36808b22fe29ed49
 
 
 def content_of(files: VolumeReader, path: str) -> bytes:
-    return b"".join(item for item in files.read(path) if isinstance(item, bytes))
+    parts = [
+        item if isinstance(item, bytes) else bytes(item.length)
+        for item in files.read(path)
+        if not isinstance(item, FileEntry)
+    ]
+    return b"".join(parts)
 
 
 def names_of(files: VolumeReader, path: str = "/", *, recursive: bool = False) -> list[str]:
@@ -299,6 +304,21 @@ def test_no_room_leaves_nothing(tmp_path: Path, tree: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 9
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_claims_to_be_endless_is_a_hole(tmp_path: Path) -> None:
+    """A size of terabytes on a disk of megabytes costs nothing but a number, and what is stored is found in it."""
+    root = tmp_path / "tree"
+    root.mkdir()
+    with (root / "endless").open("wb") as file:
+        file.write(b"start")
+        file.truncate(3 << 40)
+        file.seek(2 << 40)
+        file.write(b"middle")
+    for files in opened(make_ext(tmp_path / "disk.img", root, "ext4", "8M")):
+        pieces = [item for item in files.read("/endless") if not isinstance(item, FileEntry)]
+        assert sum(piece.length if isinstance(piece, Hole) else len(piece) for piece in pieces) == 3 << 40
+        assert [piece.rstrip(b"\0") for piece in pieces if isinstance(piece, bytes)] == [b"start", b"middle"]
 
 
 def test_hostile_names_stay_inside(tmp_path: Path) -> None:

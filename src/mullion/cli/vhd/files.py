@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import click
 
 from mullion.base.errors import InvalidError
-from mullion.base.units import format_size, format_time
+from mullion.base.units import MIB, format_size, format_time
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.tables import printable, table
@@ -22,7 +22,7 @@ from mullion.cli.vhd.meter import metered
 from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, disk_option
 
 if TYPE_CHECKING:
-    from mullion.media.filesystems.reader import FileEntry, VolumeReader
+    from mullion.media.filesystems.reader import FileEntry, Hole, VolumeReader
     from mullion.media.filesystems.volumes import Volume
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
@@ -106,9 +106,9 @@ def cat(face: Face, *, disk: str, path: str, volume: int | None, member: str | N
 
     with _opened(face, disk, volume, member, allow) as reader:
         for item in reader.read(path):
-            if isinstance(item, bytes):
-                with storage_explained("standard output"):
-                    sys.stdout.buffer.write(item)
+            with storage_explained("standard output"):
+                for part in _parts(item):
+                    sys.stdout.buffer.write(part)
         with storage_explained("standard output"):
             sys.stdout.buffer.flush()
 
@@ -182,6 +182,15 @@ def get(
                 for path, target, done in results
             ]
         )
+
+
+def _parts(item: FileEntry | bytes | Hole) -> Iterator[bytes]:
+    """The bytes of an answer's piece: a hole is as many zeros, in parts."""
+    if isinstance(item, bytes):
+        yield item
+    elif isinstance(item, tuple):
+        for start in range(0, item.length, MIB):
+            yield bytes(min(MIB, item.length - start))
 
 
 def _target_name(disk: str, path: str) -> str:

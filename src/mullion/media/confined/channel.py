@@ -4,6 +4,7 @@ A frame is one letter, the length of what follows (4 bytes), and that. Integers 
 
     from the disk's side       C  a command, JSON · D  bytes that were asked for
     from the reader's side     R  asks for bytes of the volume: offset 8, length 4 · J  an entry, JSON · B  content
+                               Z  so many zeros of content: length 8
                                E  the end of an answer, JSON: empty, or an error · H  once: confined and ready
 
 One command at a time.
@@ -17,6 +18,7 @@ from typing import Final
 
 HEAD: Final = struct.Struct("<cI")
 READ: Final = struct.Struct("<QI")
+HOLE_BYTES: Final = struct.Struct("<Q")
 FRAME_LIMIT_BYTES: Final = 4 << 20
 READ_LIMIT_BYTES: Final = 1 << 20
 
@@ -25,6 +27,7 @@ DATA: Final = b"D"
 WANT: Final = b"R"
 ENTRY: Final = b"J"
 CONTENT: Final = b"B"
+HOLE: Final = b"Z"
 END: Final = b"E"
 READY: Final = b"H"
 

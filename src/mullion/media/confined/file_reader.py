@@ -9,6 +9,7 @@ Never shown: deleted names, the library's own virtual entries, the metadata file
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import os
 import struct
@@ -41,6 +42,8 @@ _LABEL_SUFFIX: Final = b" (Volume Label Entry)"
 
 _REPARSE_ATTRIBUTE: Final = 0xC0
 _DATA_ATTRIBUTE: Final = 0x80
+_CONTENT_ATTRIBUTES: Final = (1, _DATA_ATTRIBUTE)
+"""The default attribute of filesystems that have no others, and that of NTFS."""
 _SYMLINK_TAG: Final = 0xA000000C
 _MOUNT_POINT_TAG: Final = 0xA0000003
 _REPARSE_NAMES: Final = {
@@ -48,6 +51,9 @@ _REPARSE_NAMES: Final = {
     0x80000013: "it is deduplicated by Windows",
 }
 _ENCRYPTED_FLAG: Final = int(pytsk3.TSK_FS_ATTR_ENC)
+_COMPRESSED_FLAG: Final = int(pytsk3.TSK_FS_ATTR_COMP)
+_NONRESIDENT_FLAG: Final = int(pytsk3.TSK_FS_ATTR_NONRES)
+_HOLE_FLAGS: Final = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_SPARSE) | int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER)
 
 Entry = dict[str, Any]
 
@@ -203,8 +209,8 @@ class Filesystem:
                 yield below, file, entry
             waiting += reversed(inner)
 
-    def content(self, file: Any, entry: Entry, stream: str | None) -> Iterator[bytes]:
-        """A file's bytes, or those of one of its streams."""
+    def content(self, file: Any, entry: Entry, stream: str | None) -> Iterator[bytes | int]:
+        """A file's bytes, or those of one of its streams; a number is the length of a hole."""
         if entry["unreadable"]:
             raise RefusedError("filesystem", f"{entry['name']}: {entry['unreadable']}")
         attribute: tuple[int, ...] = ()
@@ -217,12 +223,42 @@ class Filesystem:
         if size > FILE_LIMIT_BYTES:
             raise RefusedError("filesystem", f"{entry['name']}: {size} bytes are more than any file can have here")
         at = 0
-        while at < size:
-            part = file.read_random(at, min(_PIECE_BYTES, size - at), *attribute)
-            if not part:
-                raise RefusedError("filesystem", f"{entry['name']}: it ends at byte {at}, not {size}: it is damaged")
-            yield part
-            at += len(part)
+        for start, end in _stored_ranges(file, attribute, size, int(self._fs.info.block_size)):
+            if start > at:
+                yield start - at
+            at = start
+            while at < end:
+                part = file.read_random(at, min(_PIECE_BYTES, end - at), *attribute)
+                if not part:
+                    raise RefusedError(
+                        "filesystem", f"{entry['name']}: it ends at byte {at}, not {size}: it is damaged"
+                    )
+                yield part
+                at += len(part)
+        if size > at:
+            yield size - at
+
+
+def _stored_ranges(file: Any, wanted: tuple[int, ...], size: int, block_bytes: int) -> list[tuple[int, int]]:
+    """The parts of a file, (start, end) in bytes, that are not holes; all of it where the library keeps no runs."""
+    for attribute in file:
+        info = attribute.info
+        is_meant = (int(info.type), int(info.id)) == wanted if wanted else int(info.type) in _CONTENT_ATTRIBUTES
+        if not is_meant or (
+            not wanted and info.name and int(info.type) == _DATA_ATTRIBUTE and bytes(info.name) != b"N/A"
+        ):
+            continue
+        if not int(info.flags) & _NONRESIDENT_FLAG or int(info.flags) & _COMPRESSED_FLAG:
+            break
+        stored = []
+        for run in attribute:
+            start, end = int(run.offset) * block_bytes, (int(run.offset) + int(run.len)) * block_bytes
+            if not int(run.flags) & _HOLE_FLAGS and start < size:
+                stored.append((start, min(end, size)))
+        if all(one[1] <= two[0] for one, two in itertools.pairwise(stored)):
+            return stored
+        break
+    return [(0, size)] if size else []
 
 
 def _describe_ntfs(file: Any, entry: Entry) -> None:
@@ -281,6 +317,12 @@ def _answer(fd: int, filesystem: Filesystem, request: Entry) -> None:
     def give(entry: Entry) -> None:
         channel.send(fd, channel.ENTRY, json.dumps(entry).encode())
 
+    def give_part(part: bytes | int) -> None:
+        if isinstance(part, int):
+            channel.send(fd, channel.HOLE, channel.HOLE_BYTES.pack(part))
+        else:
+            channel.send(fd, channel.CONTENT, part)
+
     path = str(request["path"])
     match request["operation"]:
         case "list":
@@ -290,7 +332,7 @@ def _answer(fd: int, filesystem: Filesystem, request: Entry) -> None:
             file, entry, stream = _split_stream(filesystem, path)
             give(entry | {"path": "", "stream": stream})
             for part in filesystem.content(file, entry, stream):
-                channel.send(fd, channel.CONTENT, part)
+                give_part(part)
         case "tree":
             file, entry, stream = _split_stream(filesystem, path)
             found = iter([("", file, entry)]) if stream else filesystem.walk(path, recursive=True)
@@ -300,7 +342,7 @@ def _answer(fd: int, filesystem: Filesystem, request: Entry) -> None:
                     continue
                 try:
                     for part in filesystem.content(file, entry, stream):
-                        channel.send(fd, channel.CONTENT, part)
+                        give_part(part)
                 except (RefusedError, OSError) as fault:  # this file is damaged; the others need not be
                     give(entry | {"path": below, "unreadable": str(fault).splitlines()[0][:300]})
 

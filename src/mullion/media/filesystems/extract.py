@@ -22,7 +22,7 @@ from typing import Final
 from mullion.base.errors import AlreadyExistsError, InvalidError
 from mullion.base.progress import Progress, no_progress
 from mullion.media.errors import FilesystemError
-from mullion.media.filesystems.reader import FileEntry, VolumeReader
+from mullion.media.filesystems.reader import FileEntry, Hole, VolumeReader
 from mullion.vhd.publish import new_file
 
 _NAME_LIMIT_BYTES: Final = 255
@@ -98,7 +98,7 @@ class _Work:
 
 
 def _extract_file(
-    work: _Work, answer: Iterator[FileEntry | bytes], entry: FileEntry, target: str, *, force: bool
+    work: _Work, answer: Iterator[FileEntry | bytes | Hole], entry: FileEntry, target: str, *, force: bool
 ) -> None:
     if entry.unreadable:
         raise FilesystemError(f"{work.path}: {entry.unreadable}", remedy="Copy it out in Windows, which can read it.")
@@ -111,7 +111,7 @@ def _extract_file(
     work.done.files += 1
 
 
-def _fill(work: _Work, fd: int, answer: Iterator[FileEntry | bytes]) -> FileEntry | None:
+def _fill(work: _Work, fd: int, answer: Iterator[FileEntry | bytes | Hole]) -> FileEntry | None:
     """Write the pieces of a file, holes where they are zeros; the entry that follows, or None at the end."""
     at = 0
     following = None
@@ -119,6 +119,9 @@ def _fill(work: _Work, fd: int, answer: Iterator[FileEntry | bytes]) -> FileEntr
         if isinstance(item, FileEntry):
             following = item
             break
+        if isinstance(item, Hole):
+            at += item.length
+            continue
         view = memoryview(item)
         for start in range(0, len(view), _SPARSE_STEP_BYTES):
             part = view[start : start + _SPARSE_STEP_BYTES]
@@ -146,7 +149,7 @@ def _dress(fd: int, entry: FileEntry) -> None:
         os.utime(fd, ns=(entry.accessed_ns or entry.modified_ns, entry.modified_ns))
 
 
-def _extract_folder(work: _Work, answer: Iterator[FileEntry | bytes], first: FileEntry, target: str) -> None:
+def _extract_folder(work: _Work, answer: Iterator[FileEntry | bytes | Hole], first: FileEntry, target: str) -> None:
     target = os.path.normpath(target)
     beside, name = os.path.split(os.path.abspath(target))
     if not os.path.isdir(beside):
@@ -165,13 +168,13 @@ def _extract_folder(work: _Work, answer: Iterator[FileEntry | bytes], first: Fil
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fill_folder(work: _Work, answer: Iterator[FileEntry | bytes], root: str, first: FileEntry) -> None:
+def _fill_folder(work: _Work, answer: Iterator[FileEntry | bytes | Hole], root: str, first: FileEntry) -> None:
     folders: dict[str, FileEntry] = {"": first}
     links: list[FileEntry] = []
-    item: FileEntry | bytes | None = next(answer, None)
+    item: FileEntry | bytes | Hole | None = next(answer, None)
     while item is not None:
-        following: FileEntry | bytes | None = None
-        if isinstance(item, bytes):  # of a file that was left out
+        following: FileEntry | bytes | Hole | None = None
+        if not isinstance(item, FileEntry):  # of a file that was left out
             pass
         elif (why := _objection(item, folders)) is not None:
             work.leave_out(item, why)
@@ -220,7 +223,7 @@ def _objection(entry: FileEntry, folders: dict[str, FileEntry]) -> str | None:
     return None
 
 
-def _fill_one(work: _Work, answer: Iterator[FileEntry | bytes], root: str, entry: FileEntry) -> FileEntry | None:
+def _fill_one(work: _Work, answer: Iterator[FileEntry | bytes | Hole], root: str, entry: FileEntry) -> FileEntry | None:
     """One file of a tree; the entry that follows."""
     work.done.begun_bytes += entry.size_bytes
     path = os.path.join(root, entry.path)

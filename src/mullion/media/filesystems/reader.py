@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from mullion.base.block import BlockDevice
 from mullion.base.errors import InvalidError, MullionError, NotFoundError
@@ -47,6 +47,12 @@ class FileEntry:
     streams: tuple[tuple[str, int], ...]
     unreadable: str | None
     """Why its content cannot be had, where it cannot."""
+
+
+class Hole(NamedTuple):
+    """So many zeros of a file's content that the disk does not hold."""
+
+    length: int
 
 
 class VolumeReader:
@@ -104,11 +110,11 @@ class VolumeReader:
             if isinstance(found, FileEntry):
                 yield found
 
-    def read(self, path: str) -> Generator[FileEntry | bytes, None, None]:
+    def read(self, path: str) -> Generator[FileEntry | bytes | Hole, None, None]:
         """A file, or a stream of it (`file:stream`): its entry, then its bytes in pieces."""
         yield from self._ask("read", path)
 
-    def tree(self, path: str) -> Generator[FileEntry | bytes, None, None]:
+    def tree(self, path: str) -> Generator[FileEntry | bytes | Hole, None, None]:
         """Everything from a path on: each entry, followed by its bytes when it is a file that can be read."""
         yield from self._ask("tree", path)
 
@@ -129,7 +135,7 @@ class VolumeReader:
             process.stderr.close()
         return status, _shown(last)
 
-    def _ask(self, operation: str, path: str, **options: object) -> Iterator[FileEntry | bytes]:
+    def _ask(self, operation: str, path: str, **options: object) -> Iterator[FileEntry | bytes | Hole]:
         if "\0" in path:
             raise InvalidError("a path cannot hold a zero byte", remedy="Leave it out.")
         request = json.dumps({"operation": operation, "path": path, **options}).encode()
@@ -144,6 +150,8 @@ class VolumeReader:
                 kind, payload = self._receive()
                 if kind == channel.CONTENT:
                     yield payload
+                elif kind == channel.HOLE and len(payload) == channel.HOLE_BYTES.size:
+                    yield Hole(channel.HOLE_BYTES.unpack(payload)[0])
                 elif kind == channel.ENTRY:
                     yield self._entry(payload)
                 elif kind == channel.END:
