@@ -25,7 +25,7 @@ from mullion.vhd.image import open_file
 
 QEMU_FORMATS: Final = ("vhdx", "qcow2", "qcow", "qed", "vmdk", "vdi", "parallels")
 """What QEMU reads for us."""
-FORMATS: Final = ("vhd", "raw", *QEMU_FORMATS, "vmdk-descriptor", "ova")
+FORMATS: Final = ("vhd", "raw", *QEMU_FORMATS, "ova")
 """Everything that `open_foreign` opens."""
 
 _FOOTER_COOKIE: Final = b"conectix"
@@ -104,7 +104,7 @@ def open_ova(path: str, disk: str | None = None) -> Iterator[BlockDevice]:
 def _opened(source: Source, kind: str) -> contextlib.AbstractContextManager[BlockDevice]:
     if kind == "raw":
         return contextlib.closing(FileWindow(os.dup(source.fd), source.path, source.offset, source.length))
-    if kind == "vmdk-descriptor":
+    if kind == "vmdk" and vmdk.is_descriptor(source):
         return _opened_descriptor(source)
     if kind == "ova":
         return _opened_ova(source, None)
@@ -190,7 +190,7 @@ def _opened_ova(source: Source, disk: str | None) -> Iterator[BlockDevice]:
         raise ForeignUnsupportedError(
             f"{part.path} is a VHD inside an OVA", remedy=f"Unpack it first: tar -xf {source.path} {member.name}"
         )
-    if kind in ("vmdk-descriptor", "tar"):
+    if kind == "tar" or vmdk.is_descriptor(part):
         raise ForeignDiskError(f"{part.path} is {mark.title if mark else kind}, not a disk", path=part.path)
     with _opened(part, kind) as device:
         yield device

@@ -34,6 +34,7 @@ FLAT_TYPES: Final = ("FLAT", "VMFS")
 
 _EXTENT: Final = re.compile(r'\s*(RW|RDONLY|NOACCESS)\s+(\d{1,15})\s+([A-Z]+)(?:\s+"([^"]*)"(?:\s+(\d{1,15}))?)?\s*')
 _SETTING: Final = re.compile(r'\s*(\w+)\s*=\s*"?([^"]*?)"?\s*')
+_DESCRIPTOR_MAGIC: Final = b"# Disk DescriptorFile"
 _AT_END: Final = (1 << 64) - 1
 _NO_PARENT: Final = "ffffffff"
 _MERGE: Final = "Make one disk of the chain where it was made: `vmware-vdiskmanager -r CHILD.vmdk -t 0 WHOLE.vmdk`."
@@ -47,6 +48,11 @@ class VmdkExtent:
     kind: str
     file_name: str | None
     offset: int
+
+
+def is_descriptor(source: Source) -> bool:
+    """Is this the text that names the files of a disk, not one of them?"""
+    return source.read(0, len(_DESCRIPTOR_MAGIC)) == _DESCRIPTOR_MAGIC
 
 
 def read_descriptor(source: Source) -> list[VmdkExtent]:

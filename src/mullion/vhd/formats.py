@@ -25,7 +25,7 @@ MARKS: Final = (
     Mark(b"QED\0", 0, "qed", "a QED image"),
     Mark(b"KDMV", 0, "vmdk", "a VMDK"),
     Mark(b"COWD", 0, "vmdk", "a VMDK of ESX"),
-    Mark(b"# Disk DescriptorFile", 0, "vmdk-descriptor", "a VMDK descriptor"),
+    Mark(b"# Disk DescriptorFile", 0, "vmdk", "a VMDK descriptor"),
     Mark(b"\x7f\x10\xda\xbe", 0x40, "vdi", "a VDI"),
     Mark(b"WithoutFreeSpace", 0, "parallels", "a Parallels disk"),
     Mark(b"WithouFreSpacExt", 0, "parallels", "a Parallels disk"),

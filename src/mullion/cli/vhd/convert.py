@@ -212,7 +212,7 @@ def _copy(
 def _described(disk: OpenSource) -> str:
     if len(disk.paths) > 1:
         return f"a chain of {len(disk.paths)} files"
-    return {"vhd": "a VHD", "raw": "a raw file"}.get(disk.format, f"a {disk.format.upper()}")
+    return {"vhd": "a VHD", "raw": "a raw file", "ova": "an OVA"}.get(disk.format, f"a {disk.format.upper()}")
 
 
 def _kind_for(target: str, *, is_stream: bool) -> str:
