@@ -278,10 +278,10 @@ def load_structures(image: Image, header: DynamicHeader | None = None) -> Findin
             image.findings.append(found)
     else:
         at = 0 if image.has_front else image.footer_offset
-        found_header = header or read_header(image.fd, footer, at, image.file_bytes)
+        found_header = header or read_header(image.fd, footer, at, image.blocks_end)
         if isinstance(found_header, Finding):
             return found_header
-        table = read_bat(image.fd, found_header, image.size_bytes, image.file_bytes)
+        table = read_bat(image.fd, found_header, footer, image.blocks_end)
         if isinstance(table, Finding):
             return table
         _take_bat(image, found_header, table)

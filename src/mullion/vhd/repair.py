@@ -142,7 +142,7 @@ def _plan_front(image: Image, plan: Plan) -> None:
 def _plan_header(image: Image, kinds: set[Kind], plan: Plan) -> None:
     if Kind.HEADER_CHECKSUM not in kinds:
         return
-    raw = read_header_bytes(image.fd, image.footer, image.file_bytes)
+    raw = read_header_bytes(image.fd, image.footer, image.blocks_end)
     assert raw is not None
     at = image.footer.data_offset
     sector = with_checksum(raw, DynamicHeader.CHECKSUM_OFFSET)[:SECTOR_BYTES]

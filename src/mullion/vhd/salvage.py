@@ -90,7 +90,7 @@ def _load(image: Image) -> Finding | None:
     problem = load_structures(image)
     if problem is None or problem.kind is not Kind.HEADER_INVALID:
         return problem
-    raw = read_header_bytes(image.fd, image.footer, image.file_bytes)
+    raw = read_header_bytes(image.fd, image.footer, image.blocks_end)
     assert raw is not None
     try:
         header = DynamicHeader.unpack(with_checksum(raw, DynamicHeader.CHECKSUM_OFFSET))

@@ -136,10 +136,10 @@ def judge_fixed(footer: Footer, footer_offset: int) -> Finding | None:
     return None
 
 
-def read_header(fd: int, footer: Footer, footer_offset: int, file_bytes: int) -> DynamicHeader | Finding:
-    """The dynamic disk header that a footer points to."""
+def read_header(fd: int, footer: Footer, footer_offset: int, end: int) -> DynamicHeader | Finding:
+    """The dynamic disk header that a footer points to; it lies before `end`, the tail footer or the file's end."""
     at = footer.data_offset
-    raw = read_header_bytes(fd, footer, file_bytes)
+    raw = read_header_bytes(fd, footer, end)
     if raw is None:
         return Finding(
             Kind.HEADER_MISPLACED,
@@ -157,15 +157,20 @@ def read_header(fd: int, footer: Footer, footer_offset: int, file_bytes: int) ->
 _NO_HEADER: Final = "Restore the file from a backup: without its header the blocks cannot be found."
 
 
-def read_header_bytes(fd: int, footer: Footer, file_bytes: int) -> bytes | None:
+def read_header_bytes(fd: int, footer: Footer, end: int) -> bytes | None:
     """The 1024 bytes where the header should be; None where it cannot be."""
     at = footer.data_offset
-    raw = os.pread(fd, HEADER_BYTES, at) if at <= file_bytes else b""
+    raw = os.pread(fd, HEADER_BYTES, at) if at + HEADER_BYTES <= end else b""
     return None if len(raw) != HEADER_BYTES or at % SECTOR_BYTES or at < FOOTER_BYTES else raw
 
 
-def read_bat(fd: int, header: DynamicHeader, size_bytes: int, file_bytes: int) -> array[int] | Finding:
-    """All entries of the BAT, those past the end of the disk as well."""
+def read_bat(fd: int, header: DynamicHeader, footer: Footer, end: int) -> array[int] | Finding:
+    """All entries of the BAT, those past the end of the disk as well.
+
+    It lies before `end`, the tail footer or the file's end, and apart from the header: what is written into one of them
+    must not change another.
+    """
+    size_bytes = footer.current_size_bytes
     needed = -(-size_bytes // header.block_bytes)
     entries = header.max_bat_entries
 
@@ -177,8 +182,13 @@ def read_bat(fd: int, header: DynamicHeader, size_bytes: int, file_bytes: int) -
             Kind.BAT_TOO_SMALL,
             f"{entries} entries of {header.block_bytes} bytes do not cover the disk's {size_bytes} bytes",
         )
-    if header.bat_offset < FOOTER_BYTES or header.bat_offset + entries * bat_table.ENTRY_BYTES > file_bytes:
-        return finding(Kind.BAT_OUTSIDE, f"its {entries} entries reach outside the file of {file_bytes} bytes")
+    entries_end = header.bat_offset + entries * bat_table.ENTRY_BYTES
+    if header.bat_offset < FOOTER_BYTES or entries_end > end:
+        return finding(
+            Kind.BAT_OUTSIDE, f"its {entries} entries reach beyond byte {end}, where what they may take ends"
+        )
+    if header.bat_offset < footer.data_offset + HEADER_BYTES and footer.data_offset < entries_end:
+        return finding(Kind.BAT_OUTSIDE, f"it lies over the dynamic disk header at byte {footer.data_offset}")
     if entries > bat_table.MAX_BAT_ENTRIES:
         return finding(Kind.BAT_TOO_LARGE, f"{entries} entries are more than the supported {bat_table.MAX_BAT_ENTRIES}")
     table = bat_table.load(fd, header.bat_offset, entries)

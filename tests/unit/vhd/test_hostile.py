@@ -91,18 +91,30 @@ REFUSED: dict[str, tuple[str, Break, type[VhdError], str]] = {
         "dynamic",
         lambda p: craft.set_header(p, 28, b"\xff\xff\xff\xff"),
         VhdDamagedError,
-        "outside the file",
+        "reach beyond",
     ),
     "BAT outside": (
         "dynamic",
         lambda p: craft.set_header(p, 16, struct.pack(">Q", 1 << 50)),
         VhdDamagedError,
-        "outside the file",
+        "reach beyond",
+    ),
+    "BAT over the header": (
+        "dynamic",
+        lambda p: craft.set_header(p, 16, struct.pack(">Q", 1024)),
+        VhdDamagedError,
+        "over the dynamic disk header",
+    ),
+    "BAT over the footer": (
+        "dynamic",
+        lambda p: craft.set_header(p, 16, struct.pack(">Q", os.path.getsize(p) - 512)),
+        VhdDamagedError,
+        "reach beyond",
     ),
     "BAT unaligned": ("dynamic", lambda p: craft.set_header(p, 16, struct.pack(">Q", 1537)), VhdDamagedError, "512"),
     "BAT in a hole": ("dynamic", sparse_bat, VhdUnsupportedError, "more than the supported"),
     "file cut in the header": ("dynamic", lambda p: cut(p, 1000), VhdDamagedError, "header"),
-    "file cut in the BAT": ("dynamic", lambda p: cut(p, 1540), VhdDamagedError, "outside the file"),
+    "file cut in the BAT": ("dynamic", lambda p: cut(p, 1540), VhdDamagedError, "reach beyond"),
 }
 
 
