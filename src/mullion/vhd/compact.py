@@ -222,8 +222,9 @@ class _Compaction:
                 within = sector * SECTOR_BYTES
                 own = os.pread(self._image.fd, length, start + self._image.bitmap_bytes + within)
                 theirs = bytearray(length)
-                readable = max(0, min(length, self._parent.size_bytes - disk_offset - within))
-                self._parent.pread(disk_offset + within, memoryview(theirs)[:readable])
+                readable = min(length, self._parent.size_bytes - disk_offset - within)
+                if readable > 0:  # past the parent's end it reads zeros
+                    self._parent.pread(disk_offset + within, memoryview(theirs)[:readable])
                 if own != theirs:
                     return False
         return True
