@@ -5,13 +5,14 @@ from typing import Final
 
 import bench.vhd
 from bench.runner import Benchmarks, run_benchmarks
-from bench.vhd import check, children, convert, depth, nbd
+from bench.vhd import check, children, convert, depth, mount, nbd
 
 BENCHMARKS: Final[Benchmarks] = {
     "convert": convert.run,
     "children": children.run,
     "depth": depth.run,
     "nbd": nbd.run,
+    "mount": mount.run,
     "check": check.run,
 }
 
