@@ -142,7 +142,10 @@ def _target(kind: TargetKind, size_bytes: int, block_bytes: int | None) -> Targe
 
 def _fill(source: BlockDevice, target: Target, fd: int, progress: Progress) -> int:
     """Write the whole file; the bytes of data in it."""
-    meter = CopyMeter(source, "copying", progress)
+    total = 0
+    if progress is not no_progress:
+        total = sum(end - first for _, ranges in data_windows(source) for first, end in ranges)
+    meter = CopyMeter("copying", total, progress)
     written = 0
     with CopyWriters(fd, direct=target.is_aligned) as writers:
         for offset, ranges in data_windows(source):
@@ -232,21 +235,22 @@ def _trimmed(buffer: memoryview, start: int, end: int) -> tuple[int, int]:
 
 
 class CopyMeter:
-    """Counts what was done of a disk's data and passes it on now and then."""
+    """Counts what was done and passes it on now and then."""
 
-    def __init__(self, source: BlockDevice, stage: str, progress: Progress) -> None:
+    def __init__(self, stage: str, total_bytes: int, progress: Progress) -> None:
         self._stage = stage
         self._progress = progress
         self._done = 0
         self._next = 0
-        self._total = 0
-        if progress is not no_progress:
-            self._total = sum(end - first for _, ranges in data_windows(source) for first, end in ranges)
+        self._total = total_bytes
         self._step = min(max(self._total // 200, MIB), GIB)
-        self.add(0)
+        self.reach(0)
 
     def add(self, count: int) -> None:
-        self._done += count
+        self.reach(self._done + count)
+
+    def reach(self, done_bytes: int) -> None:
+        self._done = done_bytes
         if self._done >= self._next:
             self._next = self._done + self._step
             self._progress(self._stage, self._done, self._total)
@@ -261,7 +265,7 @@ class CopyMeter:
 def _verify(source: BlockDevice, made: RawFile | Chain, path: str, progress: Progress) -> None:
     """Read the new file back, as anybody would, and compare it with the source."""
     with made:
-        meter = CopyMeter(source, "verifying", progress)
+        meter = CopyMeter("verifying", made.size_bytes, progress)
         ours, theirs = memoryview(bytearray(MIB)), bytearray(MIB)
         for offset, length in _either_has(source, made):
             inside = max(0, min(length, source.size_bytes - offset))
@@ -271,7 +275,7 @@ def _verify(source: BlockDevice, made: RawFile | Chain, path: str, progress: Pro
             read_source(source, offset, memoryview(theirs)[:inside])
             if theirs != ours and theirs[:length] != ours[:length]:
                 raise _differs(path, f"bytes {offset} to {offset + length} of the disk are not the source's")
-            meter.add(length)
+            meter.reach(offset + length)
         meter.end()
 
 
