@@ -5,7 +5,7 @@ from typing import Final
 
 import bench.vhd
 from bench.runner import Benchmarks, run_benchmarks
-from bench.vhd import check, children, convert, depth, mount, nbd
+from bench.vhd import check, children, convert, depth, merge, mount, nbd
 
 BENCHMARKS: Final[Benchmarks] = {
     "convert": convert.run,
@@ -14,6 +14,7 @@ BENCHMARKS: Final[Benchmarks] = {
     "nbd": nbd.run,
     "mount": mount.run,
     "check": check.run,
+    "merge": merge.run,
 }
 
 if __name__ == "__main__":
