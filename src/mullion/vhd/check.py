@@ -39,7 +39,7 @@ from mullion.vhd.findings import Finding, Kind, Verdict, verdict_of
 from mullion.vhd.image import Image, open_file
 from mullion.vhd.layout import HEADER_BYTES, LOCATORS, DiskType
 from mullion.vhd.locking import is_locked_for_writing, read_holder
-from mullion.vhd.parents import CHAIN_LIMIT, parent_names, real_path, walk_parents
+from mullion.vhd.parents import CHAIN_LIMIT, has_changed, parent_names, real_path, walk_parents
 from mullion.vhd.salvage import examine
 from mullion.vhd.structures import bat_end
 
@@ -162,7 +162,7 @@ def _check_chain(
         try:
             for parent in walk_parents(top, allowed_dirs=allowed_dirs, limit=limit, load=load):
                 images.append(parent)
-                compare_sizes(images[-2], parent)
+                compare_with_parent(images[-2], parent)
         except MullionError as error:
             images[-1].findings.append(chain_finding(images[-1], error))
             path = getattr(error, "path", None)
@@ -187,10 +187,14 @@ def chain_finding(child: Image, error: MullionError) -> Finding:
     return Finding(Kind.PARENT_UNUSABLE, f"its parent cannot be used: {error.message}", at + 576, remedy)
 
 
-def compare_sizes(child: Image, parent: Image) -> None:
+def compare_with_parent(child: Image, parent: Image) -> None:
     if child.size_bytes != parent.size_bytes:
         what = f"it has {child.size_bytes} bytes, its parent {parent.size_bytes}: past the parent's end it reads zero"
         child.findings.append(Finding(Kind.SIZES_DIFFER, what, child.footer_offset + 48))
+    if has_changed(child.fd, parent.fd):
+        what = f"its parent {parent.path} was written after it was made: what it does not hold itself may have changed"
+        restore = "If nobody meant to, restore the parent from a backup."
+        child.findings.append(Finding(Kind.PARENT_CHANGED, what, child.footer.data_offset + 40, restore))
 
 
 def check_open_file(examined: Image | list[Finding], path: str, *, facts: bool = False) -> FileReport:

@@ -40,7 +40,7 @@ from mullion.vhd.layout import (
     Footer,
     ParentLocator,
 )
-from mullion.vhd.parents import trust_folder
+from mullion.vhd.parents import note_parent, trust_folder
 from mullion.vhd.publish import new_file
 
 MAX_SIZE_BYTES: Final = 2040 * GIB
@@ -124,6 +124,7 @@ def create_differencing(
     with new_file(path, durable=durable) as fd:
         _write_sparse(fd, footer, header, texts)
         trust_folder(fd, os.path.dirname(parent_real))
+        note_parent(fd, parent_real)
 
 
 def new_footer(kind: DiskType, size_bytes: int, data_offset: int) -> Footer:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Final
 
 from mullion.base.errors import MullionError, TooLargeError
-from mullion.vhd.check import FileReport, add_finding, chain_finding, check_disk, check_open_file, compare_sizes
+from mullion.vhd.check import FileReport, add_finding, chain_finding, check_disk, check_open_file, compare_with_parent
 from mullion.vhd.findings import Finding, Kind
 from mullion.vhd.image import Image, open_file
 from mullion.vhd.layout import DiskType
@@ -162,7 +162,7 @@ def _ask_for_parent(
         child.findings.append(chain_finding(child, error))
         return None, None
     try:
-        compare_sizes(child, parent)
+        compare_with_parent(child, parent)
         return identity_of(parent.fd), parent.path
     finally:
         parent.close()

@@ -17,7 +17,7 @@ from mullion.vhd.fileio import FileIO
 from mullion.vhd.header_switch import switch_header
 from mullion.vhd.image import Image
 from mullion.vhd.layout import FOOTER_BYTES, MAX_LOCATOR_BYTES
-from mullion.vhd.parents import real_path, trust_folder
+from mullion.vhd.parents import note_parent, real_path, trust_folder
 
 
 def set_parent(child: Image, parent_path: str, parent_id: bytes, file_io: FileIO) -> None:
@@ -43,6 +43,7 @@ def set_parent(child: Image, parent_path: str, parent_id: bytes, file_io: FileIO
     )
     switch_header(child, child.footer, header, file_io, pieces=texts)
     trust_folder(child.fd, os.path.dirname(parent))
+    note_parent(child.fd, parent)
 
 
 def _has_room(child: Image, names_end: int) -> bool:

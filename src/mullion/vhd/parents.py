@@ -42,6 +42,7 @@ CHAIN_LIMIT: Final = 1024
 """Files in a chain; each takes a descriptor for as long as the chain is open."""
 
 FOLDER_ATTRIBUTE: Final = "user.mullion.parent_folder"
+STATE_ATTRIBUTE: Final = "user.mullion.parent_state"
 
 _SHOWN_CHARS: Final = 300
 _FOLDER_LIMIT: Final = 4096
@@ -69,6 +70,26 @@ def trust_folder(fd: int, folder: str) -> None:
     """Note that whoever made this child chose a parent in that folder: best effort, some file systems keep no notes."""
     with contextlib.suppress(OSError):
         os.setxattr(fd, FOLDER_ATTRIBUTE, os.fsencode(folder)[:_FOLDER_LIMIT])
+
+
+def note_parent(fd: int, parent_path: str) -> None:
+    """Note in a child which file its parent is, and when that was last written; best effort, as `trust_folder`."""
+    with contextlib.suppress(OSError):
+        os.setxattr(fd, STATE_ATTRIBUTE, _state_of(os.stat(parent_path)))
+
+
+def has_changed(child_fd: int, parent_fd: int) -> bool:
+    """Was the very file that the child was made on written since? False where nothing was noted, or it is a copy."""
+    try:
+        noted = os.getxattr(child_fd, STATE_ATTRIBUTE)
+    except OSError:
+        return False
+    now = _state_of(os.fstat(parent_fd))
+    return noted != now and noted.rpartition(b":")[0] == now.rpartition(b":")[0]
+
+
+def _state_of(status: os.stat_result) -> bytes:
+    return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}".encode()
 
 
 def _trusted_folder(fd: int) -> list[str]:

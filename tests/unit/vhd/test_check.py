@@ -387,6 +387,17 @@ def test_sizes_that_differ_are_noted(tmp_path: Path) -> None:
     assert (report.verdict, codes(report)) == (Verdict.SOUND, ["sizes-differ"])
 
 
+def test_a_parent_that_was_written_under_its_child(tmp_path: Path) -> None:
+    base, middle, top = chain_of_three(tmp_path)
+    os.utime(base, ns=(1, 1))  # however coarse the clock of the file system is
+    report = check_disk(top)
+    assert (report.verdict, codes(report)) == (Verdict.SOUND, ["parent-changed"])
+    assert report.problems[0].path == middle
+    Path(base).rename(tmp_path / "old")
+    Path(base).write_bytes((tmp_path / "old").read_bytes())
+    assert check_disk(top).problems == ()
+
+
 def test_a_chain_too_deep(tmp_path: Path) -> None:
     _, _, top = chain_of_three(tmp_path)
     assert codes(check_disk(top, limit=2)) == ["chain-too-deep"]
