@@ -38,9 +38,10 @@ from mullion.vhd.structures import (
     read_footers,
     read_header_bytes,
 )
+from mullion.vhd.zeros import data_end
 
 SEARCH_BYTES: Final = MIB
-"""How much of a file's end is searched for a footer that something was appended to."""
+"""How much of a file's end, and of what lies before a hole there, is searched for a footer."""
 
 
 def examine(fd: int, path: str) -> Image | list[Finding]:
@@ -196,8 +197,9 @@ def _with_buried_footer(fd: int, path: str, pair: FooterPair) -> Image | None:
 
 
 def _cookies(fd: int, file_bytes: int) -> list[int]:
-    """Where in the last part of a file a sector begins as a footer does, last first; a few at most."""
-    begin = max(0, (file_bytes - SEARCH_BYTES) // SECTOR_BYTES * SECTOR_BYTES)
+    """Where in the last part of a file's data a sector begins as a footer does, last first; a few at most."""
+    end = data_end(fd, file_bytes)  # a growth that was cut off leaves a hole of any length
+    begin = max(0, (end - SEARCH_BYTES) // SECTOR_BYTES * SECTOR_BYTES)
     raw = os.pread(fd, min(file_bytes - begin, SEARCH_BYTES + SECTOR_BYTES), begin)
     found: list[int] = []
     at = len(raw)

@@ -151,6 +151,16 @@ def test_repairable(name: str, tmp_path: Path) -> None:
     assert checked(path)[0] is Verdict.SOUND
 
 
+def test_the_footer_before_a_hole_of_any_length_is_found(tmp_path: Path) -> None:
+    """A growth that a power cut ended leaves such a file."""
+    path = craft.make(tmp_path, "fixed")
+    good = content_of(path)
+    os.truncate(path, os.path.getsize(path) + 64 * MIB)
+    assert checked(path) == (Verdict.REPAIRABLE, ["footer-buried"])
+    repair_disk(path)
+    assert content_of(path) == good
+
+
 @pytest.mark.parametrize("name", [*REPAIRABLE, *SOUND_BUT_ODD])
 def test_a_repair_can_be_undone(name: str, tmp_path: Path) -> None:
     kind, break_it, _ = (REPAIRABLE | SOUND_BUT_ODD)[name]
