@@ -35,6 +35,18 @@ def next_hole(fd: int, offset: int, end: int) -> int:
         return end
 
 
+def data_end(fd: int, end: int) -> int:
+    """Where the last data of a file ends, as the file system knows it: holes behind it are skipped without reading."""
+    low, high = 0, end
+    while low < high:  # whether there is data behind an offset changes once, from yes to no
+        middle = (low + high) // 2
+        if next_data(fd, middle, end) < end:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 def is_zero(fd: int, offset: int, length: int) -> bool:
     """Does a range of a file hold nothing but zeros? What lies past the file's end does."""
     end = offset + length

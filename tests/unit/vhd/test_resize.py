@@ -14,7 +14,7 @@ from tests.unit.vhd.power_cut import RecordingIO
 from mullion.base.errors import ConflictError, InvalidError
 from mullion.base.units import GIB, KIB, MIB
 from mullion.vhd import create_differencing, create_dynamic, create_fixed, inspect_chain, open_chain
-from mullion.vhd.errors import DiskBusyError, NotVhdError
+from mullion.vhd.errors import DiskBusyError, NotVhdError, VhdError
 from mullion.vhd.geometry import Geometry
 from mullion.vhd.layout import Footer
 from mullion.vhd.resize import resize
@@ -209,7 +209,7 @@ def content_of_or_mended(path: str) -> bytes:
     """A fixed disk whose growth was cut off may end in zeros: `repair` finds the footer before them."""
     try:
         return content_of(path)
-    except NotVhdError:
+    except VhdError:
         from mullion.vhd.repair import repair_disk
 
         repair_disk(path)
@@ -225,3 +225,14 @@ def test_children_of_other_disks_and_other_files_are_no_hindrance(tmp_path: Path
     os.mkfifo(tmp_path / "pipe.vhd")
     resize(path, 2 * SIZE)
     assert_sound(path, 2 * SIZE)
+
+
+def test_the_footer_of_a_growth_that_was_cut_off_is_found_however_far_it_reached(tmp_path: Path) -> None:
+    """The file's length was durable, the footer at its new end was not."""
+    path = craft.make(tmp_path, "fixed")
+    before = content_of(path)
+    os.truncate(path, 500 * GIB)
+    with pytest.raises(VhdError):
+        content_of(path)
+    assert content_of_or_mended(path) == before
+    assert_sound(path, SIZE)
