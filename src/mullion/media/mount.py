@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import select
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -109,7 +110,7 @@ def prepare_mountpoint(mountpoint: str) -> bool:
         if os.path.ismount(mountpoint):
             raise ConflictError(
                 f"something is mounted on {mountpoint} already",
-                remedy=f"Choose another folder, or end it: mullion vhd unmount {mountpoint}",
+                remedy=f"Choose another folder, or end it: mullion vhd unmount {shlex.quote(mountpoint)}",
                 path=mountpoint,
             )
     except NotADirectoryError as error:
@@ -130,7 +131,7 @@ def prepare_mountpoint(mountpoint: str) -> bool:
 def _dead_mount(mountpoint: str) -> ConflictError:
     return ConflictError(
         f"{mountpoint} is what is left of a mount whose process was killed",
-        remedy=f"Clear it away: mullion vhd unmount {mountpoint}",
+        remedy=f"Clear it away: mullion vhd unmount {shlex.quote(mountpoint)}",
         path=mountpoint,
     )
 

@@ -367,7 +367,7 @@ def find_azure_obstacles(image: Image) -> list[Finding]:
     if image.size_bytes % MIB:
         what = f"Azure takes sizes in whole MiB only, this disk has {image.size_bytes} bytes"
         wanted = -(-image.size_bytes // MIB)
-        grow = f"Grow it first: mullion vhd resize {{path}} {wanted}M"
+        grow = f"Grow it first: mullion vhd resize {{path}} --size {wanted}M"
         found.append(Finding(Kind.AZURE_SIZE, what, at + 48, grow))
     if image.size_bytes > AZURE_MAX_BYTES:
         what = f"Azure takes {format_size(AZURE_MAX_BYTES)} at most, this disk has {format_size(image.size_bytes)}"

@@ -7,6 +7,7 @@ layer `into`.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Final
 
@@ -93,19 +94,20 @@ def check_range(images: Sequence[Image], chosen: Range, *, leftovers: Journal | 
                 f"{image.path} is damaged, and would be changed or removed: {'; '.join(image.damage)}",
                 path=image.path,
                 structure="file",
-                remedy=f"Mend it first: mullion vhd repair {image.path}",
+                remedy=f"Mend it first: mullion vhd repair {shlex.quote(image.path)}",
             )
     if first == 0 and images[into].size_bytes > images[0].size_bytes:
         raise InvalidError(
             f"{images[into].path} has {format_size(images[into].size_bytes)} and {images[0].path} only "
             f"{format_size(images[0].size_bytes)}: after the merge the disk would be larger than it is",
-            remedy=f"Make them equal: mullion vhd resize {images[0].path} --size {images[into].size_bytes}",
+            remedy="Make them equal: "
+            f"mullion vhd resize {shlex.quote(images[0].path)} --size {images[into].size_bytes} --align 512",
         )
     below = max((image.size_bytes for image in images[into + 1 :]), default=0)
     if images[first].size_bytes > images[into].size_bytes < below:
         raise InvalidError(
             f"{images[into].path} is smaller than the disks above and below it: growing it would show what lies below",
-            remedy=f"Copy the disk instead: mullion vhd flatten {images[0].path}",
+            remedy=f"Copy the disk instead: mullion vhd flatten {shlex.quote(images[0].path)} NEW.vhd",
         )
     _check_children(images, chosen, leftovers)
 
@@ -125,8 +127,8 @@ def _check_children(images: Sequence[Image], chosen: Range, leftovers: Journal |
         remedy = "Merge or delete these first, or make them independent with mullion vhd flatten."
         if image is images[0]:
             remedy = (
-                f"Name the top of the chain: mullion vhd merge {others[0]} --from {image.path} "
-                f"--into {images[into].path}"
+                f"Name the top of the chain: mullion vhd merge {shlex.quote(others[0])} "
+                f"--from {shlex.quote(image.path)} --into {shlex.quote(images[into].path)}"
             )
         raise ConflictError(
             f"{image.path} is the parent of other disks, which would read another content after the merge: {named}",

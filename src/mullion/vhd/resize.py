@@ -20,6 +20,7 @@ footer before them. The GPT is moved after a growth and before a shrink, and is 
 from __future__ import annotations
 
 import contextlib
+import shlex
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +110,7 @@ def _check_size(image: Image, size_bytes: int) -> None:
         most = bat_table.MAX_BAT_ENTRIES * image.block_bytes
         raise InvalidError(
             f"{image.path} has blocks of {format_size(image.block_bytes)} and can have {format_size(most)} at most",
-            remedy=f"Copy it to a disk of larger blocks first: mullion vhd convert {image.path} NEW.vhd",
+            remedy=f"Copy it to a disk of larger blocks first: mullion vhd convert {shlex.quote(image.path)} NEW.vhd",
             size_bytes=size_bytes,
         )
 

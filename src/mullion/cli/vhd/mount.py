@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
@@ -59,7 +60,9 @@ def mount(
         face.emit_json({"mountpoint": folder, "files": sorted(os.listdir(folder)), "writable": writable})
     else:
         names = " ".join(sorted(os.listdir(folder)))
-        face.note(f"{path} is mounted on {mountpoint}: {names}\nEnd it with: mullion vhd unmount {mountpoint}")
+        face.note(
+            f"{path} is mounted on {mountpoint}: {names}\nEnd it with: mullion vhd unmount {shlex.quote(mountpoint)}"
+        )
 
 
 def _stay(face: Face, spec: MountSpec) -> None:
