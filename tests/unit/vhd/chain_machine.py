@@ -138,7 +138,7 @@ class ChainMachine(DiskMachine):
             if first == 0:
                 self.top = target
             else:
-                self.frozen[target] = merged
+                self.frozen[target] = merged.ljust(len(before[target]), b"\0")  # it may be larger
             assert [path for path in gone if os.path.exists(path)] == (gone if keep else [])
             if keep:
                 os.unlink(gone[0])
