@@ -125,8 +125,9 @@ class ChainMachine(DiskMachine):
             self._check_frozen()
 
         def work() -> object:
-            if not os.path.exists(top) and not os.path.exists(self._journal(top)):
-                return None
+            is_out = not os.path.exists(top) or layers[first] not in self._layers()
+            if is_out and not os.path.exists(self._journal(top)):
+                return None  # it died after its last change
             return merge(top, from_path=layers[first], into_path=target, keep=keep, file_io=self.io)
 
         try:
