@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -65,7 +66,10 @@ def open_source(
         if source_format is None and claimed is not None:
             raise InvalidError(
                 f"{path} has the name of a {claimed} disk, but nothing in it says so",
-                remedy="If it holds a raw disk, say --from raw; else restore the file from a backup.",
+                remedy=(
+                    f"If it holds a raw disk: mullion vhd convert {shlex.quote(path)} NEW.vhd --from raw; "
+                    f"else restore the file from a backup."
+                ),
                 path=path,
             )
         with RawFile(path) as raw:

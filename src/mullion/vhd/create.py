@@ -132,7 +132,7 @@ def new_footer(kind: DiskType, size_bytes: int, data_offset: int) -> Footer:
     if size_bytes <= 0 or size_bytes % SECTOR_BYTES or size_bytes > MAX_SIZE_BYTES:
         raise InvalidError(
             f"a VHD cannot have {size_bytes} bytes",
-            remedy=f"Give a multiple of 512 bytes, at most {format_size(MAX_SIZE_BYTES)}.",
+            remedy=f"Give a multiple of 512 bytes, at most {MAX_SIZE_BYTES // GIB} GiB.",
             size_bytes=size_bytes,
         )
     geometry = Geometry.for_size(size_bytes)

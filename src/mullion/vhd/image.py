@@ -25,6 +25,7 @@ from mullion.vhd import bitmap
 from mullion.vhd.errors import NotVhdError, VhdDamagedError
 from mullion.vhd.findings import Finding, Kind
 from mullion.vhd.layout import FOOTER_BYTES, HEADER_BYTES, DiskType, DynamicHeader, Footer
+from mullion.vhd.storage import explained
 from mullion.vhd.structures import (
     FooterPair,
     FooterRead,
@@ -205,7 +206,8 @@ def open_file(path: str, *, writable: bool = False, follow: bool = True) -> int:
     try:
         probe = os.open(path, flags)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(f"there is no file {path}", remedy="Check the path of the disk.", path=path) from error
+        says = f"there is no file {path}" if path else "an empty path names no file"
+        raise NotFoundError(says, remedy="Check the path of the disk.", path=path) from error
     except PermissionError as error:
         raise DeniedError(f"{path} may not be opened", path=path) from error
     except OSError as error:
@@ -221,6 +223,8 @@ def open_file(path: str, *, writable: bool = False, follow: bool = True) -> int:
     except PermissionError as error:
         verb = "written" if writable else "read"
         raise DeniedError(f"{path} may not be {verb}", path=path) from error
+    except OSError as error:  # whose file name is the one below /proc
+        raise explained(error, path) from error
     finally:
         os.close(probe)
 

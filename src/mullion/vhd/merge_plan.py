@@ -142,6 +142,8 @@ def _find(images: Sequence[Image], path: str) -> int:
         wanted = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"there is no file {path}", remedy=_layers(images), path=path) from error
+    except OSError as error:
+        raise InvalidError(f"{path}: {error.strerror}", remedy=_layers(images), path=path) from error
     for index, image in enumerate(images):
         if os.path.samestat(wanted, os.fstat(image.fd)):
             return index

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -207,7 +207,7 @@ def walk_parents(
                 f"{top.path}: the chain has more than {limit} files", path=top.path, structure="chain"
             )
         trusted = _trusted_folder(child.fd) if allowed_dirs is None else []
-        parent = find_parent(child, [*allowed, *trusted], lock=lock, load=load)
+        parent = find_parent(child, [*allowed, *trusted], lock=lock, known=seen, load=load)
         identity = identity_of(parent.fd)
         if identity in seen:
             parent.close()
@@ -219,8 +219,19 @@ def walk_parents(
         child = parent
 
 
-def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False, load: Loader = load_image) -> Image:
-    """Open the parent of a differencing disk; `allowed` are real paths of folders."""
+def find_parent(
+    child: Image,
+    allowed: Sequence[str],
+    *,
+    lock: bool = False,
+    known: Collection[tuple[int, int]] = (),
+    load: Loader = load_image,
+) -> Image:
+    """Open the parent of a differencing disk; `allowed` are real paths of folders.
+
+    With `lock` it is locked, unless it is one of the files `known` to be in the chain: those are locked already, and
+    the caller has a cycle.
+    """
     header = child.header
     assert header is not None
     folder = os.path.dirname(real_path(child.fd))
@@ -236,7 +247,7 @@ def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False, loa
             continue
         tried.add(name.path)
         try:
-            parent = _open_parent(name.path, allowed, lock=lock, load=load)
+            parent = _open_parent(name.path, allowed, lock=lock, known=known, load=load)
             check_parent(child, parent)
         except NotFoundError:
             complaints.append(f"{name.source}: there is no {_shown(name.path)}")
@@ -268,7 +279,9 @@ def find_parent(child: Image, allowed: Sequence[str], *, lock: bool = False, loa
     )
 
 
-def _open_parent(path: str, allowed: Sequence[str], *, lock: bool, load: Loader) -> Image:
+def _open_parent(
+    path: str, allowed: Sequence[str], *, lock: bool, known: Collection[tuple[int, int]], load: Loader
+) -> Image:
     # What lies outside the allowed folders is not even opened, so that an error cannot tell whether it exists.
     if not _is_inside(os.path.realpath(path), allowed):
         raise _outside(path, allowed)
@@ -276,7 +289,7 @@ def _open_parent(path: str, allowed: Sequence[str], *, lock: bool, load: Loader)
     try:
         if not _is_inside(real_path(fd), allowed):  # a link may have been swapped in since
             raise _outside(path, allowed)
-        if lock:
+        if lock and identity_of(fd) not in known:
             lock_file(fd, path, for_writing=False)
         return load(fd, path)
     except BaseException:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Final
 
-from mullion.base.errors import AlreadyExistsError, NotFoundError
+from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
 
 _NO_TMPFILE: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
@@ -24,8 +24,10 @@ def new_file(path: str, *, replace: bool = False, durable: bool = True) -> Itera
     """A descriptor to fill; the file gets its name when the block ends without an error.
 
     `replace` takes the place of a file of that name, which is otherwise refused; `durable=False` leaves out the syncs.
-    Raises: AlreadyExistsError; NotFoundError when there is no such folder; OSError.
+    Raises: AlreadyExistsError; NotFoundError when there is no such folder; InvalidError for an empty path; OSError.
     """
+    if not path:
+        raise InvalidError("an empty path names no file", remedy="Give the path of the new file.")
     if not replace and os.path.lexists(path):
         raise AlreadyExistsError(f"{path} exists already", path=path)
     folder = os.path.dirname(path) or "."

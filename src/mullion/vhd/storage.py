@@ -7,10 +7,11 @@ import errno
 from collections.abc import Iterator
 from typing import Final
 
-from mullion.base.errors import DeniedError, MullionError, NoSpaceError, OperationFailedError
+from mullion.base.errors import DeniedError, InvalidError, MullionError, NoSpaceError, OperationFailedError
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
+_NO_NAME: Final = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR})
 
 
 def explained(error: OSError, path: str) -> MullionError:
@@ -26,6 +27,14 @@ def explained(error: OSError, path: str) -> MullionError:
         )
     if error.errno in _FORBIDDEN:
         return DeniedError(f"{path}: {reason}", path=path)
+    if error.errno == errno.EROFS:
+        return DeniedError(
+            f"{path}: {reason}",
+            path=path,
+            remedy="Choose a path on another filesystem, or mount this one for writing (`mount -o remount,rw`).",
+        )
+    if error.errno in _NO_NAME:
+        return InvalidError(f"{path}: {reason}", path=path, remedy="Choose another path.")
     return OperationFailedError(
         f"{path}: {reason}", path=path, remedy="Look into the host's log (`dmesg`): its storage reports this."
     )

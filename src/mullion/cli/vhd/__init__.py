@@ -5,6 +5,7 @@ The table of commands is here; each lives in a module of this folder that is imp
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 import click
@@ -53,6 +54,21 @@ class VhdGroup(LazyGroup):
         if cmdlet is not None:
             args = [cmdlet.command, *translate(cmdlet, args[1:])]
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """What the storage refuses, wherever in a command, is said as an error: it is no fault of ours."""
+        words = list(ctx.args)
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            from mullion.vhd.storage import explained
+
+            named = error.filename
+            if not isinstance(named, str) or named.startswith("/proc/self/fd/"):
+                named = next((word for word in words if os.path.exists(word)), "the disk")
+            raise explained(error, named) from error
 
 
 @click.group(cls=VhdGroup, entries=ENTRIES, short_help="Work on virtual hard disk files, without the service.")

@@ -48,6 +48,7 @@ def create(
       mullion vhd create new-child.vhd --parent base.vhd
     """
     from mullion.vhd import create_differencing, create_dynamic, create_fixed, inspect_chain
+    from mullion.vhd.storage import storage_explained
 
     if parent is None and size is None:
         raise click.UsageError("missing option '--size' (or '--parent', whose size a child has)")
@@ -57,14 +58,15 @@ def create(
         raise InvalidError("a fixed disk has no blocks", remedy="Leave --block-size out, or say --type dynamic.")
     if size is not None:
         size = aligned(face, size, align)
-    if parent is not None:
-        create_differencing(path, parent, size_bytes=size, block_bytes=block_size)
-    elif kind == "fixed":
-        assert size is not None
-        create_fixed(path, size)
-    else:
-        assert size is not None
-        create_dynamic(path, size, block_bytes=block_size or 2 * MIB)
+    with storage_explained(path):
+        if parent is not None:
+            create_differencing(path, parent, size_bytes=size, block_bytes=block_size)
+        elif kind == "fixed":
+            assert size is not None
+            create_fixed(path, size)
+        else:
+            assert size is not None
+            create_dynamic(path, size, block_bytes=2 * MIB if block_size is None else block_size)
     info = inspect_chain(path).files[0]
     if face.is_json:
         face.emit_json({"path": path, "type": info.type.word, "size_bytes": info.size_bytes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -75,9 +76,10 @@ def _print_json(face: Face, changes: Iterator[Change]) -> None:
 
 
 def _print_table(face: Face, changes: Iterator[Change]) -> None:
+    first = list(itertools.islice(changes, 1))  # what refuses the disk comes before the heading
     face.say(f"{'OFFSET':>15} {'LENGTH':>15}  KIND")
     ranges, total, zeros = 0, 0, 0
-    for offset, length, zero in changes:
+    for offset, length, zero in itertools.chain(first, changes):
         face.say(f"{offset:>15} {length:>15}  {'zero' if zero else 'data'}")
         ranges, total, zeros = ranges + 1, total + length, zeros + (length if zero else 0)
     face.note(f"{ranges} ranges, {format_size(total)} ({total} bytes), of it {format_size(zeros)} zeros")

@@ -64,8 +64,6 @@ def aligned(face: Face, size_bytes: int, align_bytes: int) -> int:
         raise InvalidError(f"sizes cannot be multiples of {align_bytes} bytes", remedy="Give --align 512, 4K or 1M.")
     rounded = -(-size_bytes // align_bytes) * align_bytes
     if rounded != size_bytes:
-        face.note(
-            f"{size_bytes} bytes are not a multiple of {format_size(align_bytes)}: rounded up to {rounded} "
-            f"(--align 512 keeps odd sizes)"
-        )
+        hint = " (--align 512 keeps odd sizes)" if rounded - size_bytes >= SECTOR_BYTES else ""
+        face.note(f"{size_bytes} bytes are not a multiple of {format_size(align_bytes)}: rounded up to {rounded}{hint}")
     return rounded

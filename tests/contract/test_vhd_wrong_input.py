@@ -1,0 +1,67 @@
+"""What a person gets for wrong input to `mullion vhd`: one error that says what to do, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tests.contract.test_vhd_check_commands import vhd
+
+from mullion.base.units import MIB
+from mullion.vhd import create_differencing, create_dynamic
+
+pytestmark = pytest.mark.contract
+
+LONG = "x" * 300
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Path:
+    create_dynamic(str(tmp_path / "base.vhd"), 4 * MIB)
+    create_differencing(str(tmp_path / "child.vhd"), str(tmp_path / "base.vhd"))
+    os.symlink("loop", tmp_path / "loop")
+    (tmp_path / "noise.vhd").write_bytes(b"not a disk" * 1000)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("create", "", "--size", "4M"), "an empty path names no file"),
+        (("create", LONG, "--size", "4M"), f"{LONG}: File name too long"),
+        (("create", "new.vhd", "--size", "2041G"), "at most 2040 GiB"),
+        (("create", "new.vhd", "--size", "4M", "--block-size", "0"), "a block cannot have 0 bytes"),
+        (("create", "new.vhd", "--size", "0"), "a VHD cannot have 0 bytes"),
+        (("convert", "base.vhd", ""), "an empty path names no file"),
+        (("convert", "base.vhd", LONG), "Choose another path."),
+        (("clone", "base.vhd", "missing/new.vhd"), "there is no folder missing"),
+        (("merge", "child.vhd", "--into", "loop"), "Name layers of this chain"),
+        (("info", ""), "an empty path names no file"),
+        (("ls", "noise.vhd"), "vhd convert noise.vhd NEW.vhd --from raw"),
+    ],
+)
+def test_one_error_and_nothing_left(disks: Path, words: tuple[str, ...], says: str) -> None:
+    before = sorted(os.listdir(disks))
+    done = vhd(*words, cwd=disks)
+    assert done.returncode not in (0, 1)
+    assert done.stdout == ""
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(disks)) == before
+
+
+def test_what_refuses_a_disk_comes_without_a_heading(disks: Path) -> None:
+    assert vhd("diff", "missing.vhd", cwd=disks).stdout == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file of Linux that cannot be read")
+@pytest.mark.parametrize(
+    "words", [("info",), ("check",), ("hash",), ("read",), ("merge",), ("create", "n", "--parent")]
+)
+def test_a_storage_that_fails_is_no_fault_of_ours(disks: Path, words: tuple[str, ...]) -> None:
+    done = vhd(*words, "/proc/self/mem", cwd=disks)
+    assert done.returncode == 14
+    assert done.stderr.startswith("mullion: ")
+    assert "Input/output error" in done.stderr
