@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from tests.contract.test_vhd_check_commands import vhd
 
 from mullion.base.units import MIB
-from mullion.vhd import create_differencing, create_dynamic
+from mullion.vhd import create_differencing, create_dynamic, open_chain
 
 pytestmark = pytest.mark.contract
 
@@ -65,3 +67,39 @@ def test_a_storage_that_fails_is_no_fault_of_ours(disks: Path, words: tuple[str,
     assert done.returncode == 14
     assert done.stderr.startswith("mullion: ")
     assert "Input/output error" in done.stderr
+
+
+def test_no_child_of_a_disk_that_somebody_writes(disks: Path) -> None:
+    with open_chain(str(disks / "base.vhd"), holder="partition web"):
+        done = vhd("create", "second.vhd", "--parent", "base.vhd", cwd=disks)
+    assert done.returncode == 4
+    assert "in use by partition web" in done.stderr
+    assert not (disks / "second.vhd").exists()
+    with open_chain(str(disks / "base.vhd"), read_only=True):
+        assert vhd("create", "second.vhd", "--parent", "base.vhd", cwd=disks).returncode == 0
+
+
+def test_closed_standard_streams(disks: Path) -> None:
+    before = (disks / "base.vhd").read_bytes()
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        for words in ("check base.vhd", "hash base.vhd", "write base.vhd"):
+            command = f"exec {shlex.quote(sys.executable)} -m mullion.cli vhd {words} {closed}"
+            done = subprocess.run(
+                ["bash", "-c", command],
+                cwd=disks,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+                timeout=60,
+            )
+            assert (done.returncode, b"Traceback" in done.stderr) == (0, False), command
+    assert (disks / "base.vhd").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", ["info", "check", "read"])
+def test_standard_output_is_full(disks: Path, words: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m mullion.cli vhd {words} base.vhd >/dev/full"
+    done = subprocess.run(["bash", "-c", command], cwd=disks, capture_output=True, check=False, timeout=60)
+    assert done.returncode in (9, 14)
+    assert done.stderr.startswith(b"mullion: standard output cannot be written: No space left on device\n")
+    assert b"Traceback" not in done.stderr

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TextIO, TypeVar
 
 import click
 
-from mullion.base.errors import InvalidError, MullionError
+from mullion.base.errors import InvalidError, MullionError, OperationFailedError
 
 if TYPE_CHECKING:
     from mullion.base.paths import HostPaths
@@ -90,19 +90,19 @@ class Face:
 
     def say(self, text: str = "") -> None:
         """Print a result meant for people."""
-        click.echo(text)
+        _print(text)
 
     def emit_json(self, value: object) -> None:
         """Print views as JSON."""
         import msgspec
 
-        click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+        _print(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
     def emit_json_line(self, value: object) -> None:
         """Print one view as one line of JSON."""
         import msgspec
 
-        click.echo(msgspec.json.encode(value))
+        _print(msgspec.json.encode(value))
 
     def style(self, text: str, color: str, stream: TextIO | None = None) -> str:
         """The text in a colour, when the stream is a terminal whose owner wants colours."""
@@ -138,6 +138,19 @@ class Face:
         from mullion.cli.root import ENTRIES
 
         return re.sub(rf"(?<![\w/.-])mullion (?=(?:{'|'.join(ENTRIES)})\b)", lambda _: f"{self.invoked} ", text)
+
+
+def _print(text: str | bytes) -> None:
+    """A result, on standard output. Raises: BrokenPipeError; OperationFailedError when it cannot be written there."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OperationFailedError(
+            f"standard output cannot be written: {error.strerror or error}",
+            remedy="See where the output goes: that file, or its filesystem, refuses it.",
+        ) from error
 
 
 def wire_fields(error: MullionError) -> dict[str, object]:

@@ -147,6 +147,14 @@ def root() -> None:
     """
 
 
+def _fill_standard_streams() -> None:
+    """Open /dev/null for standard streams that the caller closed: else a disk would get such a stream's number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the life of the process
+
+
 def main() -> NoReturn:
     """The entry point of the installed program."""
+    _fill_standard_streams()
     root.main()

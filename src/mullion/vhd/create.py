@@ -40,6 +40,7 @@ from mullion.vhd.layout import (
     Footer,
     ParentLocator,
 )
+from mullion.vhd.locking import lock_file
 from mullion.vhd.parents import note_parent, trust_folder
 from mullion.vhd.publish import new_file
 
@@ -98,10 +99,12 @@ def create_differencing(
 ) -> None:
     """Create an empty child of a disk. Size and block size are the parent's, if not given.
 
-    Raises: InvalidError; AlreadyExistsError; NotFoundError and VhdError for what is wrong with the parent; OSError.
+    Raises: InvalidError; AlreadyExistsError; NotFoundError and VhdError for what is wrong with the parent;
+    DiskBusyError when somebody writes to it; OSError.
     """
     parent_fd = open_file(parent_path)
     try:
+        lock_file(parent_fd, parent_path, for_writing=False)  # a disk that changes is no parent
         parent = load_image(parent_fd, parent_path)
         parent_real = os.readlink(f"/proc/self/fd/{parent_fd}")
     finally:

@@ -17,7 +17,7 @@ from mullion.base.units import format_duration, format_size
 from mullion.cli.face import Face
 from mullion.cli.progress import InterruptedFault
 
-_BAR_CELLS: Final = 20
+_BAR_CELLS: Final = 10
 _CLEAR_LINE: Final = "\r\x1b[K"
 _REDRAW_S: Final = 0.1
 
@@ -41,8 +41,8 @@ class Meter:
         self._drawn_s = now_s
         if self._redraws:
             width = shutil.get_terminal_size().columns - 1
-            text = meter_line(self._title, stage, done_bytes, total_bytes, now_s - self._begun_s)
-            sys.stderr.write(_CLEAR_LINE + text[:width])
+            text = meter_line(self._title, stage, done_bytes, total_bytes, now_s - self._begun_s, width=width)
+            sys.stderr.write(_CLEAR_LINE + text)
             sys.stderr.flush()
 
     def clear(self) -> None:
@@ -52,9 +52,14 @@ class Meter:
             sys.stderr.flush()
 
 
-def meter_line(title: str, stage: str, done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
-    """`convert  [#####...............]  25 %  1.2 GiB of 4.8 GiB  310 MiB/s  11.6 s left  copying`."""
-    share = min(done_bytes / total_bytes, 1.0) if total_bytes else 0.0
+def meter_line(title: str, stage: str, done_bytes: int, total_bytes: int, elapsed_s: float, *, width: int) -> str:
+    """`convert  [###.......]  25%  1.2 GiB of 4.8 GiB  310 MiB/s  11.6 s left  copying`, as far as there is room.
+
+    On 80 columns the stage may go, rate and time left stay. Work whose size is not known is its stage alone.
+    """
+    if not total_bytes:
+        return f"{title}  {stage}".rstrip()[:width]
+    share = min(done_bytes / total_bytes, 1.0)
     filled = int(share * _BAR_CELLS)
     parts = [title, f"[{'#' * filled}{'.' * (_BAR_CELLS - filled)}] {share:4.0%}"]
     parts.append(f"{format_size(done_bytes)} of {format_size(total_bytes)}")
@@ -62,7 +67,8 @@ def meter_line(title: str, stage: str, done_bytes: int, total_bytes: int, elapse
         rate = done_bytes / elapsed_s
         parts.append(f"{format_size(int(rate))}/s")
         parts.append(f"{format_duration(max(0, total_bytes - done_bytes) / rate)} left")
-    return "  ".join([*parts, stage]).rstrip()
+    line = "  ".join(parts)
+    return f"{line}  {stage}".rstrip() if len(line) + 2 + len(stage) <= width else line[:width]
 
 
 @contextlib.contextmanager
