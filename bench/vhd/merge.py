@@ -1,8 +1,9 @@
 """Merging a child of sparse changes into its parent, against `qemu-img commit` of the same changes in QCOW2.
 
-A disk of 10 GiB. The parent holds 2 MiB in every 20; the child holds pieces of 4 KiB to 2 MiB, as many small as large
-ones, anywhere on it, until they are 1 GiB. Both sides end with the parent durable. The command of ours is run as a
-program too, and its child is gone at the end; `-d` spares qemu-img from emptying its own.
+A disk of 10 GiB, whose parent holds 2 MiB in every 20. The child holds pieces anywhere on it: sparse changes are pages
+of 4 KiB, as guests leave them; two more workloads, of larger pieces, show where the storage sets the pace, and promise
+nothing. Both sides end with the parent durable. The command of ours is run as a program too, and its child is gone at
+the end; `-d` spares qemu-img from emptying its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from bench.figures import BenchFault, Measure, Row
 from bench.runner import Scale
@@ -24,18 +26,31 @@ from mullion.vhd import create_differencing, create_dynamic, open_chain
 DISK_BYTES = 10 * GIB
 PARENT_STRIDE_BYTES = 20 * MIB
 PARENT_PIECE_BYTES = 2 * MIB
-CHANGED_BYTES = GIB
-SMALLEST_SHIFT, LARGEST_SHIFT = 12, 21
-BAR = 1 / 2
+
+
+class Workload(NamedTuple):
+    """How much changed, in pieces of which sizes (powers of two, as many small as large ones), and the bar."""
+
+    changed_bytes: int
+    smallest_shift: int
+    largest_shift: int
+    bar: float | None = None
+
+
+WORKLOADS = (Workload(80 * MIB, 12, 12, bar=1 / 2), Workload(256 * MIB, 12, 16), Workload(GIB, 12, 21))
 
 Piece = tuple[int, int, int]
 """Offset, length, and the byte that fills it."""
 
 
 def run(scale: Scale) -> list[Row]:
-    changed_bytes = CHANGED_BYTES // 8 if scale.quick else CHANGED_BYTES
+    workloads = WORKLOADS[:1] if scale.quick else WORKLOADS
+    return [_measure(workload, 3 if scale.quick else 5) for workload in workloads]
+
+
+def _measure(workload: Workload, rounds: int) -> Row:
     with scratch_folder(disk_folder()) as folder:
-        pieces = list(changes(changed_bytes))
+        pieces = list(changes(workload))
         make_vhd(folder, pieces)
         make_qcow2(folder, pieces)
         work = f"{folder}/work"
@@ -55,9 +70,9 @@ def run(scale: Scale) -> list[Row]:
             run_program("qemu-img", "commit", "-q", "-d", "-f", "qcow2", f"{work}/child.qcow2")
             sync_file(f"{work}/base.qcow2")
 
-        ours, peer = in_turns(merge, commit, 3 if scale.quick else 5, before=prepare)
-    what = f"merge {format_size(changed_bytes)} in {len(pieces)} pieces over 10 GiB, durable"
-    return [Row(what, "s", ours, BAR, Measure.RATIO, peer, "qemu-img commit (QCOW2)")]
+        ours, peer = in_turns(merge, commit, rounds, before=prepare)
+    what = f"merge {format_size(workload.changed_bytes)} in {len(pieces)} pieces over 10 GiB, durable"
+    return Row(what, "s", ours, workload.bar, Measure.RATIO, peer, "qemu-img commit (QCOW2)")
 
 
 def parent_pieces() -> Iterator[Piece]:
@@ -65,13 +80,14 @@ def parent_pieces() -> Iterator[Piece]:
         yield offset, PARENT_PIECE_BYTES, 1 + number % 100
 
 
-def changes(total_bytes: int) -> Iterator[Piece]:
+def changes(workload: Workload) -> Iterator[Piece]:
     choose = random.Random(1)
-    while total_bytes > 0:
-        length = min(total_bytes, 1 << choose.randint(SMALLEST_SHIFT, LARGEST_SHIFT))
+    left = workload.changed_bytes
+    while left > 0:
+        length = min(left, 1 << choose.randint(workload.smallest_shift, workload.largest_shift))
         offset = choose.randrange((DISK_BYTES - length) // (4 * KIB)) * 4 * KIB
         yield offset, length, choose.randint(101, 250)
-        total_bytes -= length
+        left -= length
 
 
 def make_vhd(folder: str, pieces: list[Piece]) -> None:
