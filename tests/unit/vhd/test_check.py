@@ -99,6 +99,7 @@ HARMLESS: dict[str, tuple[str, Break, list[str]]] = {
     "saved state": ("differencing", lambda p: craft.set_footer(p, 84, b"\1"), ["saved-state"]),
     "zero geometry": ("fixed", lambda p: craft.set_footer(p, 56, bytes(4)), ["geometry-zero"]),
     "padding": ("dynamic", lambda p: craft.patch(p, craft.BAT + 40, bytes(8)), ["bat-padding"]),
+    "spare entries": ("dynamic", lambda p: craft.set_header(p, 28, struct.pack(">I", 12)), ["bat-spare-entries"]),
     "a bad locator": (
         "differencing",
         lambda p: craft.set_header(p, 576 + 24 + 8, struct.pack(">I", 1 << 20)),
