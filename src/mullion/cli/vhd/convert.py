@@ -16,7 +16,7 @@ from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
 from mullion.cli.vhd.meter import metered
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, disk_option, from_option
+from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, check_name, disk_option, from_option
 
 if TYPE_CHECKING:
     from mullion.media.source import OpenSource
@@ -135,6 +135,7 @@ def clone(face: Face, *, source: str, target: str, force: bool, allow: tuple[str
     """
     from mullion.vhd.cloning import clone_disk
 
+    check_name(target)
     with metered(face, "clone", after=_NOTHING_LEFT) as progress:
         made = clone_disk(
             source, target, allowed_dirs=allowed_dirs(source, allow), replace_target=force, progress=progress
@@ -168,6 +169,7 @@ def _copy(
     if is_stream:
         _check_stream(kind, block_size, verify=verify)
     else:
+        check_name(target)
         check_target(target, [source], replace=force)  # before a foreign disk is opened, which may take long
     folders = allowed_dirs(source, allow)
     with open_source(source, source_format=source_format, allowed_dirs=folders, disk=member) as disk:

@@ -9,7 +9,7 @@ from mullion.base.units import MIB, format_size
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
-from mullion.cli.vhd.options import DISK, aligned
+from mullion.cli.vhd.options import DISK, aligned, check_name
 
 
 @click.command("create", cls=Command, short_help="Create a fixed, dynamic or differencing disk.")
@@ -56,6 +56,7 @@ def create(
         raise InvalidError("--type and --parent exclude each other", remedy="A disk with a parent is differencing.")
     if kind == "fixed" and block_size is not None:
         raise InvalidError("a fixed disk has no blocks", remedy="Leave --block-size out, or say --type dynamic.")
+    check_name(path)
     if size is not None:
         size = aligned(face, size, align)
     with storage_explained(path):

@@ -14,7 +14,7 @@ from mullion.cli.face import Face
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
-DISK: Final = click.Path(dir_okay=True, path_type=str)
+DISK: Final = click.Path(dir_okay=True, readable=False, path_type=str)
 """A path as it was typed; what is wrong with it is the engine's to say."""
 
 FORMATS: Final = ("vhd", "raw", "vhdx", "vmdk", "qcow2", "qcow", "qed", "vdi", "parallels", "ova")
@@ -56,6 +56,20 @@ def allowed_dirs(path: str, allow: Sequence[str]) -> list[str] | None:
     if not allow:
         return None
     return [os.path.dirname(os.path.realpath(path)), *allow]
+
+
+def check_name(path: str) -> None:
+    """Refuse the name of another format for a file that will be a VHD or raw: whoever meets it would be misled.
+
+    Raises: InvalidError.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix.removeprefix(".") in FORMATS and suffix not in (".vhd", ".raw"):
+        raise InvalidError(
+            f"{path} has the name of a {suffix[1:].upper()} file, and a VHD or a raw file is what can be made here",
+            remedy=f"Name it {os.path.basename(path)[: -len(suffix)]}.vhd, or .img for a raw file.",
+            path=path,
+        )
 
 
 def aligned(face: Face, size_bytes: int, align_bytes: int) -> int:

@@ -106,7 +106,7 @@ def choose_volume(path: str, volumes: list[Volume], number: int | None) -> Volum
 def _unreadable(path: str, volume: Volume) -> FilesystemError:
     where = "" if volume.number == WHOLE else f" in volume {volume.number}"
     return FilesystemError(
-        f"{path} holds {volume.holds.title}{where}, whose files are not read here",
+        f"{path} holds {volume.holds.title}{where}: there are no files that can be read here",
         remedy=volume.holds.remedy or None,
         path=path,
         offset=volume.offset,
