@@ -1,4 +1,4 @@
-"""Write docs/errors.md and docs/settings.md from the classes and the table themselves, so that they cannot differ.
+"""Write docs/errors.md, docs/settings.md and docs/powershell.md from the code's own tables, so that they cannot differ.
 
 python tools/generate_docs.py            writes the pages
 python tools/generate_docs.py --check    exits with 1 when a page is out of date
@@ -17,6 +17,7 @@ import mullion
 from mullion.base import errors
 from mullion.base.errors import MullionError
 from mullion.base.settings import SETTINGS, Setting
+from mullion.cli.vhd.powershell import CMDLETS, Parameter
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 MADE_BY = "*Made by `tools/generate_docs.py` from the code itself: change that, not this page.*"
@@ -98,7 +99,38 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"errors.md": errors_page, "settings.md": settings_page}
+def powershell_page() -> str:
+    """Hyper-V's names and what they stand for."""
+    lines = [
+        "# Hyper-V's names for `mullion vhd`",
+        "",
+        MADE_BY,
+        "",
+        "`mullion vhd New-VHD -Path a.vhd -SizeBytes 4GB` is `mullion vhd create a.vhd --size 4GB`. Names are compared",
+        "without case; a value follows after a space or a colon; arguments may be given without their names, in the",
+        "order of the command; our own options (`--force`) may be added. What is not listed is refused by name, never",
+        "ignored.",
+        "",
+        *_table(
+            ("cmdlet", "parameter", "is", "for"),
+            [
+                (f"`{cmdlet.name}`", f"`-{name}`", f"`mullion vhd {cmdlet.command}`", _stands_for(parameter))
+                for cmdlet in CMDLETS
+                for name, parameter in cmdlet.parameters.items()
+            ],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _stands_for(parameter: Parameter) -> str:
+    if not parameter.words:
+        return "an argument" if parameter.takes_value else "nothing: `-ParentPath` says it"
+    values = f" {'|'.join(parameter.values)}" if parameter.values else " VALUE" if parameter.takes_value else ""
+    return f"`{' '.join(parameter.words)}{values}`"
+
+
+PAGES = {"errors.md": errors_page, "settings.md": settings_page, "powershell.md": powershell_page}
 
 
 def _meaning(kind: type[MullionError]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -106,3 +107,13 @@ def test_standard_output_is_full(disks: Path, words: str) -> None:
     assert done.returncode in (9, 14)
     assert done.stderr.startswith(b"mullion: standard output cannot be written: No space left on device\n")
     assert b"Traceback" not in done.stderr
+
+
+def test_json_of_a_path_that_is_no_utf8(disks: Path) -> None:
+    path = os.fsdecode(b"\xff\xfe.vhd")
+    os.rename(disks / "base.vhd", disks / path)
+    for words in (("info", path), ("check", path), ("hash", path)):
+        found = json.loads(vhd(*words, "--format", "json", cwd=disks).stdout)
+        assert (found[0] if isinstance(found, list) else found)["path"] == path
+    refused = vhd("info", path + "x", "--format", "json", cwd=disks)
+    assert json.loads(refused.stderr)["code"] == "not-found"

@@ -94,15 +94,11 @@ class Face:
 
     def emit_json(self, value: object) -> None:
         """Print views as JSON."""
-        import msgspec
-
-        _print(msgspec.json.format(msgspec.json.encode(value), indent=2))
+        _print(_encoded(value, indent=2))
 
     def emit_json_line(self, value: object) -> None:
         """Print one view as one line of JSON."""
-        import msgspec
-
-        _print(msgspec.json.encode(value))
+        _print(_encoded(value))
 
     def style(self, text: str, color: str, stream: TextIO | None = None) -> str:
         """The text in a colour, when the stream is a terminal whose owner wants colours."""
@@ -121,9 +117,7 @@ class Face:
     def print_error(self, error: MullionError) -> None:
         """Say what happened and what to do next, or the same as an ErrorView."""
         if self.is_json:
-            import msgspec
-
-            click.echo(msgspec.json.encode(wire_fields(error)), err=True)
+            click.echo(_encoded(wire_fields(error)), err=True)
             return
         click.echo(f"{self.style('mullion:', 'red', sys.stderr)} {error.message}", err=True)
         if error.remedy:
@@ -138,6 +132,19 @@ class Face:
         from mullion.cli.root import ENTRIES
 
         return re.sub(rf"(?<![\w/.-])mullion (?=(?:{'|'.join(ENTRIES)})\b)", lambda _: f"{self.invoked} ", text)
+
+
+def _encoded(value: object, indent: int = 0) -> bytes:
+    """JSON. The bytes of a path that is no UTF-8 become `\\udc80` to `\\udcff`, which Python's `json` reads back."""
+    import msgspec
+
+    try:
+        encoded = msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        import json
+
+        return json.dumps(msgspec.to_builtins(value), indent=indent or None).encode()
+    return msgspec.json.format(encoded, indent=indent) if indent else encoded
 
 
 def _print(text: str | bytes) -> None:

@@ -26,7 +26,7 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["errors.md", "settings.md"])
+@pytest.mark.parametrize("page", ["errors.md", "powershell.md", "settings.md"])
 def test_a_page_is_up_to_date(generator: ModuleType, page: str) -> None:
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert written == generator.PAGES[page](), "run python tools/generate_docs.py"
