@@ -117,3 +117,12 @@ def test_json_of_a_path_that_is_no_utf8(disks: Path) -> None:
         assert (found[0] if isinstance(found, list) else found)["path"] == path
     refused = vhd("info", path + "x", "--format", "json", cwd=disks)
     assert json.loads(refused.stderr)["code"] == "not-found"
+
+
+def test_a_writer_is_told_which_reader_is_in_its_way(disks: Path) -> None:
+    os.setxattr(disks / "base.vhd", "user.mullion.holder", b"a writer that was killed")
+    with open_chain(str(disks / "base.vhd"), read_only=True):
+        refused = vhd("compact", "base.vhd", cwd=disks)
+    assert refused.returncode == 4
+    assert f"(pid {os.getpid()})" in refused.stderr
+    assert "a writer that was killed" not in refused.stderr

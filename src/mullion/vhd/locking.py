@@ -31,7 +31,7 @@ _HOLDER_LIMIT: Final = 200
 def lock_file(fd: int, path: str, *, for_writing: bool) -> None:
     """Take the write or the read lock; a lock that this open file already has is converted.
 
-    Raises: DiskBusyError that names the holder, where the holder left a note.
+    Raises: DiskBusyError that names the holder, where that can be known.
     """
     kind = fcntl.F_WRLCK if for_writing else fcntl.F_RDLCK
     try:
@@ -39,7 +39,8 @@ def lock_file(fd: int, path: str, *, for_writing: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
-        holder = read_holder(fd) or "another process"
+        note = read_holder(fd) if is_locked_for_writing(fd) else None  # a killed writer's note outlives it
+        holder = note or _user_of(fd) or "another process"
         use = "written" if for_writing else "opened"
         raise DiskBusyError(
             f"{path} is in use by {holder} and cannot be {use} now", path=path, holder=holder
@@ -68,6 +69,21 @@ def read_holder(fd: int) -> str | None:
         return None
     text = raw[:_HOLDER_LIMIT].decode(errors="replace")
     return "".join(char if char.isprintable() else "?" for char in text) or None
+
+
+def _user_of(fd: int) -> str | None:
+    """A process that has the file open, for display: readers leave no note. Others' processes are seen by root only."""
+    wanted, own = os.readlink(f"/proc/self/fd/{fd}"), str(os.getpid())
+    for pid in os.listdir("/proc"):
+        if not pid.isdecimal() or pid == own:
+            continue
+        with contextlib.suppress(OSError):  # it may end meanwhile, or be another user's
+            for entry in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{entry}") == wanted:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                        name = "".join(char if char.isprintable() else "?" for char in comm.read().rstrip("\n"))
+                    return f"{name} (pid {pid})"
+    return None
 
 
 def is_locked_for_writing(fd: int) -> bool:
