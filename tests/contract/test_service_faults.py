@@ -195,7 +195,7 @@ def test_a_disk_that_is_not_a_vhd(shared: Service) -> None:
     error = start_error(shared, "text")
     assert (type(error), error.exit_code) == (NotVhdError, 8)
     assert path in error.message
-    assert "qemu-img convert" in error.remedy
+    assert "mullion vhd convert" in error.remedy
     # It is listed with what is wrong, and kept.
     (view,) = [view for view in shared.cli("disk", "list", "--format", "json").json if view["path"] == path]
     assert view["warnings"] == [error.message]

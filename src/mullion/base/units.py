@@ -41,11 +41,10 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """A size for people: `40 MiB`, `1.5 GiB`, `511 B`."""
-    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+    """A size for people: `40 MiB`, `1.5 GiB`, `1.99 TiB`, `511 B`."""
+    for unit, factor, digits in (("TiB", TIB, 2), ("GiB", GIB, 1), ("MiB", MIB, 1), ("KiB", KIB, 1)):
         if size_bytes >= factor:
-            text = f"{size_bytes / factor:.1f}"
-            return f"{text.removesuffix('.0')} {unit}"
+            return f"{size_bytes / factor:.{digits}f}".rstrip("0").rstrip(".") + f" {unit}"
     return f"{size_bytes} B"
 
 

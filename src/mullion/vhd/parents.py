@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -236,7 +237,7 @@ def find_parent(
     assert header is not None
     folder = os.path.dirname(real_path(child.fd))
     complaints: list[str] = []
-    refused, mismatch, broken = False, None, None
+    refused, mismatch, broken, remedy = False, None, None, None
     tried: set[str] = set()
     for name in parent_names(child, folder):
         if name.path is None:
@@ -252,7 +253,7 @@ def find_parent(
         except NotFoundError:
             complaints.append(f"{name.source}: there is no {_shown(name.path)}")
         except ParentRefusedError as error:
-            refused = True
+            refused, remedy = True, remedy or error.remedy
             complaints.append(f"{name.source}: {error.message}")
         except ParentMismatchError as error:
             mismatch = mismatch or error
@@ -276,6 +277,7 @@ def find_parent(
         f"{child.path}: its parent {verb}: {'; '.join(complaints) or 'it names none'}",
         path=child.path,
         structure="parent locator",
+        remedy=remedy,
     )
 
 
@@ -298,8 +300,13 @@ def _open_parent(
 
 
 def _outside(path: str, allowed: Sequence[str]) -> ParentRefusedError:
+    folders = ", ".join(dict.fromkeys(allowed))
+    folder = shlex.quote(_shown(os.path.dirname(path)))
     return ParentRefusedError(
-        f"{_shown(path)} is outside the allowed folders ({', '.join(allowed)})", path=path, structure="parent locator"
+        f"{_shown(path)} is outside the allowed folders ({folders})",
+        path=path,
+        structure="parent locator",
+        remedy=f"If you trust the file that names it: allow that folder (--allow {folder}), or move it to the child.",
     )
 
 

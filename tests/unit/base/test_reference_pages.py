@@ -51,8 +51,8 @@ def test_every_error_says_what_it_means_and_what_to_do(generator: ModuleType) ->
         assert 0 < kind.exit_code < 256, kind
 
 
-def test_every_setting_is_a_field_with_a_usable_default() -> None:
-    settings = Settings.load({"MULLION_CONFIG": "/nonexistent"})
+def test_every_setting_is_a_field_with_a_usable_default(tmp_path: pathlib.Path) -> None:
+    settings = Settings.load({"MULLION_CONFIG": str(tmp_path / "nothing")})
     assert [setting.name for setting in SETTINGS] == list(Settings.__dataclass_fields__)
     for setting in SETTINGS:
         assert isinstance(getattr(settings, setting.name), setting.kind)

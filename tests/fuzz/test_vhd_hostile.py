@@ -21,7 +21,7 @@ from tests.unit.vhd.test_hostile import READ_ONLY, REFUSED
 from mullion.base.units import GIB
 from mullion.vhd import create_differencing, create_dynamic
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.fuzz
 
 LIMIT_S = 5.0
 LIMIT_MB = 100.0
