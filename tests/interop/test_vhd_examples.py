@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -42,7 +43,13 @@ EXAMPLES = [
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The disks that the examples speak of."""
     folder = tmp_path_factory.mktemp("disks")
-    os.chdir(folder)
+    with contextlib.chdir(folder):
+        make_disks()
+    return folder
+
+
+def make_disks() -> None:
+    """In the working folder, so that children name their parents as they were typed."""
     create_dynamic("base.vhd", 40 * MIB)
     create_differencing("child.vhd", "base.vhd")
     create_differencing("grandchild.vhd", "child.vhd")
@@ -56,16 +63,14 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.truncate("disk.img", 40 * MIB)
     os.truncate("damaged.vhd", os.path.getsize("damaged.vhd") - 512)
     os.mkdir("old-parent-moved")
-    tree = folder / "tree/etc"
-    tree.mkdir(parents=True)
-    (tree / "hostname").write_text("mullion\n")
+    os.makedirs("tree/etc")
+    Path("tree/etc/hostname").write_text("mullion\n")
     program = ["mke2fs", "-q", "-t", "ext4", "-d", "tree", "files.img", "40M"]
     subprocess.run(program, check=True, capture_output=True, timeout=60)
     with open_chain("files.vhd") as chain:
         chain.pwrite(0, Path("files.img").read_bytes())
     shutil.rmtree("tree")
     os.unlink("files.img")
-    return folder
 
 
 @pytest.mark.parametrize("line", EXAMPLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -44,13 +45,8 @@ COMMANDS, ROWS = table()
 @pytest.fixture(scope="module")
 def truth() -> Iterator[dict[str, str | None]]:
     """The disks, in the working folder, and the sha256 of each one's content; None where it has no true one."""
-    folder, before = tempfile.mkdtemp(prefix="vhd-tools-"), Path.cwd()
-    os.chdir(folder)
-    try:
+    with tempfile.TemporaryDirectory(prefix="vhd-tools-") as folder, contextlib.chdir(folder):
         yield make_disks()
-    finally:
-        os.chdir(before)
-        shutil.rmtree(folder)
 
 
 def make_disks() -> dict[str, str | None]:

@@ -143,9 +143,9 @@ class VolumeReader:
         if self._process is None:  # an earlier answer was not taken to its end
             self._start()
         self._is_busy = True
-        self._send(channel.COMMAND, request)
         is_done = False
         try:
+            self._send(channel.COMMAND, request)
             while True:
                 kind, payload = self._receive()
                 if kind == channel.CONTENT:
