@@ -42,6 +42,10 @@ BUDGET_REQUESTS: Final = 512
 ANNOUNCE_BYTES: Final = 512 * 1024
 """After so much data the driver hears of it at once, so that it can prepare more while the rest is served."""
 
+ANNOUNCE_REQUESTS: Final = 16
+"""Likewise after so many requests: a driver that is woken only at the end of a batch finds the ring empty, and then so
+do we; both sleep and are woken for every batch (`bench/provider_bench.py`)."""
+
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _NO_NOTIFY: Final = 1
 _ENTRY_BYTES: Final = 16
@@ -125,7 +129,7 @@ class Ring:
                         return Drained.BUSY
                     if not self._event_idx:
                         self._used[0] = _NO_NOTIFY
-                    self._run(min(count, size - (index & (size - 1))))
+                    self._run(min(count, size - (index & (size - 1)), ANNOUNCE_REQUESTS))
                     spent += (self.next_index - index) & 0xFFFF
                     self._announce(notify)
                     continue
