@@ -11,6 +11,8 @@ from tests.fuzz.vhd_target import check_file
 pytestmark = pytest.mark.fuzz
 
 CORPUS = sorted((Path(__file__).parent / "vhd_corpus").iterdir())
+FOUND = sorted((Path(__file__).parent / "vhd_corpus_found").iterdir())
+"""What atheris kept of its runs: each covers something that the others do not."""
 INTERESTING = (0, 1, 0x7F, 0x80, 0xFF)
 MUTATIONS = 4000
 
@@ -45,9 +47,14 @@ def test_the_corpus_is_read_as_it_should_be(seed: Path) -> None:
     assert check_file(seed.read_bytes()) == (not seed.name.startswith("bad"))
 
 
+def test_what_the_fuzzer_has_found() -> None:
+    outcomes = [check_file(path.read_bytes()) for path in FOUND]
+    assert {True, False} == set(outcomes)
+
+
 def test_mutations() -> None:
     choose = random.Random(20)
-    seeds = [path.read_bytes() for path in CORPUS]
+    seeds = [path.read_bytes() for path in (*CORPUS, *FOUND)]
     outcomes = {True: 0, False: 0}
     for _ in range(MUTATIONS):
         outcomes[check_file(mutate(choose, choose.choice(seeds)))] += 1

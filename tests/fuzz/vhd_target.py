@@ -3,8 +3,8 @@
 A typed error or a disk that can be read; a check that agrees with it; nothing written, until a repair is asked for, and
 then a disk that is what the check had promised.
 
-Run it for long with atheris: `python tests/fuzz/vhd_target.py tests/fuzz/vhd_corpus`. pytest runs the same function on
-the corpus and on mutations of it (`test_vhd_fuzz.py`).
+Run it for long with atheris: `python tests/fuzz/vhd_target.py tests/fuzz/vhd_corpus_found tests/fuzz/vhd_corpus`; what
+it finds goes into the first folder. pytest runs the same function on both and on mutations of them (`test_vhd_fuzz.py`).
 """
 
 from __future__ import annotations
