@@ -11,7 +11,7 @@ from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
 from mullion.cli.vhd.meter import metered
-from mullion.cli.vhd.options import DISK, aligned, allow_option, allowed_dirs
+from mullion.cli.vhd.options import DISK, align_option, aligned, allow_option, allowed_dirs
 
 if TYPE_CHECKING:
     from mullion.vhd.compact import FindFree
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 @click.command("resize", cls=Command, short_help="Make a disk larger, or smaller where it is empty.")
 @click.argument("path", type=DISK)
 @click.option("--size", required=True, type=SizeType(), metavar="SIZE", help="What a guest is to see, such as 80G.")
-@click.option(
-    "--align",
-    type=SizeType(),
-    metavar="SIZE",
-    default="1M",
-    show_default=True,
-    help="The size is rounded up to a multiple of this; Azure wants 1M. 512 is the least.",
-)
+@align_option
 @click.option("--force", is_flag=True, help="Let a disk grow on which others were made.")
 @allow_option
 @pass_face

@@ -9,7 +9,7 @@ from mullion.base.units import MIB, format_size
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
-from mullion.cli.vhd.options import DISK, aligned, check_name
+from mullion.cli.vhd.options import DISK, align_option, aligned, check_name
 
 
 @click.command("create", cls=Command, short_help="Create a fixed, dynamic or differencing disk.")
@@ -27,14 +27,7 @@ from mullion.cli.vhd.options import DISK, aligned, check_name
 @click.option(
     "--parent", type=DISK, metavar="PARENT", help="Make a differencing disk: it holds what differs from this."
 )
-@click.option(
-    "--align",
-    type=SizeType(),
-    metavar="SIZE",
-    default="1M",
-    show_default=True,
-    help="The size is rounded up to a multiple of this; Azure wants 1M. 512 is the least.",
-)
+@align_option
 @pass_face
 def create(
     face: Face, *, path: str, size: int | None, kind: str | None, block_size: int | None, parent: str | None, align: int

@@ -11,6 +11,7 @@ import click
 from mullion.base.errors import InvalidError
 from mullion.base.units import SECTOR_BYTES, format_size
 from mullion.cli.face import Face
+from mullion.cli.values import SizeType
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -30,6 +31,18 @@ def allow_option(command: _Command) -> _Command:
         metavar="FOLDER",
         type=click.Path(exists=True, file_okay=False, path_type=str),
         help="A folder in which parents may lie, beside the disk's own and those its maker named. May be repeated.",
+    )(command)
+
+
+def align_option(command: _Command) -> _Command:
+    """What a size is rounded up to, by `aligned`."""
+    return click.option(
+        "--align",
+        type=SizeType(),
+        metavar="SIZE",
+        default="1M",
+        show_default=True,
+        help="The size is rounded up to a multiple of this; Azure wants 1M. 512 is the least.",
     )(command)
 
 
