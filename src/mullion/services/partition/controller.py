@@ -103,12 +103,19 @@ class PartitionController:
         return {path: partition.name for partition in self._partitions.values() for path in partition.held_files()}
 
     def attached(self) -> Mapping[str, str]:
-        """Which file is named by the definition of which partition."""
-        return {
+        """Which file is named by the definition of which partition, or is a layer of a disk of it."""
+        named = {
             self._disks.resolve(disk.path): partition.name
             for partition in self._partitions.values()
             for disk in partition.record.definition.disks
         }
+        made = {
+            path: partition.name
+            for partition in self._partitions.values()
+            for layers in partition.record.layers.values()
+            for path in layers.parents
+        }
+        return named | made
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -194,10 +201,23 @@ class PartitionController:
                 f"the uuid of partition {name} is {record.uuid}", remedy="Leave it out: it cannot be changed."
             )
         self._surroundings.preparer.check_definition(definition, partition.runtime.paths)
+        self._check_layers(partition, definition)
         await partition.save(definition=msgspec.structs.replace(definition, power=record.desired))
         self._events.publish("partition.updated", f"partition/{name}")
         await self._follow_power(name, definition.power)
         return await partition.view()
+
+    def _check_layers(self, partition: Partition, definition: PartitionDefinition) -> None:
+        """A disk that has checkpoints stays where it is. Raises: ConflictError."""
+        wanted = {disk.id: self._disks.resolve(disk.path) for disk in definition.disks}
+        for disk in partition.record.definition.disks:
+            if disk.id in partition.record.layers and wanted.get(disk.id) != self._disks.resolve(disk.path):
+                raise ConflictError(
+                    f"disk {disk.id} of partition {partition.name} has checkpoints: it can be neither taken out nor "
+                    "exchanged",
+                    remedy=f"Delete its checkpoints first: mullion checkpoint list {partition.name}",
+                    disk=disk.id,
+                )
 
     async def _follow_power(self, name: str, power: PowerState) -> None:
         """Begin the act that brings about the power that is wanted, if one is needed: of a failed partition, too."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,8 @@ from mullion.model.states import PartitionState
 from mullion.model.views import PartitionView
 from mullion.parent.events import Events
 from mullion.parent.store import Condition, Put, Store
+from mullion.parent.store.protocol import Write
+from mullion.services.partition.exchange import follow_heads, take_merged_heads
 from mullion.services.partition.plan import Step, plan_steps
 from mullion.services.partition.preparation import (
     Preparer,
@@ -105,6 +107,10 @@ class Partition:
     def has_processes(self) -> bool:
         return self.runtime.has_machine or self.runtime.provider is not None
 
+    @property
+    def surroundings(self) -> Surroundings:
+        return self._surroundings
+
     def held_files(self) -> tuple[str, ...]:
         """The disk files that are open for writing here."""
         if self.runtime.provider is None:
@@ -156,16 +162,25 @@ class Partition:
         self._is_shut = True
         await self._end_processes()
 
-    async def save(self, **changes: object) -> None:
-        """Change the record, in the store first. `desired` changes the definition's power."""
+    async def save(
+        self, *, conditions: Sequence[Condition] = (), writes: Sequence[Write] = (), **changes: object
+    ) -> int:
+        """Change the record, in the store first; `desired` changes the definition's power. Answers with the revision.
+
+        `conditions` and `writes` are of what has to change in the same instant.
+        Raises: PreconditionError when one of them does not hold, with nothing changed.
+        """
         desired = changes.pop("desired", None)
         async with self._saving:
             if desired is not None:
                 changes["definition"] = msgspec.structs.replace(self.record.definition, power=desired)
             record = msgspec.structs.replace(self.record, **changes)
             key = key_of(self.name)
-            self.revision = await self._store.transact([Condition(key, self.revision)], [Put(key, record.encode())])
+            self.revision = await self._store.transact(
+                [Condition(key, self.revision), *conditions], [Put(key, record.encode()), *writes]
+            )
             self.record = record
+            return self.revision
 
     # -- acts ----------------------------------------------------------------------------------------------------------
 
@@ -335,9 +350,11 @@ class Partition:
             case Step.CLEAN:
                 runtime.clean()
             case Step.PREPARE:
+                await take_merged_heads(self)
                 runtime.started_with = await asyncio.to_thread(self._prepare)
             case Step.START_PROVIDER:
                 await self._before_provider()
+                await follow_heads(self)
                 await runtime.start_provider(
                     self._surroundings.fleet, provider_spec(record, runtime.paths, runtime.disks)
                 )
@@ -366,7 +383,7 @@ class Partition:
         prepare_partition_folders(self.runtime.paths, self.record.run_as)
         check_direct_boot(definition)
         choice = self._surroundings.choose_accelerator(definition.accelerator)
-        disks = self._surroundings.preparer.find_disks(self.name, definition, choice.accelerator)
+        disks = self._surroundings.preparer.find_disks(self.name, definition, choice.accelerator, self.record.heads)
         run = Run(choice.accelerator, choice.reason, disks)
         write_run(self.runtime.paths, run)
         return run

@@ -57,9 +57,13 @@ class Preparer:
         cmdline(_machine(record, paths, Run(Accelerator.TCG, "", disks), FirmwareFiles("", "")))
 
     def find_disks(
-        self, name: str, definition: PartitionDefinition, accelerator: Accelerator
+        self,
+        name: str,
+        definition: PartitionDefinition,
+        accelerator: Accelerator,
+        heads: Mapping[str, str],
     ) -> tuple[PreparedDisk, ...]:
-        """The chains of the definition's disks, and how QEMU will reach them.
+        """The chains of the definition's disks, and how QEMU will reach them; `heads` are tops by disk id.
 
         Raises: NotFoundError for a missing file; VhdError for a damaged one; DiskBusyError when another partition
         has it.
@@ -69,14 +73,14 @@ class Preparer:
                 id=disk.id,
                 bus=disk.bus,
                 read_only=disk.read_only,
-                chain=self._find_chain(name, disk.path),
+                chain=self.find_chain(name, heads.get(disk.id) or self.disks.resolve(disk.path)),
                 transport=choose_transport(disk, accelerator),
             )
             for disk in definition.disks
         )
 
-    def _find_chain(self, name: str, disk_path: str) -> tuple[str, ...]:
-        path = self.disks.resolve(disk_path)
+    def find_chain(self, name: str, path: str) -> tuple[str, ...]:
+        """The files of the disk whose top is this one, top first. Raises: as `find_disks`."""
         chain = tuple(file.path for file in self.disks.inspect(path).files)
         holders = self.holders()
         for file in chain:

@@ -26,6 +26,28 @@ class Failure(msgspec.Struct, frozen=True):
     log_excerpt: str | None = None
 
 
+class Merging(msgspec.Struct, frozen=True):
+    """A layer that is being merged into the one below it; what is left to be done is idempotent."""
+
+    upper: str
+    lower: str
+    is_copied: bool = False
+    """The lower layer holds it all, durable: what lies above may name it as parent, and the upper one may go."""
+
+
+class DiskLayers(msgspec.Struct, frozen=True):
+    """The files of a disk that has checkpoints (ADR 0012): the definition's file and the children made over it.
+
+    Paths are absolute. What lies below the definition's file (an image, for example) is not ours and not in here.
+    """
+
+    head: str
+    """The file that the partition writes."""
+    parents: dict[str, str | None]
+    """Each file's parent; None for the definition's file."""
+    merging: Merging | None = None
+
+
 class PartitionRecord(msgspec.Struct, frozen=True):
     """One partition in the store. What is wanted of it is all in the definition; acts change its `power`."""
 
@@ -37,6 +59,15 @@ class PartitionRecord(msgspec.Struct, frozen=True):
     started_boot_id: str | None = None
     boot_s: float | None = None
     failure: Failure | None = None
+    layers: dict[str, DiskLayers] = {}
+    """By disk id; a disk without checkpoints is its definition's file."""
+    checkpoint: str | None = None
+    """The id of the checkpoint that the present was made from."""
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """By disk id the file that is its top now, where that is not the definition's."""
+        return {disk: layers.head for disk, layers in self.layers.items()}
 
     @property
     def desired(self) -> PowerState:
