@@ -19,11 +19,12 @@ from mullion.base.units import GIB, MIB, SECTOR_BYTES
 from mullion.vhd import create_differencing, create_dynamic, open_chain
 
 SIZE_BYTES: Final = 128 * MIB
-LONG_SIZE_BYTES: Final = 40 * GIB
+LONG_SIZE_BYTES: Final = 127 * GIB
 PAGE_BYTES: Final = 4096
 READS: Final = 20_000
 DEPTH: Final = 8
 LONG_DEPTH: Final = 256
+LONG_CHANGES: Final = 16
 DEPTH_BAR: Final = 1.3
 TOUCH_BAR_US: Final = 100.0
 OPEN_BAR_MS: Final = 100.0
@@ -74,7 +75,7 @@ def _opening(folder: str, rounds: range) -> list[Row]:
         more_ms.append((long_s - one_s) * 1e3)
     argv = [sys.executable, "-c", _MEASURE_MEMORY, first, last]
     printed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    what = f"a chain of {LONG_DEPTH} disks of 40 GiB"
+    what = f"a chain of {LONG_DEPTH} disks of {LONG_SIZE_BYTES // GIB} GiB"
     return [
         Row(f"opening {what}, more than opening 1", "ms", more_ms, OPEN_BAR_MS, Measure.MEDIAN),
         Row(f"memory of {what}", "MiB", [int(printed) / 1024], MEMORY_BAR_MIB, Measure.WORST),
@@ -101,7 +102,8 @@ def mixed_chain(folder: str, name: str, depth: int, unit_bytes: int, size_bytes:
 
 
 def long_chain(folder: str) -> tuple[str, str]:
-    """The first and the last file of a long chain; each has a block."""
+    """The first and the last file of a long chain; each child has changes in several places."""
+    choose = random.Random(1)
     first = path = f"{folder}/long0.vhd"
     create_dynamic(path, LONG_SIZE_BYTES, durable=False)
     for number in range(1, LONG_DEPTH):
@@ -109,7 +111,8 @@ def long_chain(folder: str) -> tuple[str, str]:
         create_differencing(child, path, durable=False)
         path = child
         with open_chain(path) as chain:
-            chain.pwrite(number * 97 * MIB, bytes(PAGE_BYTES))
+            for _ in range(LONG_CHANGES):
+                chain.pwrite(choose.randrange(LONG_SIZE_BYTES // MIB) * MIB, bytes(PAGE_BYTES))
     return first, path
 
 

@@ -177,7 +177,7 @@ def _blocks(image: Image) -> BlockFacts | None:
     header = image.header
     if header is None:
         return None
-    allocated = len(image.bat) - image.bat.count(bat_table.UNALLOCATED)
+    allocated = image.bat.count_allocated()
     return BlockFacts(
         block_bytes=header.block_bytes,
         total=len(image.bat),

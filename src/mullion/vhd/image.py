@@ -22,6 +22,7 @@ from mullion.base.errors import DeniedError, NotFoundError
 from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bat as bat_table
 from mullion.vhd import bitmap
+from mullion.vhd.bat import Bat
 from mullion.vhd.errors import NotVhdError, VhdDamagedError
 from mullion.vhd.findings import Finding, Kind
 from mullion.vhd.layout import FOOTER_BYTES, HEADER_BYTES, DiskType, DynamicHeader, Footer
@@ -52,7 +53,7 @@ class Image:
     footer: Footer
     footer_raw: bytes
     header: DynamicHeader | None
-    bat: array[int]
+    bat: Bat
     file_bytes: int
     footer_offset: int
     """Where the tail footer lies; where it ought to begin when it is missing."""
@@ -108,7 +109,7 @@ class Image:
         """Room that the file has for data."""
         if self.header is None:
             return self.size_bytes
-        return (len(self.bat) - self.bat.count(bat_table.UNALLOCATED)) * self.block_bytes
+        return self.bat.count_allocated() * self.block_bytes
 
     def block_start(self, index: int) -> int | None:
         """Where the block's bitmap begins in the file; None when the block is not allocated.
@@ -259,7 +260,7 @@ def begin_image(fd: int, path: str, pair: FooterPair, read: FooterRead, findings
         footer,
         read.raw.ljust(FOOTER_BYTES, b"\0"),
         None,
-        array("I"),
+        Bat(),
         pair.file_bytes,
         pair.tail.offset if has_tail else pair.file_bytes,
         has_tail,
@@ -298,7 +299,7 @@ def load_structures(image: Image, header: DynamicHeader | None = None) -> Findin
     return None
 
 
-def _take_bat(image: Image, header: DynamicHeader, table: array[int]) -> None:
+def _take_bat(image: Image, header: DynamicHeader, table: Bat) -> None:
     image.header = header
     image.metadata.append((image.footer.data_offset, image.footer.data_offset + HEADER_BYTES))
     needed = -(-image.size_bytes // header.block_bytes)
@@ -307,7 +308,8 @@ def _take_bat(image: Image, header: DynamicHeader, table: array[int]) -> None:
         what = "the BAT holds blocks past the end of the disk"
         at = header.bat_offset + beyond * bat_table.ENTRY_BYTES
         image.findings.append(Finding(Kind.BAT_BEYOND_DISK, what, at))
-    image.bat = table if needed == len(table) else table[:needed]
+    table.shorten(needed)
+    image.bat = table
     end = bat_end(header)
     image.metadata.append((header.bat_offset, end))
     ranges, image.claimed_end = locator_ranges(header, image.file_bytes)

@@ -21,7 +21,6 @@ nowhere when they are put back. The next opening for writing gives back what is 
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -178,7 +177,7 @@ def _plan_bat(image: Image, kinds: set[Kind], plan: Plan, *, allow_loss: bool) -
     plan.groups.append(list(_bat_changes(image, table, sorted(touched), header.bat_offset)))
 
 
-def _bat_changes(image: Image, table: array[int], sectors: list[int], bat_offset: int) -> Iterator[Change]:
+def _bat_changes(image: Image, table: bat_table.Bat, sectors: list[int], bat_offset: int) -> Iterator[Change]:
     """The sectors of the BAT that change, neighbours together."""
     limit = _WRITE_BYTES // SECTOR_BYTES
     while sectors:

@@ -9,12 +9,12 @@ Invariants: nothing here writes; memory is bounded by `bat.MAX_BAT_BYTES`, never
 from __future__ import annotations
 
 import os
-from array import array
 from dataclasses import dataclass
 from typing import Final
 
 from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bat as bat_table
+from mullion.vhd.bat import Bat
 from mullion.vhd.findings import Finding, Kind
 from mullion.vhd.formats import identify
 from mullion.vhd.geometry import Geometry
@@ -164,7 +164,7 @@ def read_header_bytes(fd: int, footer: Footer, end: int) -> bytes | None:
     return None if len(raw) != HEADER_BYTES or at % SECTOR_BYTES or at < FOOTER_BYTES else raw
 
 
-def read_bat(fd: int, header: DynamicHeader, footer: Footer, end: int) -> array[int] | Finding:
+def read_bat(fd: int, header: DynamicHeader, footer: Footer, end: int) -> Bat | Finding:
     """All entries of the BAT, those past the end of the disk as well.
 
     It lies before `end`, the tail footer or the file's end, and apart from the header: what is written into one of them

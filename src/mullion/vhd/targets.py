@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -97,7 +96,7 @@ class DynamicTarget(Target):
         self._footer = new_footer(DiskType.DYNAMIC, size_bytes, HEADER_OFFSET).pack()
         self._block_bytes = block_bytes
         self._bitmap_bytes = bitmap_bytes(block_bytes)
-        self._table = array("I", [bat_table.UNALLOCATED]) * count_blocks(size_bytes, block_bytes)
+        self._table = bat_table.Bat.blank(count_blocks(size_bytes, block_bytes))
         self._used = 0
         table_bytes = -(-len(self._table) * bat_table.ENTRY_BYTES // SECTOR_BYTES) * SECTOR_BYTES
         self._body_end = BODY_OFFSET + table_bytes

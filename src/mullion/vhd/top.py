@@ -245,7 +245,7 @@ class TopWriter:
         """Move the footer out to make room for blocks from `start` on. One write grows the file and ends it well."""
         image = self.image
         stride = -(-image.span_bytes // DATA_ALIGNMENT) * DATA_ALIGNMENT
-        wanted = max(1, min(_RESERVE_BLOCKS, RESERVE_BYTES // stride, image.bat.count(bat_table.UNALLOCATED)))
+        wanted = max(1, min(_RESERVE_BLOCKS, RESERVE_BYTES // stride, len(image.bat) - image.bat.count_allocated()))
         possible = (bat_table.UNALLOCATED * SECTOR_BYTES - 1 - start) // stride + 1
         if possible <= 0:
             raise VhdUnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 from array import array
 
 import pytest
@@ -119,29 +120,67 @@ def test_geometry_never_exceeds_the_disk_or_the_fields(size_bytes: int) -> None:
 
 
 def test_bat_sector_is_big_endian() -> None:
-    table = array("I", [1, 0xFFFF_FFFF, 0x0102_0304])
+    table = bat.Bat([1, 0xFFFF_FFFF, 0x0102_0304])
     assert bat.raw_sector(table, 0) == struct.pack(">3I", *table)
-
-
-BLANK = array("I", [bat.UNALLOCATED]) * 9001
 
 
 @given(st.lists(st.integers(0, 9000), max_size=5), st.integers(0, 10_000))
 def test_next_allocated(blocks: list[int], start: int) -> None:
-    table = BLANK[:]
+    table = bat.Bat.blank(9001)
     for block in blocks:
         table[block] = 7
     expected = min((block for block in blocks if block >= start), default=9001)
     assert bat.next_allocated(table, start) == expected
 
 
-@given(st.lists(st.one_of(st.integers(0, 50), st.just(bat.UNALLOCATED)), max_size=40), st.integers(1, 50))
-def test_starts_are_sorted_in_pieces(entries: list[int], piece: int) -> None:
+@given(st.dictionaries(st.integers(0, 4999), st.integers(0, 50), max_size=40), st.integers(1, 3))
+def test_starts_are_sorted_in_pieces(blocks: dict[int, int], pages: int) -> None:
+    table = bat.Bat.blank(5000)
+    for block, entry in blocks.items():
+        table[block] = entry
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bat, "_SORT_ENTRIES", piece)
-        found = list(bat.allocated_starts(array("I", entries)))
-    assert found == sorted(entry for entry in entries if entry != bat.UNALLOCATED)
-    assert bat.last_start(array("I", entries)) == (found[-1] if found else None)
+        patch.setattr(bat, "_SORT_PAGES", pages)
+        found = list(bat.allocated_starts(table))
+    assert found == sorted(blocks.values())
+    assert bat.last_start(table) == (found[-1] if found else None)
+    assert table.count_allocated() == len(blocks)
+
+
+ENTRY = st.one_of(st.just(bat.UNALLOCATED), st.integers(0, bat.UNALLOCATED))
+
+
+@given(
+    st.integers(0, 1500),
+    st.dictionaries(st.integers(0, 1499), ENTRY, max_size=8),
+    st.dictionaries(st.integers(0, 1499), ENTRY, max_size=4),
+    st.integers(0, 1600),
+    st.slices(1500),
+)
+def test_a_table_is_as_the_list_of_its_entries(
+    length: int, before: dict[int, int], after: dict[int, int], kept: int, part: slice
+) -> None:
+    entries = [before.get(index, bat.UNALLOCATED) for index in range(length)]
+    with tempfile.TemporaryFile() as file:
+        file.write(struct.pack(f">3I{length}I", 1, 2, 3, *entries))
+        file.flush()
+        loaded = bat.load(file.fileno(), 12, length)
+        assert bat.load(file.fileno(), 16, length) is None or not length
+    assert loaded is not None
+    for table in (loaded, bat.Bat(entries)):
+        expected = entries[:]
+        for index in after.keys() & set(range(length)):
+            table[index] = expected[index] = after[index]
+        del expected[kept:]
+        table.shorten(kept)
+        assert list(table) == expected
+        assert len(table) == len(expected)
+        assert table[part.start : part.stop].tolist() == expected[part.start : part.stop]
+        assert table.count_allocated() == sum(entry != bat.UNALLOCATED for entry in expected)
+        with pytest.raises(IndexError):
+            table[len(expected)] = 1
+        with pytest.raises(IndexError):
+            table[-1]
+    assert list(bat.Bat.blank(length)) == [bat.UNALLOCATED] * length, "what tables share was changed"
 
 
 @given(
