@@ -8,7 +8,7 @@ a half line) and `guest-sync-delimited` with a fresh number, again every 0.25 s 
 number back. The same after anything that may have left a stray answer: a deadline, a reboot of the guest.
 
 Invariants: one request at a time, one client per socket; every wait has a deadline; nothing the guest sends is trusted
-(length, JSON, types). Not handled: freezing of filesystems (comes with backup), reading files.
+(length, JSON, types). Freezing filesystems is a process of its own (`freeze`). Not handled: reading files.
 """
 
 from __future__ import annotations
@@ -168,6 +168,13 @@ class GuestAgent:
         """Let go of the socket; the next request connects again."""
         async with self._lock:
             await self._drop()
+
+    @contextlib.asynccontextmanager
+    async def lend(self) -> AsyncIterator[None]:
+        """Let another process have the socket, which serves one client, until the block ends."""
+        async with self._lock:
+            await self._drop()
+            yield
 
     @contextlib.asynccontextmanager
     async def _deadline(self, name: str, timeout_s: float) -> AsyncIterator[None]:
