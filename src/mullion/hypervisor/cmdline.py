@@ -88,6 +88,10 @@ class MachineSpec:
     max_vcpus: int | None = None
     max_memory_bytes: int | None = None
     enlightenments: bool = True
+    machine_type: str | None = None
+    """The versioned machine type (`pc-q35-7.2`) that a saved state needs; None for the newest that QEMU has."""
+    loads_state: bool = False
+    """QEMU waits for a saved state before anything else (`Machine.load_state`)."""
 
 
 def cmdline(spec: MachineSpec, listeners: Mapping[str, int] | None = None) -> tuple[str, ...]:
@@ -111,6 +115,8 @@ def _arguments(spec: MachineSpec, listeners: Mapping[str, int] | None) -> Iterat
     yield from (spec.qemu, "-name", f"guest={definition.name},debug-threads=on", "-uuid", spec.uuid)
     yield from ("-nodefaults", "-no-user-config", "-display", "none", "-sandbox", SANDBOX)
     yield from ("-S", "-no-shutdown", "-action", "panic=pause", "-msg", "timestamp=on")
+    if spec.loads_state:
+        yield from ("-incoming", "defer")
     yield from _processor(spec)
     yield from _memory(spec)
     yield from ("-rtc", "base=utc", "-boot", "strict=on")
@@ -174,7 +180,7 @@ def _processor(spec: MachineSpec) -> Iterator[str]:
 def _memory(spec: MachineSpec) -> Iterator[str]:
     definition = spec.definition
     size = f"{definition.memory_bytes // MIB}M"
-    machine = f"{definition.machine.value},memory-backend=mem,graphics=off"
+    machine = f"{spec.machine_type or definition.machine.value},memory-backend=mem,graphics=off"
     if spec.firmware is not None:
         machine += ",pflash0=firmware-code,pflash1=firmware-vars"
     elif definition.firmware is Firmware.UEFI:

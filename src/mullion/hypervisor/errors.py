@@ -33,6 +33,16 @@ class MonitorRefusedError(OperationFailedError):
     default_remedy = "QEMU's reason is in the message; the partition goes on as before."
 
 
+class StateRefusedError(OperationFailedError):
+    """QEMU does not take a saved state; its words are in the message and in `log_excerpt`."""
+
+    code = "state-refused"
+    default_remedy = (
+        "Restore it on a host with the QEMU and the processor that it was saved on, or throw it away with "
+        "`mullion partition discard-state` and start the partition, which boots from its disks."
+    )
+
+
 class AgentError(UnavailableError):
     """The guest agent does not answer."""
 

@@ -26,7 +26,9 @@ from mullion.hypervisor.cmdline import MachineSpec
 from mullion.hypervisor.errors import MachineGoneError, MonitorError, MonitorRefusedError, StartFailedError
 from mullion.hypervisor.launch import Launched, launch, log_excerpt, read_exit_status
 from mullion.hypervisor.qmp import COMMAND_S, GREETING_S, QmpSession
+from mullion.hypervisor.saved_state import Progress, load_state, write_state
 from mullion.hypervisor.shutdown import shutdown_ladder
+from mullion.hypervisor.state_file import StateAbout, StateInfo
 from mullion.hypervisor.states import (
     ENDED_RUN_STATES,
     EventCallback,
@@ -214,6 +216,21 @@ class Machine:
         """
         session = await self._ensure_session()
         return await session.execute(command, arguments, timeout_s=timeout_s)
+
+    async def give_descriptor(self, name: str, fd: int) -> None:
+        """Have QEMU take a copy of a descriptor under this name. Raises: as `execute`."""
+        session = await self._ensure_session()
+        await session.give_descriptor(name, fd)
+
+    async def write_state(
+        self, path: str, about: StateAbout, *, live: bool = False, on_progress: Progress | None = None
+    ) -> StateInfo:
+        """Write memory and devices of a paused guest into a file (`saved_state.write_state`)."""
+        return await write_state(self, path, about, live=live, on_progress=on_progress)
+
+    async def load_state(self, path: str, seal: str, *, on_progress: Progress | None = None) -> None:
+        """Load a state into a machine that was started for it, `loads_state` (`saved_state.load_state`)."""
+        await load_state(self, path, seal, on_progress=on_progress)
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -90,6 +90,17 @@ class QmpSession:
         except (ExecInterruptedError, StateError, QMPError, EOFError, OSError) as error:
             raise MachineGoneError(f"the connection to QEMU was lost during {command}", command=command) from error
 
+    async def give_descriptor(self, name: str, fd: int) -> None:
+        """Have QEMU take a copy of a descriptor under a name, in place of one that has it (`getfd`).
+
+        Raises: as `execute`.
+        """
+        try:
+            self._client.send_fd_scm(fd)
+        except (StateError, QMPError, OSError) as error:
+            raise MachineGoneError("the connection to QEMU was lost", command="getfd") from error
+        await self.execute("getfd", {"fdname": name})
+
     async def wait_closed(self) -> None:
         """Return when the connection is lost or was closed."""
         await self._closed.wait()
