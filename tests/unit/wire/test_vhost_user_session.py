@@ -183,6 +183,12 @@ def test_inflight_region(peer: Peer) -> None:
     assert calls(peer, "inflight") == [("inflight", 2)]
 
 
+def test_an_inflight_region_that_cannot_be_sent_is_closed(peer: Peer) -> None:
+    with pytest.raises(ProtocolError, match="do not belong"):
+        peer.send(Request.GET_INFLIGHT_FD, Inflight(0, 0, 2, 128).pack(), [71])
+    assert ("close", 99) in peer.backend.calls
+
+
 def test_config_space_is_padded(peer: Peer) -> None:
     (reply,) = peer.send(Request.GET_CONFIG, Config(2, 10, 0, bytes(10)).pack())
     assert Config.unpack(reply.data[12:]).content == b"nfig" + bytes(6)

@@ -174,6 +174,8 @@ class Session:
         self._buffer.clear()
         replies = self._dispatch(header, payload)
         if self._fds:
+            for fd in (fd for reply in replies for fd in reply.fds):
+                self._backend.close_fd(fd)
             raise ProtocolError(f"message {header.request}: {len(self._fds)} descriptors that do not belong to it")
         return replies
 
