@@ -23,10 +23,11 @@ from mullion.vhd import bitmap
 from mullion.vhd.errors import DiskReadOnlyError, ParentNotFoundError, VhdDamagedError
 from mullion.vhd.fileio import IOV_LIMIT, SYSTEM, ZEROS, FileIO
 from mullion.vhd.image import Image, load_image, open_file
+from mullion.vhd.layer_journal import check_marks
 from mullion.vhd.layout import DiskType
-from mullion.vhd.locking import lock_file, unlock_file, write_holder
+from mullion.vhd.locking import lock_content, lock_file, unlock_file, write_holder
 from mullion.vhd.mapping import NOWHERE, Mapping, Segment
-from mullion.vhd.parents import CHAIN_LIMIT, check_parent, open_parents
+from mullion.vhd.parents import CHAIN_LIMIT, check_parent, load_parent, open_parents
 from mullion.vhd.pending import end_session
 from mullion.vhd.recovery import open_top
 from mullion.vhd.top import TopWriter
@@ -87,9 +88,12 @@ class Chain:
         try:
             for number, (fd, path) in enumerate(zip(fds_top_first, paths, strict=True)):
                 lock_file(fd, path, for_writing=number == 0 and not read_only)
-                images.append(load_image(fd, path))
+                if not number and read_only:
+                    lock_content(fd, path)
+                images.append(load_parent(fd, path) if number else load_image(fd, path))
                 if number:
                     check_parent(images[number - 1], images[number])
+            check_marks(images)
             if images[-1].kind is DiskType.DIFFERENCING:
                 raise ParentNotFoundError(
                     f"{images[-1].path}: its parent was not given", path=images[-1].path, structure="chain"
@@ -492,13 +496,16 @@ def open_chain(
     gives orphan room back; `warnings` tells. `allowed_dirs` are the folders that parents may lie in (default: that of
     `path`), `limit` is the longest chain, `holder` is shown to whoever finds the disk busy.
 
-    Raises: NotFoundError, DeniedError; VhdError for what is wrong with a file; DiskBusyError; OSError.
+    Raises: NotFoundError, DeniedError; VhdError for what is wrong with a file; DiskBusyError; HalfMergedError; OSError.
     """
     fd = open_file(path, writable=not read_only)
     images: list[Image] = []
     try:
         lock_file(fd, path, for_writing=not read_only)
+        if read_only:
+            lock_content(fd, path)
         images = open_parents(load_image(fd, path), allowed_dirs=allowed_dirs, limit=limit, lock=True)
+        check_marks(images)
         return Chain(images, read_only=read_only, pending_path=pending_path, holder=holder, file_io=file_io)
     except BaseException:
         for image in images[1:]:

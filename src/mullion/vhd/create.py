@@ -28,6 +28,7 @@ from mullion.vhd.bat import ENTRY_BYTES, MAX_BAT_BYTES
 from mullion.vhd.fileio import SYSTEM
 from mullion.vhd.geometry import Geometry
 from mullion.vhd.image import load_image, open_file
+from mullion.vhd.layer_journal import check_whole
 from mullion.vhd.layout import (
     ALL_ONES,
     EPOCH_S,
@@ -96,16 +97,21 @@ def create_differencing(
     size_bytes: int | None = None,
     block_bytes: int | None = None,
     durable: bool = True,
+    lock_parent: bool = True,
 ) -> None:
     """Create an empty child of a disk. Size and block size are the parent's, if not given.
+
+    `lock_parent=False` is for a parent that its writer is about to freeze: only its id and its sizes are read.
 
     Raises: InvalidError; AlreadyExistsError; NotFoundError and VhdError for what is wrong with the parent;
     DiskBusyError when somebody writes to it; OSError.
     """
     parent_fd = open_file(parent_path)
     try:
-        lock_file(parent_fd, parent_path, for_writing=False)  # a disk that changes is no parent
+        if lock_parent:
+            lock_file(parent_fd, parent_path, for_writing=False)  # a disk that changes is no parent
         parent = load_image(parent_fd, parent_path)
+        check_whole(parent, None)
         parent_real = os.readlink(f"/proc/self/fd/{parent_fd}")
     finally:
         os.close(parent_fd)

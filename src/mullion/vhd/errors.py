@@ -90,6 +90,14 @@ class ChainTooDeepError(VhdError):
     default_remedy = "Use an older disk of the chain, or copy the content of one to a new disk over NBD."
 
 
+class HalfMergedError(VhdError):
+    """A merge into this file was begun and is not finished: by itself it is a mixture of two disks."""
+
+    code = "vhd-half-merged"
+    http_status = 409
+    default_remedy = "Open the disk through the layer that is merged, or finish the merge with `mullion vhd merge`."
+
+
 class DiskBusyError(ConflictError):
     """Somebody else has the disk open in a way that excludes this use."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mullion.vhd.image import Image, load_image, open_file
+from mullion.vhd.layer_journal import check_marks
 from mullion.vhd.layout import DiskType
 from mullion.vhd.parents import CHAIN_LIMIT, open_parents
 
@@ -51,6 +52,7 @@ def inspect_chain(path: str, *, allowed_dirs: Sequence[str] | None = None, limit
     images: list[Image] = []
     try:
         images = open_parents(load_image(fd, path), allowed_dirs=allowed_dirs, limit=limit)
+        check_marks(images)
         return ChainInfo(tuple(_describe(image) for image in images))
     finally:
         for image in images[1:]:

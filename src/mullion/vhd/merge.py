@@ -39,6 +39,7 @@ from mullion.base.progress import Progress, no_progress
 from mullion.vhd.errors import VhdError
 from mullion.vhd.fileio import SYSTEM, FileIO
 from mullion.vhd.image import Image, load_image, open_file
+from mullion.vhd.layer_journal import check_marks, check_whole, layer_journal_path, remove_journal
 from mullion.vhd.locking import lock_file, unlock_file
 from mullion.vhd.merge_copy import LowerLayer, UpperLayers, merge_block
 from mullion.vhd.merge_journal import Journal, Layer, journal_path, read_journal, write_journal
@@ -103,8 +104,10 @@ def merge(
             keep = journal.keep
             chosen = find_begun(journal, images, place)
             if chosen is None:
+                _end_child(images, journal, file_io)
                 return _finish(journal, place, top_path, allowed_dirs, file_io)
         assert chosen is not None
+        check_whole(images[chosen[0]], None)
         _lock(images, chosen)
         check_range(images, chosen, leftovers=journal, keep=keep)
         report = MergeReport(resumed=journal is not None)
@@ -114,6 +117,7 @@ def merge(
                 journal = _begin(images, chosen, place, keep, file_io)
             _note_unclean(images, chosen, report)
             _copy(images, chosen, report, progress, file_io)
+            remove_journal(layer_journal_path(images[chosen[1]].path), file_io)  # of a merge while it was in use
             progress("taking the layers out", 0, 0)
             _shorten(images, chosen, report, file_io)
             if not keep:
@@ -134,6 +138,7 @@ def _opened_chain(top_path: str, allowed_dirs: Sequence[str] | None) -> Iterator
     images: list[Image] = []
     try:
         images = open_parents(load_image(fd, top_path), allowed_dirs=allowed_dirs)
+        check_marks(images)
         yield images
     finally:
         for image in images[1:]:
@@ -233,6 +238,15 @@ def _shorten(images: Sequence[Image], chosen: Range, report: MergeReport, file_i
     end_top(child, writer, file_io)
 
 
+def _end_child(images: Sequence[Image], journal: Journal, file_io: FileIO) -> None:
+    """A death at the end of step 3 may have left the file above INTO without its footer at the end: write that again."""
+    above = [image.footer.unique_id for image in images].index(journal.into_id) - 1
+    if above >= 0 and not images[above].has_tail:
+        _lock(images, (above + 1, above))
+        writer, _ = open_top(images[above], pending_path=None, holder=HOLDER, file_io=file_io)
+        end_top(images[above], writer, file_io)
+
+
 def _remove_layers(
     layers: Sequence[Image], journal: Journal, report: MergeReport, folders: set[str], file_io: FileIO
 ) -> None:
@@ -286,6 +300,7 @@ def _remove(path: str, file_io: FileIO) -> str:
     """Remove a file, durable when this returns; its path."""
     file_io.remove_file(path)
     file_io.sync_folder(os.path.dirname(path))
+    remove_journal(layer_journal_path(path), file_io)
     return path
 
 

@@ -39,9 +39,12 @@ class UpperLayers:
         """The unit of `blocks`."""
         return self._map.granule_bytes
 
-    def blocks(self, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """The stretches (offset, length) of a disk of that size in which there may be something to do."""
-        offset = 0
+    def blocks(self, size_bytes: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """The stretches (offset, length) of a disk of that size in which there may be something to do.
+
+        `start` is where one of them begins.
+        """
+        offset = start
         while offset < size_bytes:
             if offset + self.block_bytes <= self.opaque_from:
                 offset = self._map.next_used(offset)

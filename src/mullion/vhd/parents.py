@@ -18,6 +18,7 @@ import contextlib
 import os
 import re
 import shlex
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -37,7 +38,7 @@ from mullion.vhd.errors import (
 from mullion.vhd.findings import Finding, Kind
 from mullion.vhd.image import Image, load_image, open_file
 from mullion.vhd.layout import EPOCH_S, MAX_LOCATOR_BYTES, DiskType, ParentLocator
-from mullion.vhd.locking import lock_file
+from mullion.vhd.locking import is_locked_for_merge, lock_file
 
 CHAIN_LIMIT: Final = 1024
 """Files in a chain; each takes a descriptor for as long as the chain is open."""
@@ -45,6 +46,8 @@ CHAIN_LIMIT: Final = 1024
 FOLDER_ATTRIBUTE: Final = "user.mullion.parent_folder"
 STATE_ATTRIBUTE: Final = "user.mullion.parent_state"
 
+_LOOKS: Final = 20
+_LOOK_INTERVAL_S: Final = 0.01
 _SHOWN_CHARS: Final = 300
 _FOLDER_LIMIT: Final = 4096
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
@@ -144,19 +147,19 @@ def _from_url(source: str, text: str) -> ParentName:
     try:
         url = urlsplit(text)
     except ValueError:
-        return ParentName(source, None, f"is not a URL: {_shown(text)}")
+        return ParentName(source, None, f"is not a URL: {shown(text)}")
     path = unquote(url.path)
     if url.scheme != "file" or url.netloc not in ("", "localhost") or "\0" in path or not path.startswith("/"):
-        return ParentName(source, None, f"names another machine or no file: {_shown(text)}")
+        return ParentName(source, None, f"names another machine or no file: {shown(text)}")
     return ParentName(source, path)
 
 
 def _from_windows(source: str, text: str, folder: str) -> ParentName:
     path = text.replace("\\", "/")
     if path.startswith("//"):
-        return ParentName(source, None, f"names another machine: {_shown(text)}")
+        return ParentName(source, None, f"names another machine: {shown(text)}")
     if _DRIVE.match(path):
-        return ParentName(source, None, f"names a drive of another system: {_shown(text)}")
+        return ParentName(source, None, f"names a drive of another system: {shown(text)}")
     return ParentName(source, os.path.normpath(os.path.join(folder, path)))
 
 
@@ -251,7 +254,7 @@ def find_parent(
             parent = _open_parent(name.path, allowed, lock=lock, known=known, load=load)
             check_parent(child, parent)
         except NotFoundError:
-            complaints.append(f"{name.source}: there is no {_shown(name.path)}")
+            complaints.append(f"{name.source}: there is no {shown(name.path)}")
         except ParentRefusedError as error:
             refused, remedy = True, remedy or error.remedy
             complaints.append(f"{name.source}: {error.message}")
@@ -293,24 +296,42 @@ def _open_parent(
             raise _outside(path, allowed)
         if lock and identity_of(fd) not in known:
             lock_file(fd, path, for_writing=False)
-        return load(fd, path)
+        return load_parent(fd, path, load)
     except BaseException:
         os.close(fd)
         raise
 
 
+def load_parent(fd: int, path: str, load: Loader = load_image) -> Image:
+    """Load a file that a merge may be writing to just now: what looks damaged then is looked at again.
+
+    A merge changes the structures in an order in which each state is right, but reading them takes several calls.
+    Raises: as `load_image`.
+    """
+    for _ in range(_LOOKS):
+        try:
+            image = load(fd, path)
+            if not image.damage or not is_locked_for_merge(fd):
+                return image
+        except VhdError:
+            if not is_locked_for_merge(fd):
+                raise
+        time.sleep(_LOOK_INTERVAL_S)
+    return load(fd, path)
+
+
 def _outside(path: str, allowed: Sequence[str]) -> ParentRefusedError:
     folders = ", ".join(dict.fromkeys(allowed))
-    folder = shlex.quote(_shown(os.path.dirname(path)))
+    folder = shlex.quote(shown(os.path.dirname(path)))
     return ParentRefusedError(
-        f"{_shown(path)} is outside the allowed folders ({folders})",
+        f"{shown(path)} is outside the allowed folders ({folders})",
         path=path,
         structure="parent locator",
         remedy=f"If you trust the file that names it: allow that folder (--allow {folder}), or move it to the child.",
     )
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """A path that a foreign file names, harmless for a terminal and of bounded length."""
     text = path if len(path) <= _SHOWN_CHARS else f"{path[:_SHOWN_CHARS]}…"
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -214,6 +214,17 @@ def _last_used(chain: Chain, start: int, skipped: list[tuple[int, int]], progres
 # ---------------------------------------------------------------------- the file
 
 
+def grow_file(image: Image, size_bytes: int, file_io: FileIO) -> None:
+    """Make a disk larger that is open for writing, mended, and has nothing pending; `image` describes it afterwards.
+
+    Blocks stay where they are, so whoever has the old structures in memory reads the old disk as before.
+    Raises: InvalidError for a size that cannot be; OSError.
+    """
+    _check_size(image, size_bytes)
+    assert size_bytes >= image.size_bytes
+    _change(image, size_bytes, file_io)
+
+
 def _change(image: Image, size_bytes: int, file_io: FileIO) -> None:
     if image.header is None:
         if size_bytes >= image.size_bytes:
