@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -13,6 +14,7 @@ from tests.contract.block_device import all_of
 
 from mullion.base.units import KIB, MIB
 from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, inspect_chain, open_chain
+from mullion.vhd.compact import compact
 
 pytestmark = pytest.mark.interop
 
@@ -102,3 +104,66 @@ def test_no_room_to_create(small: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         create_fixed(str(small / "disk.vhd"), 16 * MIB, preallocate=True)
     assert sorted(os.listdir(small)) == ["ballast"]
+
+
+@pytest.mark.parametrize("at_end", ["far", "missing"])
+def test_an_interrupted_write_on_a_full_filesystem_is_mended(at_end: str, small: Path) -> None:
+    path = str(small / "disk.vhd")
+    create_dynamic(path, 16 * MIB, block_bytes=512 * KIB)
+    content = os.urandom(512 * KIB)
+    with open_chain(path) as chain:
+        for block in range(3):
+            chain.pwrite(block * len(content), content)
+    chain = open_chain(path)
+    chain.pwrite(8 * MIB, content)  # a block that no entry points to yet, and the footer far behind it
+    chain.abandon()
+    if at_end == "missing":
+        os.truncate(path, os.path.getsize(path) - 512)
+    fill(small)
+    before = os.path.getsize(path)
+    with open_chain(path) as chain:
+        assert any("given back" in text for text in chain.warnings)
+        size_of_file = os.path.getsize(path)
+        chain.pwrite(0, content[::-1])
+    assert size_of_file < before
+    report = inspect_chain(path).files[0]
+    assert report.warnings == ()
+    with open_chain(path, read_only=True) as chain:
+        assert all_of(chain)[: 3 * len(content)] == content[::-1] + content * 2
+        assert not any(all_of(chain)[3 * len(content) :])
+
+
+@pytest.mark.parametrize("at_end", ["far", "missing"])
+def test_the_end_stays_while_there_is_no_page_for_it(at_end: str, small: Path) -> None:
+    path = str(small / "disk.vhd")
+    create_dynamic(path, 16 * MIB, block_bytes=512 * KIB)
+    content = os.urandom(512 * KIB)
+    with open_chain(path) as chain:
+        for block in range(3):
+            chain.pwrite(block * len(content), content if block != 1 else bytes(len(content)))
+    end = os.path.getsize(path)
+    with open(path, "r+b") as file:  # as a kill before a new block was written leaves it
+        footer = file.read(512)
+        os.truncate(path, end - 4 * KIB)
+        if at_end == "far":
+            file.seek(end + 8 * MIB - 512)
+            file.write(footer)
+    fill(small)
+    with open_chain(path) as chain:
+        assert any("no room for the footer" in text for text in chain.warnings)
+        chain.pwrite(0, content[::-1])
+        assert is_refused(chain, 4 * MIB, content)
+    with open_chain(path, read_only=True) as chain:
+        assert all_of(chain)[: 3 * len(content)] == content[::-1] + bytes(len(content)) + content
+    compacted = compact(path)  # the block of zeros makes room
+    assert compacted.blocks_removed
+    assert inspect_chain(path).files[0].warnings == ()
+    with open_chain(path, read_only=True) as chain:
+        assert all_of(chain)[: 3 * len(content)] == content[::-1] + bytes(len(content)) + content
+
+
+def fill(folder: Path) -> None:
+    """Leave not one page."""
+    with open(folder / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4 * KIB))

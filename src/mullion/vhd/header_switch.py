@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Final
 
 from mullion.base.units import MIB, SECTOR_BYTES
-from mullion.vhd.create import footer_place
+from mullion.vhd.file_end import write_end
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image
 from mullion.vhd.layout import FOOTER_BYTES, HEADER_BYTES, DynamicHeader, Footer
@@ -76,11 +76,7 @@ def _write_unseen(image: Image, header: DynamicHeader, away: int, pieces: Sequen
 
 def end_file(image: Image, file_io: FileIO) -> None:
     """Put the footer right behind what is in use, and end the file there."""
-    place = footer_place(image.data_end())
-    file_io.write_all(image.fd, [image.footer_raw], place)
-    file_io.fdatasync(image.fd)
-    file_io.ftruncate(image.fd, place + FOOTER_BYTES)
-    file_io.fdatasync(image.fd)
+    write_end(image, image.data_end(), file_io)
     reload(image)
 
 

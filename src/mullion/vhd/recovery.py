@@ -2,7 +2,8 @@
 
 States that are mended at once, and told in the chain's warnings: a pending log of a writer that was killed (replayed);
 no footer at the end (written again behind the last block); room behind the last block that belongs to nothing (given
-back). A file with other damage is refused for writing and stays readable. Each step may be repeated after a crash.
+back). The latter two wait for a later opening while a full file system has no page for the footer. A file with other
+damage is refused for writing and stays readable. Each step may be repeated after a crash.
 """
 
 from __future__ import annotations

@@ -14,10 +14,15 @@ _FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
 _NO_NAME: Final = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR})
 
 
+def is_full(error: OSError) -> bool:
+    """Does the storage have no room, or the user no more of it?"""
+    return error.errno in _FULL
+
+
 def explained(error: OSError, path: str) -> MullionError:
     """The error for what the system said about a file."""
     reason = error.strerror or str(error)
-    if error.errno in _FULL:
+    if is_full(error):
         return NoSpaceError(f"{path} cannot be written: {reason}", path=path)
     if error.errno == errno.EFBIG:
         return NoSpaceError(

@@ -12,7 +12,7 @@ because a new block is written over it, and the copy at byte 0 stands in. During
 or new, and what the new ones point to is durable. So a BAT entry never precedes its bitmap, a bit never its data.
 
 Room is taken in batches: the footer goes to the far end once, then blocks fill the gap without more metadata. Closing,
-and the next opening after a crash, give the unused rest back (`mend`).
+and the next opening after a crash, give the unused rest back (`mend`); on a full file system that may have to wait.
 
 No space: data, bitmap and footer of a new block are written before anything is recorded. A slot whose write failed is
 emptied and used again, or, where holes cannot be punched, never used again; either way nothing became visible and the
@@ -33,11 +33,13 @@ from mullion.vhd import bat as bat_table
 from mullion.vhd import bitmap
 from mullion.vhd.create import DATA_ALIGNMENT, footer_place
 from mullion.vhd.errors import VhdDamagedError, VhdUnsupportedError
+from mullion.vhd.file_end import write_end
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.findings import Kind
 from mullion.vhd.image import Image
 from mullion.vhd.layout import FOOTER_BYTES, DiskType
 from mullion.vhd.pending import RECORD_LIMIT, PendingLog, Record, RecordKind
+from mullion.vhd.storage import is_full
 
 RESERVE_BYTES: Final = 64 * MIB
 """Room that is taken at once for new blocks; sparse, so it costs nothing until it is used."""
@@ -195,39 +197,45 @@ class TopWriter:
         image = self.image
         end = image.data_end()
         place = footer_place(end)
-        unused = image.footer_offset - end
+        unused = image.blocks_end - end
+        was_missing = not image.has_tail
+        is_far = unused >= image.span_bytes and image.footer_offset > place
+        if not (was_missing or is_far):
+            return []
+        if not self._end_at(end):
+            return [f"there is no room for the footer behind the last block, at byte {place}: left for a later opening"]
         said: list[str] = []
-        if not image.has_tail:
-            image.findings = [found for found in image.findings if found.kind is not Kind.FOOTER_MISSING]
+        if was_missing:
             said.append(f"the footer at the end was missing: it was written again at byte {place}")
-            if image.file_bytes > place + FOOTER_BYTES:
-                said.append(f"{image.file_bytes - end} bytes behind the last block belonged to nothing: given back")
-        elif unused >= image.span_bytes and image.footer_offset > place:
+        if is_far or (was_missing and end + unused > place + FOOTER_BYTES):
             said.append(f"{unused} bytes behind the last block belonged to nothing: given back")
-        else:
-            return said
-        self._place_footer(place)
         return said
 
     def close_gap(self) -> None:
         """Give back the room that was taken for blocks and not used. Nothing may be pending."""
         if self._has_grown:
-            self._place_footer(footer_place(self.image.data_end()))
-            self._has_grown = False
+            self._has_grown = not self._end_at(self.image.data_end())
 
     def close_log(self, *, remove: bool) -> None:
         """Let the pending log go; `remove` it when nothing waits any more."""
         if self._log is not None:
             self._log.close(remove=remove)
 
-    def _place_footer(self, place: int) -> None:
+    def _end_at(self, end: int) -> bool:
+        """End the file behind data that ends at `end`; False when the full file system has no room for the footer."""
         image = self.image
-        self._io.write_all(image.fd, [image.footer_raw], place)
-        self._io.fdatasync(image.fd)
-        self._io.ftruncate(image.fd, place + FOOTER_BYTES)
-        self._io.fdatasync(image.fd)
-        image.footer_offset, image.file_bytes, image.has_tail = place, place + FOOTER_BYTES, True
-        self._next = place
+        try:
+            write_end(image, end, self._io)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not image.has_tail:
+                self._next = image.footer_offset
+            self._has_grown = True  # closing tries again
+            return False
+        image.findings = [found for found in image.findings if found.kind is not Kind.FOOTER_MISSING]
+        self._next = image.footer_offset
+        return True
 
     def _take_slot(self) -> int:
         start = self._align(self._next)
@@ -261,7 +269,7 @@ class TopWriter:
             with contextlib.suppress(OSError):  # the old end is the good one still; the first error is the one to tell
                 self._io.ftruncate(image.fd, image.file_bytes)
             raise
-        image.footer_offset, image.file_bytes = place, place + FOOTER_BYTES
+        image.footer_offset, image.file_bytes, image.has_tail = place, place + FOOTER_BYTES, True
         self._has_grown = True
 
     def _give_back(self, start: int) -> None:
