@@ -1,0 +1,290 @@
+"""Making a backup: disks and blobs into the repository, the manifest last.
+
+    with begin_backup(repository, "web", definition=text, base=last) as backup:
+        backup.add_disk("disk0", chain, changed=ranges)
+        backup.add_blob("firmware-vars", content)
+        manifest = backup.commit()
+
+An end at any instant leaves the repository as it was, and packs that the next backup takes up: it hashes again, and
+stores only what is not there.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import BinaryIO, Final, Self
+
+import msgspec
+
+from mullion.base.block import BlockDevice
+from mullion.base.errors import InvalidError, StateError
+from mullion.base.progress import Progress, no_progress
+from mullion.base.units import KIB
+from mullion.repository import sealing
+from mullion.repository.backend import ObjectMissingError
+from mullion.repository.chunks import ChunkReader
+from mullion.repository.errors import LeaseLostError, RepositoryDamagedError
+from mullion.repository.index import build_segment, collect
+from mullion.repository.keys import CHUNK_BYTES
+from mullion.repository.lease import Lease
+from mullion.repository.manifest import Manifest, Stored, encode, manifest_name
+from mullion.repository.pack import TRAILER, PackEntry, PackKey, directory_bytes, pack_id_of, pack_name, read_directory
+from mullion.repository.repository import Repository, mark_name
+from mullion.repository.source import DevicePieces, Range, StreamPieces, changed_runs
+from mullion.repository.stream import ChunkWriter, put_segment
+from mullion.repository.tree import SIZE_LIMIT_BYTES, TreeBuilder, chunks_of, count_data
+
+log = logging.getLogger(__name__)
+
+SEGMENTS_LIMIT: Final = 16
+"""With more segments of the index than this, a backup merges the small ones."""
+_SMALL_SEGMENT: Final = 100_000
+_DIRECTORY_GUESS_BYTES: Final = 64 * KIB
+"""Fetched from the end of a pack, in the hope that its directory is in it."""
+
+
+def begin_backup(
+    repository: Repository,
+    partition: str,
+    *,
+    partition_id: str = "",
+    definition: str = "",
+    base: Manifest | None = None,
+    notes: Mapping[str, str] | None = None,
+    threads: int | None = None,
+) -> BackupWriter:
+    """Begin a backup of a partition. Raises: RepositoryBusyError while somebody prunes; what the storage raises."""
+    return BackupWriter(
+        repository,
+        Manifest(
+            id=uuid.uuid4().hex[:16],
+            partition=partition,
+            partition_id=partition_id,
+            begun_ns=time.time_ns(),
+            ended_ns=0,
+            base="" if base is None else base.id,
+            host=socket.gethostname(),
+            definition=definition,
+            disks={},
+            notes=dict(notes or {}),
+        ),
+        base,
+        threads,
+    )
+
+
+class BackupWriter:
+    """A backup being made; a context manager. One thread at a time."""
+
+    def __init__(self, repository: Repository, manifest: Manifest, base: Manifest | None, threads: int | None) -> None:
+        self._repository = repository
+        self._manifest = manifest
+        self._base = base
+        self._disks: dict[str, Stored] = {}
+        self._blobs: dict[str, Stored] = {}
+        self._is_ended = False
+        self._lease = Lease(repository.backend, repository.keys, f"backup of {manifest.partition}")
+        try:
+            if base is not None:
+                repository.backup(base.id)  # under the lease: it cannot be pruned any more
+                if repository.backend.size(mark_name(base.id)) is not None:
+                    log.warning("%s: backup %s is damaged: everything is read again", repository.location, base.id)
+                    self._base = None
+                    self._manifest = msgspec.structs.replace(manifest, base="")
+            self._index = repository.reload_index()
+            self._reader = ChunkReader(repository.backend, repository.keys, self._index, lambda: self._index)
+            self._writer = ChunkWriter(repository.backend, repository.keys, self._index, threads=threads)
+        except BaseException:
+            self._lease.release()
+            raise
+        self._adopt()
+
+    def _adopt(self) -> None:
+        try:
+            for pack_id, entries in unindexed_packs(self._repository, self._index.pack_ids):
+                self._writer.adopt(pack_id, entries)
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def base(self) -> Manifest | None:
+        """The backup that this one builds on; none when the one that was asked for has lost chunks."""
+        return self._base
+
+    @property
+    def adopted_packs(self) -> int:
+        """Packs of an interrupted backup that are used."""
+        return len(self._writer.unindexed)
+
+    def add_disk(
+        self,
+        disk: str,
+        device: BlockDevice,
+        *,
+        changed: Iterable[Range] | None = None,
+        notes: Mapping[str, str] | None = None,
+        progress: Progress = no_progress,
+    ) -> Stored:
+        """Store a disk.
+
+        `changed` are the ranges that may differ from the same disk in the base backup; everything else is taken over
+        from there, unread. Without it, or when the base has no such disk, all that holds data is read. Holes and zeros
+        cost nothing. Raises: what the device raises; RepositoryDamagedError; what the storage raises.
+        """
+        if device.size_bytes > SIZE_LIMIT_BYTES:
+            raise InvalidError(f"{disk} has more than 256 TiB", remedy="A backup's disks may have up to 256 TiB.")
+        before = self._base.disks.get(disk) if self._base is not None and changed is not None else None
+        if before is None or changed is None:
+            runs = [(0, chunks_of(device.size_bytes))]
+        else:
+            runs = changed_runs([*changed, *_resized(before.size_bytes, device.size_bytes)], device.size_bytes)
+        pieces = DevicePieces(device, runs, with_zeros=before is not None, progress=progress)
+        builder = TreeBuilder(
+            device.size_bytes,
+            self._reader.load_node,
+            self._writer.store_node,
+            None if before is None else before.tree,
+        )
+        stored = self._store(pieces, builder, before, notes)
+        self._disks[disk] = stored
+        return stored
+
+    def add_blob(self, blob: str, content: bytes | BinaryIO, *, notes: Mapping[str, str] | None = None) -> Stored:
+        """Store a stream of bytes of any length: firmware variables, a TPM's state, saved memory.
+
+        Raises: what the stream raises; what the storage raises.
+        """
+        new_before = self._writer.new_bytes
+        pieces = StreamPieces(io.BytesIO(content) if isinstance(content, bytes) else content)
+        ids = [chunk_id for _, chunk_id in self._writer.store_all(pieces)]
+        builder = TreeBuilder(pieces.read_bytes, self._reader.load_node, self._writer.store_node)
+        for number, chunk_id in enumerate(ids):  # how many levels there are is known only at the end of the stream
+            builder.set(number, chunk_id)
+        self._blobs[blob] = Stored(
+            root=builder.finish().root,
+            size_bytes=pieces.read_bytes,
+            data_bytes=builder.data_chunks * CHUNK_BYTES,
+            read_bytes=pieces.read_bytes,
+            new_bytes=self._writer.new_bytes - new_before,
+            notes=dict(notes or {}),
+        )
+        return self._blobs[blob]
+
+    def _store(
+        self, pieces: DevicePieces, builder: TreeBuilder, before: Stored | None, notes: Mapping[str, str] | None
+    ) -> Stored:
+        new_before = self._writer.new_bytes
+        for number, chunk_id in self._writer.store_all(pieces):
+            builder.set(number, chunk_id)
+        tree = builder.finish()
+        if before is not None and before.size_bytes > tree.size_bytes:
+            self._writer.finish()  # counting reads the nodes that were just stored
+            data_chunks = count_data(tree, self._reader.load_node)
+        else:
+            data_chunks = builder.data_chunks + (0 if before is None else before.data_bytes // CHUNK_BYTES)
+        return Stored(
+            root=tree.root,
+            size_bytes=tree.size_bytes,
+            data_bytes=data_chunks * CHUNK_BYTES,
+            read_bytes=pieces.read_bytes,
+            new_bytes=self._writer.new_bytes - new_before,
+            notes=dict(notes or {}),
+        )
+
+    def commit(self) -> Manifest:
+        """Make the backup: everything durable, then the index, then the manifest. Nothing of it exists before.
+
+        Raises: LeaseLostError; InvalidError when it has no disk and no blob; what the storage raises.
+        """
+        if self._is_ended:
+            raise StateError("the backup has ended", state="ended", required="begun")
+        if not self._disks and not self._blobs:
+            raise InvalidError("a backup of nothing", remedy="Add the partition's disks first.")
+        self._writer.finish()
+        manifest = msgspec.structs.replace(
+            self._manifest, disks=self._disks, blobs=self._blobs, ended_ns=time.time_ns()
+        )
+        name = manifest_name(manifest.id)
+        sealed = sealing.seal(sealing.Kind.MANIFEST, name, encode(manifest), self._repository.keys)
+        self._lease.check()
+        self._repository.backend.put(name, [sealed])
+        try:
+            self._lease.check()
+        except LeaseLostError:
+            self._repository.backend.delete(name)  # a prune may have taken chunks that it did not see in use
+            raise
+        self._merge_segments()
+        self._end()
+        return manifest
+
+    def abort(self) -> None:
+        """End without a backup; what was stored stays for the next. May be called again, and after `commit`."""
+        if not self._is_ended:
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end(error)
+
+    def _end(self, error: BaseException | None = None) -> None:
+        if not self._is_ended:
+            self._is_ended = True
+            self._writer.close()
+            self._lease.__exit__(None if error is None else type(error), error, None)
+
+    def _merge_segments(self) -> None:
+        """Keep the index from falling into many small segments: one new, durable, before the old ones go."""
+        small = [segment for segment in self._repository.segments() if segment.count < _SMALL_SEGMENT]
+        if len(small) > SEGMENTS_LIMIT:
+            put_segment(self._repository.backend, self._repository.keys, build_segment(collect(small)))
+            for segment in small:
+                self._repository.backend.delete(segment.name)
+
+
+def unindexed_packs(repository: Repository, indexed: set[bytes]) -> Iterator[tuple[bytes, list[PackEntry]]]:
+    """Durable packs that the index does not name, with their entries: what an interrupted backup has left.
+
+    One that is damaged, or deleted since, is left out; `verify` tells of it.
+    """
+    backend = repository.backend
+    for listed in list(backend.list("packs")):
+        pack_id = pack_id_of(listed.name)
+        if pack_id is None or pack_id in indexed:
+            continue
+        try:
+            yield pack_id, load_directory(repository, pack_id, listed.size_bytes)
+        except (RepositoryDamagedError, ObjectMissingError) as error:
+            log.warning("%s", error)
+
+
+def load_directory(repository: Repository, pack_id: bytes, pack_bytes: int) -> list[PackEntry]:
+    """The entries of a pack. Raises: RepositoryDamagedError; ObjectMissingError; what the storage raises."""
+    backend, name = repository.backend, pack_name(pack_id)
+    begin = max(0, pack_bytes - _DIRECTORY_GUESS_BYTES)
+    end = backend.get(name, begin, pack_bytes - begin)
+    trailer = end[-TRAILER.size :]
+    length = directory_bytes(trailer, pack_bytes, name, backend.location)
+    stored = end[-TRAILER.size - length : -TRAILER.size]
+    if len(stored) < length:
+        stored = backend.get(name, pack_bytes - TRAILER.size - length, length)
+    key = PackKey(pack_id, repository.keys)
+    return read_directory(key, stored, trailer, pack_bytes=pack_bytes, location=backend.location)
+
+
+def _resized(before_bytes: int, now_bytes: int) -> list[Range]:
+    """What must be read again because the disk has another size: its new part, and the chunk that the end cuts."""
+    if before_bytes == now_bytes:
+        return []
+    first = min(before_bytes, now_bytes) // CHUNK_BYTES * CHUNK_BYTES
+    return [(first, now_bytes - first)]

@@ -1,0 +1,273 @@
+"""A backup repository: made, opened, listed, read.
+
+Objects: `config` and `keys/…` (see `keys`), `packs/…` (`pack`), `index/…` (`index`), `backups/…` (`manifest`),
+`leases/…` (`lease`). Any number of processes may read and back up at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from mullion.base.errors import InvalidError, NotFoundError
+from mullion.repository import sealing
+from mullion.repository.backend import Backend, ObjectMissingError, is_name
+from mullion.repository.chunks import CACHE_BYTES, ChunkReader
+from mullion.repository.disk import BackupDisk
+from mullion.repository.errors import (
+    RepositoryDamagedError,
+    RepositoryExistsError,
+    RepositoryMissingError,
+    WrongKeyError,
+)
+from mullion.repository.index import Index, Segment
+from mullion.repository.keys import SCRYPT_LOG2_N, SECRET_BYTES, Config, Keys, KeySlot
+from mullion.repository.lease import Lease
+from mullion.repository.manifest import FOLDER, Manifest, Stored, decode, is_backup_id, manifest_name
+
+PASSPHRASE_LIMIT_BYTES: Final = 1024
+_INDEX_FOLDER: Final = "index"
+_KEYS_FOLDER: Final = "keys"
+_LIST_TRIES: Final = 5
+_SMALL_OBJECT_BYTES: Final = 4096
+
+
+class Repository:
+    """An open repository; a context manager. Its methods may be called from several threads.
+
+    The backend becomes the repository's, which closes it.
+    """
+
+    def __init__(self, backend: Backend, config: Config, keys: Keys) -> None:
+        """Use `create` or `open`."""
+        self.backend = backend
+        self.config = config
+        self.keys = keys
+        self._index: Index | None = None
+
+    @classmethod
+    def create(cls, backend: Backend, passphrase: str, *, scrypt_log2_n: int = SCRYPT_LOG2_N) -> Self:
+        """Make a repository in an empty place.
+
+        Raises: RepositoryExistsError when anything is there; InvalidError for an empty passphrase; what the storage
+        raises.
+        """
+        secret = os.urandom(SECRET_BYTES)
+        keys = Keys.of(secret)
+        config = Config(uuid.uuid4().bytes, time.time_ns())
+        slot = KeySlot.wrap(secret, _passphrase_bytes(passphrase), config.repository_id, scrypt_log2_n)
+        found = [listed.name for listed in backend.list("")]
+        if any(not name.startswith(f"{_KEYS_FOLDER}/") for name in found):
+            raise RepositoryExistsError(f"{backend.location} is not empty", repository=backend.location)
+        for name in found:  # of a `create` that died: `config` is put last, and makes it a repository
+            backend.delete(name)
+        backend.put(f"{_KEYS_FOLDER}/{uuid.uuid4().hex}", [slot.pack()])
+        backend.put(Config.NAME, [config.pack(keys)])
+        return cls(backend, config, keys)
+
+    @classmethod
+    def open(cls, backend: Backend, passphrase: str) -> Self:
+        """Open a repository that is there.
+
+        Raises: RepositoryMissingError; WrongKeyError; RepositoryDamagedError; what the storage raises.
+        """
+        location = backend.location
+        try:
+            found = backend.get(Config.NAME, 0, _SMALL_OBJECT_BYTES)
+        except ObjectMissingError as error:
+            raise RepositoryMissingError(f"{location} is no repository", repository=location) from error
+        config = Config.unpack(found, location)
+        keys = Keys.of(_unlock(backend, config, _passphrase_bytes(passphrase)))
+        config.check(found, keys, location)
+        return cls(backend, config, keys)
+
+    @property
+    def location(self) -> str:
+        return self.backend.location
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ keys
+
+    def add_passphrase(self, passphrase: str) -> str:
+        """Let another passphrase open it too; the slot's name, for `remove_slot`."""
+        slot = KeySlot.wrap(self.keys.secret, _passphrase_bytes(passphrase), self.config.repository_id)
+        name = f"{_KEYS_FOLDER}/{uuid.uuid4().hex}"
+        self.backend.put(name, [slot.pack()])
+        return name
+
+    def remove_other_slots(self, kept: str) -> None:
+        """Let no passphrase open it but that of one slot. Raises: NotFoundError when that is not there."""
+        if self.backend.size(kept) is None:
+            raise NotFoundError(f"{self.location}: there is no {kept}", repository=self.location)
+        for listed in list(self.backend.list(_KEYS_FOLDER)):
+            if listed.name != kept:
+                self.backend.delete(listed.name)
+
+    # ------------------------------------------------------------------ backups
+
+    def backup_ids(self) -> list[str]:
+        """The ids of all backups, those of damaged ones too."""
+        names = (listed.name.removeprefix(f"{FOLDER}/") for listed in self.backend.list(FOLDER))
+        return sorted(filter(is_backup_id, names))
+
+    def backups(self, partition: str | None = None, *, but: Collection[str] = ()) -> list[Manifest]:
+        """The manifests, oldest first, `but` those of some ids.
+
+        Raises: RepositoryDamagedError for the first that cannot be read.
+        """
+        found = []
+        for backup_id in self.backup_ids():
+            if backup_id not in but:
+                with contextlib.suppress(ObjectMissingError):  # pruned since
+                    found.append(self.load(backup_id))
+        chosen = [manifest for manifest in found if partition in (None, manifest.partition)]
+        return sorted(chosen, key=lambda manifest: (manifest.begun_ns, manifest.id))
+
+    def backup(self, text: str) -> Manifest:
+        """The manifest of an id, or of its beginning of four digits and more.
+
+        Raises: NotFoundError when none, or more than one, begins so; RepositoryDamagedError.
+        """
+        if not is_backup_id(text):
+            matching = [found for found in self.backup_ids() if len(text) >= 4 and found.startswith(text)]
+            if len(matching) != 1:
+                count = "no backup" if not matching else f"{len(matching)} backups"
+                raise NotFoundError(
+                    f"{self.location}: the ids of {count} begin with {text!r}",
+                    remedy="List the repository's backups, and give one's id, or as much of it as is unique.",
+                    repository=self.location,
+                )
+            text = matching[0]
+        try:
+            return self.load(text)
+        except ObjectMissingError as error:
+            raise NotFoundError(
+                f"{self.location}: there is no backup {text}",
+                remedy="List the repository's backups.",
+                repository=self.location,
+            ) from error
+
+    def load(self, backup_id: str) -> Manifest:
+        """The manifest of a whole id. Raises: ObjectMissingError; RepositoryDamagedError."""
+        name = manifest_name(backup_id)
+        payload = sealing.unseal(sealing.Kind.MANIFEST, name, self.backend.get(name), self.keys, self.location)
+        return decode(payload, name, self.location)
+
+    # ------------------------------------------------------------------ content
+
+    def reader(self, cache_bytes: int = CACHE_BYTES) -> ChunkReader:
+        """Chunks by id. Raises: RepositoryDamagedError; what the storage raises."""
+        return ChunkReader(self.backend, self.keys, self.index(), self.reload_index, cache_bytes)
+
+    def open_disk(self, manifest: Manifest, disk: str, *, cache_bytes: int = CACHE_BYTES) -> BackupDisk:
+        """A disk of a backup as a read-only block device. Raises: NotFoundError; RepositoryDamagedError."""
+        return BackupDisk(self._stored(manifest.disks, disk, "disk", manifest), self.reader(cache_bytes))
+
+    def open_blob(self, manifest: Manifest, blob: str) -> BackupDisk:
+        """A blob of a backup, as a device of its exact size. Raises: NotFoundError; RepositoryDamagedError."""
+        return BackupDisk(self._stored(manifest.blobs, blob, "blob", manifest), self.reader())
+
+    def _stored(self, among: dict[str, Stored], name: str, what: str, manifest: Manifest) -> Stored:
+        if (stored := among.get(name)) is None:
+            raise NotFoundError(
+                f"{self.location}: backup {manifest.id} has no {what} {name!r}",
+                remedy=f"It has: {', '.join(sorted(among)) or 'none'}.",
+                repository=self.location,
+            )
+        return stored
+
+    def lease(self, purpose: str, *, exclusive: bool = False) -> Lease:
+        """Keep others from deleting what is used here, for as long as it is held. Raises: RepositoryBusyError."""
+        return Lease(self.backend, self.keys, purpose, exclusive=exclusive)
+
+    # ------------------------------------------------------------------ index
+
+    def index(self) -> Index:
+        """The index, read once. Raises: RepositoryDamagedError; what the storage raises."""
+        if self._index is None:
+            self._index = self.reload_index()
+        return self._index
+
+    def reload_index(self) -> Index:
+        """Read the index as it is now."""
+        self._index = Index(self.segments())
+        return self._index
+
+    def segments(self) -> list[Segment]:
+        """The index's segments. One that is merged away while we read is looked for again under its new name."""
+        loaded: dict[str, Segment] = {}
+        for _ in range(_LIST_TRIES):
+            names = sorted(self.object_names(_INDEX_FOLDER))  # the same copy of a chunk is found by everybody
+            loaded = {name: segment for name, segment in loaded.items() if name in names}
+            try:
+                for name in names:
+                    if name not in loaded:
+                        payload = self.backend.get(name)
+                        payload = sealing.unseal(sealing.Kind.INDEX, name, payload, self.keys, self.location)
+                        loaded[name] = Segment(payload, name, self.location)
+            except ObjectMissingError:
+                continue
+            return list(loaded.values())
+        raise RepositoryDamagedError(
+            f"{self.location}: parts of the index vanish as fast as they are listed", repository=self.location
+        )
+
+    def object_names(self, folder: str) -> Sequence[str]:
+        """The names in a folder that are names of ours at all."""
+        return [listed.name for listed in self.backend.list(folder) if is_name(listed.name)]
+
+
+def mark_name(backup_id: str) -> str:
+    """The empty object that says: chunks of this backup are lost, so nothing must be built on it."""
+    return f"damaged/{backup_id}"
+
+
+def _unlock(backend: Backend, config: Config, passphrase: bytes) -> bytes:
+    """The secret. A damaged slot is told only when no other opens."""
+    damage: RepositoryDamagedError | None = None
+    tried = 0
+    for listed in list(backend.list(_KEYS_FOLDER)):
+        try:
+            slot = KeySlot.unpack(backend.get(listed.name, 0, _SMALL_OBJECT_BYTES), backend.location, listed.name)
+        except RepositoryDamagedError as error:
+            damage = error
+            continue
+        tried += 1
+        if slot.repository_id == config.repository_id and (secret := slot.unwrap(passphrase)) is not None:
+            return secret
+    if damage is not None:
+        raise damage
+    if not tried:
+        raise RepositoryDamagedError(
+            f"{backend.location}: all of its keys are missing",
+            repository=backend.location,
+            name=_KEYS_FOLDER,
+            remedy="Bring back the folder `keys` from a copy of the repository: nothing can be read without.",
+        )
+    raise WrongKeyError(
+        f"{backend.location}: the passphrase opens none of the repository's keys ({tried})", repository=backend.location
+    )
+
+
+def _passphrase_bytes(passphrase: str) -> bytes:
+    encoded = passphrase.encode()
+    if not encoded or len(encoded) > PASSPHRASE_LIMIT_BYTES:
+        raise InvalidError(
+            f"the passphrase has {len(encoded)} bytes", remedy=f"Choose one of 1 to {PASSPHRASE_LIMIT_BYTES} bytes."
+        )
+    return encoded

@@ -1,0 +1,200 @@
+"""The pipeline of a backup: read, digest in threads, encrypt into packs, put packs; in bounded memory.
+
+The caller's thread reads pieces of 1 MiB and encrypts finished chunks into the pack being filled (AES-GCM runs at
+GB/s); threads hash and compress, which is the work; one more puts packs while the next is filled. All of it releases
+the interpreter's lock for nearly all of its time. At most two packs and some pieces are in memory.
+
+Durability: an index segment is put after the packs that it names; nothing refers to a chunk before `finish` returns.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import zstandard
+from blake3 import blake3
+
+from mullion.base.block import Buffer
+from mullion.base.units import MIB
+from mullion.repository import sealing
+from mullion.repository.backend import Backend
+from mullion.repository.index import Index, build_segment
+from mullion.repository.keys import CHUNK_BYTES, Keys
+from mullion.repository.pack import ZSTD_FLAG, PackBuilder, PackEntry, pack_name
+from mullion.repository.tree import ZERO_ID
+
+PIECE_BYTES: Final = MIB
+LEVEL: Final = 3
+PACKS_PER_SEGMENT: Final = 32
+"""After so many packs their index is put too, so that a backup that is interrupted is soon taken up again."""
+_ZERO_CHUNK: Final = bytes(CHUNK_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some chunks: the number of the first, how many, and their content; without one they are zeros, unread."""
+
+    first: int
+    count: int
+    content: Buffer | None
+
+
+class _Digested(NamedTuple):
+    """A chunk; without a payload when it is stored already, or is all zeros."""
+
+    chunk_id: bytes
+    payload: Buffer | None
+    flags: int
+
+
+class ChunkWriter:
+    """Stores chunks and nodes, each once."""
+
+    def __init__(self, backend: Backend, keys: Keys, index: Index, *, threads: int | None = None) -> None:
+        self._backend = backend
+        self._keys = keys
+        self._index = index
+        self._threads = threads or max(1, min(8, os.cpu_count() or 1))
+        self._workers = ThreadPoolExecutor(self._threads, "repository-digest")
+        self._putter = ThreadPoolExecutor(1, "repository-put")
+        self._local = threading.local()
+        self._pack: PackBuilder | None = None
+        self._pending: set[bytes] = set()
+        self._puts: deque[tuple[PackBuilder, Future[None]]] = deque()
+        self._unindexed: dict[bytes, list[PackEntry]] = {}
+        self.new_bytes = 0
+
+    def adopt(self, pack_id: bytes, entries: list[PackEntry]) -> None:
+        """A durable pack that no index names: left by a backup that was interrupted. It gets into the next segment."""
+        self._index.add(pack_id, entries)
+        self._unindexed[pack_id] = entries
+
+    def store_all(self, pieces: Iterable[Piece]) -> Iterator[tuple[int, bytes]]:
+        """Store pieces; gives the number and the id of each chunk in order, the id of zeros for those of zeros."""
+        waiting: deque[tuple[Piece, Future[list[_Digested]] | None]] = deque()
+        window = self._threads * 2 + 1
+        try:
+            for piece in pieces:
+                future = None if piece.content is None else self._workers.submit(self._digest, piece.content)
+                waiting.append((piece, future))
+                if len(waiting) >= window:
+                    yield from self._collect(*waiting.popleft())
+            while waiting:
+                yield from self._collect(*waiting.popleft())
+        finally:
+            for _, future in waiting:
+                if future is not None:
+                    future.cancel()
+
+    def store_node(self, node: bytes) -> bytes:
+        """Store a node of a tree; its id."""
+        node_id = blake3(node, key=self._keys.node_id).digest()
+        if not self._is_stored(node_id):
+            payload, flags = self._compress(node)
+            self._add(node_id, payload, len(node), flags)
+        return node_id
+
+    def add_chunk(self, chunk_id: bytes, content: bytes) -> None:
+        """Store a chunk or node whose id is known, wherever else it is: for repacking."""
+        payload, flags = self._compress(content)
+        self._add(chunk_id, payload, len(content), flags)
+
+    def finish(self) -> None:
+        """Return when everything that was stored is durable and in the index."""
+        if self._pack is not None:
+            self._put_pack()
+        while self._puts:
+            self._await_put()
+        self._put_segment()
+
+    def close(self) -> None:
+        """End the threads; what is not finished is dropped."""
+        self._workers.shutdown(cancel_futures=True)
+        self._putter.shutdown(cancel_futures=True)
+
+    @property
+    def unindexed(self) -> dict[bytes, list[PackEntry]]:
+        """Durable packs that no segment names yet."""
+        return self._unindexed
+
+    # ------------------------------------------------------------------ in the worker threads
+
+    def _digest(self, content: Buffer) -> list[_Digested]:
+        view = memoryview(content)
+        return [self._digest_chunk(view[offset : offset + CHUNK_BYTES]) for offset in range(0, len(view), CHUNK_BYTES)]
+
+    def _digest_chunk(self, view: memoryview) -> _Digested:
+        chunk = bytes(view)  # a copy costs 5 µs, and comparing a memoryview 200
+        if chunk == _ZERO_CHUNK:
+            return _Digested(ZERO_ID, None, 0)
+        chunk_id = blake3(chunk, key=self._keys.chunk_id).digest()
+        if self._is_stored(chunk_id):
+            return _Digested(chunk_id, None, 0)
+        return _Digested(chunk_id, *self._compress(chunk))
+
+    def _compress(self, content: bytes) -> tuple[Buffer, int]:
+        """The content compressed, or as it is when that is not smaller."""
+        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
+        if compressor is None:
+            compressor = self._local.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        compressed = compressor.compress(content)
+        return (compressed, ZSTD_FLAG) if len(compressed) < len(content) else (content, 0)
+
+    def _is_stored(self, chunk_id: bytes) -> bool:
+        return chunk_id in self._pending or chunk_id in self._index
+
+    # ------------------------------------------------------------------ in the caller's thread
+
+    def _collect(self, piece: Piece, future: Future[list[_Digested]] | None) -> Iterator[tuple[int, bytes]]:
+        if future is None:
+            yield from ((number, ZERO_ID) for number in range(piece.first, piece.first + piece.count))
+            return
+        for number, digested in enumerate(future.result(), piece.first):
+            if digested.payload is not None and not self._is_stored(digested.chunk_id):
+                self._add(digested.chunk_id, digested.payload, CHUNK_BYTES, digested.flags)
+            yield number, digested.chunk_id
+
+    def _add(self, chunk_id: bytes, payload: Buffer, raw_bytes: int, flags: int) -> None:
+        if self._pack is None:
+            self._pack = PackBuilder(self._keys)
+        self._pending.add(chunk_id)
+        self.new_bytes += self._pack.add(chunk_id, payload, raw_bytes, flags).stored_bytes
+        if self._pack.size_bytes >= self._backend.pack_bytes:
+            self._put_pack()
+
+    def _put_pack(self) -> None:
+        pack = self._pack
+        assert pack is not None
+        self._pack = None
+        if self._puts:
+            self._await_put()
+        name, buffers = pack_name(pack.pack_id), pack.close()
+        self._puts.append((pack, self._putter.submit(self._backend.put, name, buffers)))
+
+    def _await_put(self) -> None:
+        pack, future = self._puts.popleft()
+        future.result()
+        self._index.add(pack.pack_id, pack.entries)
+        self._unindexed[pack.pack_id] = pack.entries
+        self._pending.difference_update(entry.chunk_id for entry in pack.entries)
+        if len(self._unindexed) >= PACKS_PER_SEGMENT:
+            self._put_segment()
+
+    def _put_segment(self) -> None:
+        if self._unindexed:
+            put_segment(self._backend, self._keys, build_segment(self._unindexed))
+            self._unindexed = {}
+
+
+def put_segment(backend: Backend, keys: Keys, payload: bytes) -> str:
+    """Put an index segment, durably; its name."""
+    name = f"index/{uuid.uuid4().hex}"
+    backend.put(name, [sealing.seal(sealing.Kind.INDEX, name, payload, keys)])
+    return name
