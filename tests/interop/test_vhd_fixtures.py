@@ -7,15 +7,19 @@ import gzip
 import hashlib
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from tests.contract.block_device import all_of
+from tests.unit.vhd import craft
 
 from mullion.base.block import ExtentKind
 from mullion.vhd import inspect_chain, open_chain
 from mullion.vhd.check import check_disk
+from mullion.vhd.facts import describe
 from mullion.vhd.findings import Verdict
+from mullion.vhd.geometry import SizeFrom
 from mullion.vhd.layout import DiskType
 
 pytestmark = [
@@ -83,6 +87,16 @@ def test_every_maker_is_read_without_a_complaint(name: str, kind: DiskType, size
     with open_chain(path, read_only=True) as chain:
         if found.allocated_bytes == 0:
             assert [extent.kind for extent in chain.extents(0, size_bytes)] == [ExtentKind.HOLE]
+
+
+@pytest.mark.parametrize("name", ["vbox.vhd", "xapi.vhd"])
+def test_the_chs_size_is_what_qemu_reads(name: str, tmp_path: Path) -> None:
+    path, raw = unpacked(name, tmp_path), tmp_path / "raw"
+    craft.set_footer(path, 28, b"vbox")  # a creator whose current size QEMU 7.2 does not take
+    subprocess.run(["qemu-img", "convert", "-f", "vpc", "-O", "raw", path, raw], check=True)
+    with open_chain(path, read_only=True, size_from=SizeFrom.CHS) as chain:
+        assert chain.size_bytes != describe(chain.images[0]).original_size_bytes
+        assert all_of(chain) == raw.read_bytes()
 
 
 def test_ext2_of_qemu_and_fat_of_windows(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from mullion.base.errors import (
     UnavailableError,
 )
 from mullion.base.process import ProcessIdentity, Spawned, find_program, run, spawn
+from mullion.vhd.geometry import SizeFrom
 from mullion.vhd.partitions import read_partitions
 
 WHOLE_DISK: Final = "disk.raw"
@@ -53,6 +54,7 @@ class MountSpec:
     writable: bool = False
     allow_other: bool = False
     allowed_dirs: tuple[str, ...] | None = None
+    size_from: str = SizeFrom.FOOTER.value
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -18,6 +18,7 @@ from mullion.base.errors import MullionError, OperationFailedError
 from mullion.base.process import ProcessIdentity
 from mullion.media.mount import MountSpec, plan_views
 from mullion.media.source import open_disk
+from mullion.vhd.geometry import SizeFrom
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,11 @@ def serve_mount(spec: MountSpec, ready: Callable[[list[str]], None]) -> None:
     from mullion.media.fuse_folder import Folder, serve_folder
 
     with open_disk(
-        spec.path, writable=spec.writable, purpose=f"vhd mount {spec.mountpoint}", allowed_dirs=spec.allowed_dirs
+        spec.path,
+        writable=spec.writable,
+        purpose=f"vhd mount {spec.mountpoint}",
+        allowed_dirs=spec.allowed_dirs,
+        size_from=SizeFrom(spec.size_from),
     ) as source:
         views, problems = plan_views(source.device)
         warnings = [*source.warnings, *problems]

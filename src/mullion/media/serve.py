@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from mullion.base.errors import DeniedError, InvalidError, NotFoundError
 from mullion.media.source import OpenSource, open_disk
+from mullion.vhd.geometry import SizeFrom
 from mullion.wire.nbd import Counters, NbdExport
 
 MAX_CLIENTS: Final = 256
@@ -46,6 +47,7 @@ def serve_disk(
     name: str = "",
     allowed_dirs: Sequence[str] | None = None,
     max_clients: int = MAX_CLIENTS,
+    size_from: SizeFrom = SizeFrom.FOOTER,
 ) -> Iterator[ServedDisk]:
     """Serve a disk while the block runs, under `name` and under NBD's default, the empty name.
 
@@ -61,7 +63,9 @@ def serve_disk(
             f"an export cannot be called {name!r}",
             remedy=f"Choose a printable name of at most {NAME_LIMIT_BYTES} bytes.",
         )
-    with open_disk(path, writable=writable, purpose="vhd serve", allowed_dirs=allowed_dirs) as source:
+    with open_disk(
+        path, writable=writable, purpose="vhd serve", allowed_dirs=allowed_dirs, size_from=size_from
+    ) as source:
         export = NbdExport(socket_path, source.device, name=name, read_only=not writable, max_connections=max_clients)
         _start(export, socket_path)
         try:

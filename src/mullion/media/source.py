@@ -15,6 +15,7 @@ from typing import Final
 from mullion.base.block import BlockDevice
 from mullion.base.errors import InvalidError
 from mullion.vhd import open_chain
+from mullion.vhd.geometry import SizeFrom
 from mullion.vhd.rawfile import RawFile
 
 _NAMES: Final = {".vhd": "vhd", ".vhdx": "vhdx", ".vmdk": "vmdk", ".qcow2": "qcow2", ".vdi": "vdi", ".ova": "ova"}
@@ -39,10 +40,11 @@ def open_source(
     source_format: str | None = None,
     allowed_dirs: Sequence[str] | None = None,
     disk: str | None = None,
+    size_from: SizeFrom = SizeFrom.FOOTER,
 ) -> Iterator[OpenSource]:
     """Open a disk of any format for reading: a VHD with its parents, a raw file, or what `foreign` reads.
 
-    `disk` chooses one of several in an OVA, by number or name.
+    `disk` chooses one of several in an OVA, by number or name; `size_from` is for a VHD.
 
     Without `source_format` the content says what it is, never the name. But where the content says nothing, which means
     raw, and the name does, the file is refused: a damaged disk must not be taken for the content of one.
@@ -55,11 +57,15 @@ def open_source(
         raise InvalidError(
             f"{path} is one disk, not a package of several", remedy="Leave --disk out: it chooses among an OVA's disks."
         )
+    if size_from is not SizeFrom.FOOTER and kind != "vhd":
+        raise InvalidError(
+            f"{path} is no VHD: it has no CHS size", remedy="Leave --size-from out: it is for VHD files.", path=path
+        )
     if kind == "ova":
         with open_ova(path, disk) as device:
             yield OpenSource(device, kind, (path,))
     elif kind == "vhd":
-        with open_chain(path, read_only=True, allowed_dirs=allowed_dirs) as chain:
+        with open_chain(path, read_only=True, allowed_dirs=allowed_dirs, size_from=size_from) as chain:
             yield OpenSource(chain, kind, chain.paths, chain.warnings)
     elif kind == "raw":
         claimed = _NAMES.get(os.path.splitext(path)[1].lower())
@@ -81,16 +87,21 @@ def open_source(
 
 @contextlib.contextmanager
 def open_disk(
-    path: str, *, writable: bool, purpose: str, allowed_dirs: Sequence[str] | None = None
+    path: str,
+    *,
+    writable: bool,
+    purpose: str,
+    allowed_dirs: Sequence[str] | None = None,
+    size_from: SizeFrom = SizeFrom.FOOTER,
 ) -> Iterator[OpenSource]:
     """Open a disk for other programs: of any format for reading, a VHD for writing.
 
     `purpose` is shown to whoever finds the disk busy. Raises: what `open_source` and `open_chain` raise.
     """
     if not writable:
-        with open_source(path, allowed_dirs=allowed_dirs) as source:
+        with open_source(path, allowed_dirs=allowed_dirs, size_from=size_from) as source:
             yield source
         return
     holder = f"mullion {purpose} (pid {os.getpid()})"
-    with open_chain(path, allowed_dirs=allowed_dirs, holder=holder) as chain:
+    with open_chain(path, allowed_dirs=allowed_dirs, holder=holder, size_from=size_from) as chain:
         yield OpenSource(chain, "vhd", chain.paths, chain.warnings)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -22,6 +23,7 @@ from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bitmap
 from mullion.vhd.errors import DiskReadOnlyError, ParentNotFoundError, VhdDamagedError
 from mullion.vhd.fileio import IOV_LIMIT, SYSTEM, ZEROS, FileIO
+from mullion.vhd.geometry import SizeFrom
 from mullion.vhd.image import Image, load_image, open_file
 from mullion.vhd.layer_journal import check_marks
 from mullion.vhd.layout import DiskType
@@ -489,22 +491,33 @@ def open_chain(
     limit: int = CHAIN_LIMIT,
     holder: str = "",
     file_io: FileIO = SYSTEM,
+    size_from: SizeFrom = SizeFrom.FOOTER,
 ) -> Chain:
     """Open a disk with all its parents.
 
     Opening for writing mends what a crash may have left: replays the pending log, writes a missing footer at the end,
     gives orphan room back; `warnings` tells. `allowed_dirs` are the folders that parents may lie in (default: that of
-    `path`), `limit` is the longest chain, `holder` is shown to whoever finds the disk busy.
+    `path`), `limit` is the longest chain, `holder` is shown to whoever finds the disk busy. `size_from` says which size
+    of the two in its footer the disk has; for writing only the current one.
 
-    Raises: NotFoundError, DeniedError; VhdError for what is wrong with a file; DiskBusyError; HalfMergedError; OSError.
+    Raises: InvalidError, NotFoundError, DeniedError; VhdError for what is wrong with a file; DiskBusyError;
+    HalfMergedError; OSError.
     """
+    if size_from is not SizeFrom.FOOTER and not read_only:
+        raise InvalidError(
+            f"{path} can only be read by its CHS size, not written",
+            remedy=f"Copy it, and write to the copy: mullion vhd convert {shlex.quote(path)} COPY.vhd --size-from chs",
+            path=path,
+        )
     fd = open_file(path, writable=not read_only)
     images: list[Image] = []
     try:
         lock_file(fd, path, for_writing=not read_only)
         if read_only:
             lock_content(fd, path)
-        images = open_parents(load_image(fd, path), allowed_dirs=allowed_dirs, limit=limit, lock=True)
+        images = open_parents(
+            load_image(fd, path, size_from=size_from), allowed_dirs=allowed_dirs, limit=limit, lock=True
+        )
         check_marks(images)
         return Chain(images, read_only=read_only, pending_path=pending_path, holder=holder, file_io=file_io)
     except BaseException:

@@ -158,7 +158,7 @@ def describe(image: Image) -> Facts:
 
 
 def _qemu_size(image: Image, geometry: Geometry) -> int:
-    if image.footer.creator_application in CHS_SIZED_BY_QEMU or geometry == (65535, 16, 255):
+    if image.footer.creator_application in CHS_SIZED_BY_QEMU or geometry.is_largest:
         return image.size_bytes
     return geometry.size_bytes
 

@@ -1,16 +1,27 @@
 """The CHS geometry that a VHD's footer carries.
 
 Spec: Virtual Hard Disk Image Format Specification 1.0, appendix "CHS Calculation". Floor division throughout. Nobody
-should derive a size from it, yet some readers do; see `create` for what that means for the files we write.
+should derive a size from it, yet some readers do; see `create` for what that means for the files we write. Whoever
+wants what such a reader showed asks for it (`SizeFrom.CHS`).
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 from mullion.base.units import SECTOR_BYTES
 
 MAX_CYLINDERS = 65535
+
+
+class SizeFrom(Enum):
+    """Which of a footer's two sizes is the disk's."""
+
+    FOOTER = "footer"
+    """The current size."""
+    CHS = "chs"
+    """That of the geometry, as Virtual PC showed it to its guests and QEMU before 10.0 reads it."""
 
 
 class Geometry(NamedTuple):
@@ -19,6 +30,11 @@ class Geometry(NamedTuple):
     cylinders: int
     heads: int
     sectors_per_track: int
+
+    @property
+    def is_largest(self) -> bool:
+        """Is it that of all disks which no geometry can describe? It says nothing about the size."""
+        return self == (MAX_CYLINDERS, 16, 255)
 
     @property
     def size_bytes(self) -> int:

@@ -15,7 +15,7 @@ import os
 import stat
 from array import array
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from mullion.base.errors import DeniedError, NotFoundError
@@ -23,8 +23,9 @@ from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bat as bat_table
 from mullion.vhd import bitmap
 from mullion.vhd.bat import Bat
-from mullion.vhd.errors import NotVhdError, VhdDamagedError
+from mullion.vhd.errors import NotVhdError, VhdDamagedError, VhdUnsupportedError
 from mullion.vhd.findings import Finding, Kind
+from mullion.vhd.geometry import Geometry, SizeFrom
 from mullion.vhd.layout import FOOTER_BYTES, HEADER_BYTES, DiskType, DynamicHeader, Footer
 from mullion.vhd.storage import explained
 from mullion.vhd.structures import (
@@ -230,8 +231,10 @@ def open_file(path: str, *, writable: bool = False, follow: bool = True) -> int:
         os.close(probe)
 
 
-def load_image(fd: int, path: str) -> Image:
+def load_image(fd: int, path: str, *, size_from: SizeFrom = SizeFrom.FOOTER) -> Image:
     """Read and judge the structures of an open file. The descriptor stays the caller's when this raises.
+
+    With a size that is not the footer's own the image is for reading only.
 
     Raises: NotVhdError, VhdDamagedError, VhdUnsupportedError.
     """
@@ -243,10 +246,36 @@ def load_image(fd: int, path: str) -> Image:
     if isinstance(chosen, Finding):
         raise chosen.as_error(path)
     image = begin_image(fd, path, pair, *chosen)
+    if size_from is SizeFrom.CHS:
+        _take_chs_size(image)
     problem = load_structures(image)
     if problem is not None:
+        if size_from is SizeFrom.CHS:
+            raise _no_chs_size(path, f"it would be {image.size_bytes} bytes: {problem.what}") from problem.as_error(
+                path
+            )
         raise problem.as_error(path)
     return image
+
+
+def _take_chs_size(image: Image) -> None:
+    """Let the geometry say how large the disk is. Everything is judged by that size then."""
+    footer = image.footer
+    geometry = Geometry(footer.cylinders, footer.heads, footer.sectors_per_track)
+    if geometry.size_bytes == 0:
+        raise _no_chs_size(image.path, "its geometry is zero")
+    if not geometry.is_largest:
+        image.footer = replace(footer, current_size_bytes=geometry.size_bytes)
+
+
+def _no_chs_size(path: str, why: str) -> VhdUnsupportedError:
+    return VhdUnsupportedError(
+        f"{path} cannot be read by its CHS size: {why}",
+        path=path,
+        structure="footer",
+        offset=56,
+        remedy="Read it by its current size, which is the rule: leave --size-from out.",
+    )
 
 
 def begin_image(fd: int, path: str, pair: FooterPair, read: FooterRead, findings: list[Finding]) -> Image:

@@ -18,7 +18,7 @@ from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
 from mullion.cli.vhd.convert import refuse_terminal
 from mullion.cli.vhd.meter import metered
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, from_option
+from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, from_option, size_from_option
 
 if TYPE_CHECKING:
     from mullion.base.progress import Progress
@@ -30,9 +30,12 @@ _BUFFER_BYTES: Final = MIB
 @click.command("hash", cls=Command, short_help="Print the SHA-256 of disks' contents, whatever files they are in.")
 @click.argument("paths", metavar="PATH...", type=DISK, nargs=-1, required=True)
 @from_option
+@size_from_option
 @allow_option
 @pass_face
-def hash_disks(face: Face, *, paths: tuple[str, ...], source_format: str | None, allow: tuple[str, ...]) -> int:
+def hash_disks(
+    face: Face, *, paths: tuple[str, ...], source_format: str | None, size_source: str, allow: tuple[str, ...]
+) -> int:
     """Print the SHA-256 of disks' contents, whatever files they are in: `HASH  PATH`, as sha256sum does.
 
     The content is what a guest would see. So a chain, the VHD it was flattened into and the raw disk have one hash,
@@ -44,7 +47,7 @@ def hash_disks(face: Face, *, paths: tuple[str, ...], source_format: str | None,
       mullion vhd hash base.vhd fixed.vhd disk.img --format json
     """
     with metered(face, "hash", after="Nothing was changed.") as progress:
-        found = _hash_all(paths, source_format, allow, progress)
+        found = _hash_all(paths, source_format, size_source, allow, progress)
     hashed, failure = [], 0
     for path, result in zip(paths, found, strict=True):
         if isinstance(result, MullionError):
@@ -60,12 +63,13 @@ def hash_disks(face: Face, *, paths: tuple[str, ...], source_format: str | None,
 
 
 def _hash_all(
-    paths: Sequence[str], source_format: str | None, allow: Sequence[str], progress: Progress
+    paths: Sequence[str], source_format: str | None, size_source: str, allow: Sequence[str], progress: Progress
 ) -> list[str | MullionError]:
     """The hash of each, or why there is none; as many at once as there are processors."""
     from concurrent.futures import ThreadPoolExecutor
 
     from mullion.media.source import open_source
+    from mullion.vhd.geometry import SizeFrom
     from mullion.vhd.hashing import hash_content
 
     lock, ended = threading.Lock(), threading.Event()
@@ -81,7 +85,12 @@ def _hash_all(
 
         path = paths[number]
         try:
-            with open_source(path, source_format=source_format, allowed_dirs=allowed_dirs(path, allow)) as disk:
+            with open_source(
+                path,
+                source_format=source_format,
+                allowed_dirs=allowed_dirs(path, allow),
+                size_from=SizeFrom(size_source),
+            ) as disk:
                 return hash_content(disk.device, progress=report)
         except MullionError as error:
             return error
@@ -100,10 +109,18 @@ def _hash_all(
 @click.option("--offset", type=SizeType(), metavar="N", default=0, help="The first byte, such as 512 or 1M; default 0.")
 @click.option("--length", type=SizeType(), metavar="N", help="How many; default: up to the disk's end.")
 @from_option
+@size_from_option
 @allow_option
 @pass_face
 def read(
-    face: Face, *, path: str, offset: int, length: int | None, source_format: str | None, allow: tuple[str, ...]
+    face: Face,
+    *,
+    path: str,
+    offset: int,
+    length: int | None,
+    source_format: str | None,
+    size_source: str,
+    allow: tuple[str, ...],
 ) -> None:
     """Print bytes of a disk's content to standard output, read with all parents.
 
@@ -113,10 +130,12 @@ def read(
       mullion vhd read base.vhd --length 512 | od -A d -t x1
     """
     from mullion.media.source import open_source
+    from mullion.vhd.geometry import SizeFrom
     from mullion.vhd.storage import storage_explained
     from mullion.vhd.streaming import stream_range
 
-    with open_source(path, source_format=source_format, allowed_dirs=allowed_dirs(path, allow)) as disk:
+    folders = allowed_dirs(path, allow)
+    with open_source(path, source_format=source_format, allowed_dirs=folders, size_from=SizeFrom(size_source)) as disk:
         size_bytes = disk.device.size_bytes
         wanted = size_bytes - offset if length is None else length
         _check_range(path, offset, max(wanted, 0), size_bytes)

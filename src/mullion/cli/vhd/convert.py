@@ -16,7 +16,15 @@ from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.values import SizeType
 from mullion.cli.vhd.meter import metered
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, check_name, disk_option, from_option
+from mullion.cli.vhd.options import (
+    DISK,
+    allow_option,
+    allowed_dirs,
+    check_name,
+    disk_option,
+    from_option,
+    size_from_option,
+)
 
 if TYPE_CHECKING:
     from mullion.media.source import OpenSource
@@ -51,6 +59,7 @@ def _target_options(command: _Command) -> _Command:
 @_target_options
 @from_option
 @disk_option
+@size_from_option
 @allow_option
 @pass_face
 def convert(
@@ -64,6 +73,7 @@ def convert(
     force: bool,
     source_format: str | None,
     member: str | None,
+    size_source: str,
     allow: tuple[str, ...],
 ) -> None:
     """Copy a disk of any format into a new VHD or raw file.
@@ -80,7 +90,7 @@ def convert(
     """
     _copy(
         face, "convert", source, target, kind, block_size=block_size, verify=verify, force=force,
-        source_format=source_format, member=member, allow=allow,
+        source_format=source_format, member=member, size_source=size_source, allow=allow,
     )  # fmt: skip
 
 
@@ -88,6 +98,7 @@ def convert(
 @click.argument("source", metavar="CHAIN", type=DISK)
 @click.argument("target", metavar="DST", type=DISK)
 @_target_options
+@size_from_option
 @allow_option
 @pass_face
 def flatten(
@@ -99,6 +110,7 @@ def flatten(
     block_size: int | None,
     verify: bool,
     force: bool,
+    size_source: str,
     allow: tuple[str, ...],
 ) -> None:
     """Copy a chain into one file without parents: what CHAIN, its topmost file, shows as a disk.
@@ -112,7 +124,7 @@ def flatten(
     """
     _copy(
         face, "flatten", source, target, kind or "dynamic", block_size=block_size, verify=verify, force=force,
-        source_format="vhd", allow=allow,
+        source_format="vhd", size_source=size_source, allow=allow,
     )  # fmt: skip
 
 
@@ -158,11 +170,13 @@ def _copy(
     verify: bool,
     force: bool,
     source_format: str | None,
+    size_source: str,
     allow: tuple[str, ...],
     member: str | None = None,
 ) -> None:
     from mullion.media.source import open_source
     from mullion.vhd.copying import TargetKind, check_target, copy_disk
+    from mullion.vhd.geometry import SizeFrom
 
     is_stream = target == _STANDARD_OUTPUT or _is_pipe(target)
     kind = TargetKind(kind_word or _kind_for(target, is_stream=is_stream))
@@ -171,8 +185,10 @@ def _copy(
     else:
         check_name(target)
         check_target(target, [source], replace=force)  # before a foreign disk is opened, which may take long
-    folders = allowed_dirs(source, allow)
-    with open_source(source, source_format=source_format, allowed_dirs=folders, disk=member) as disk:
+    folders, size_from = allowed_dirs(source, allow), SizeFrom(size_source)
+    with open_source(
+        source, source_format=source_format, allowed_dirs=folders, disk=member, size_from=size_from
+    ) as disk:
         for warning in disk.warnings:
             face.note(f"warning: {warning}")
         if is_stream:

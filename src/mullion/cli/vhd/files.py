@@ -19,7 +19,7 @@ from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
 from mullion.cli.tables import printable, table
 from mullion.cli.vhd.meter import metered
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, disk_option
+from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, disk_option, size_from_option
 
 if TYPE_CHECKING:
     from mullion.media.filesystems.reader import FileEntry, Hole, VolumeReader
@@ -39,7 +39,7 @@ def _volume_options(command: _Command) -> _Command:
         metavar="N",
         help="The volume, where the disk has several; 0 is the whole disk.",
     )
-    return number(disk_option(allow_option(command)))
+    return number(disk_option(size_from_option(allow_option(command))))
 
 
 @click.command("ls", cls=Command, short_help="List the files inside a disk, or its volumes.")
@@ -60,6 +60,7 @@ def ls(
     shows_volumes: bool,
     volume: int | None,
     member: str | None,
+    size_source: str,
     allow: Sequence[str],
 ) -> None:
     """List the files inside a disk: NTFS, FAT, exFAT, ext2, ext3, ext4, ISO 9660.
@@ -74,9 +75,9 @@ def ls(
       mullion vhd ls --volumes base.vhd
     """
     if shows_volumes:
-        _list_volumes(face, disk, member, allow)
+        _list_volumes(face, disk, member, size_source, allow)
         return
-    with _opened(face, disk, volume, member, allow) as reader:
+    with _opened(face, disk, volume, member, allow, size_source=size_source) as reader:
         answer = reader.list(path, recursive=recursive)
         first = next(answer)
         entries = list(answer) if first.type == "folder" and not recursive else answer
@@ -95,7 +96,16 @@ def ls(
 @click.argument("path")
 @_volume_options
 @pass_face
-def cat(face: Face, *, disk: str, path: str, volume: int | None, member: str | None, allow: Sequence[str]) -> None:
+def cat(
+    face: Face,
+    *,
+    disk: str,
+    path: str,
+    volume: int | None,
+    member: str | None,
+    size_source: str,
+    allow: Sequence[str],
+) -> None:
     """Print a file inside a disk, byte by byte as it is; of NTFS also a stream, as FILE:STREAM.
 
     \b
@@ -104,7 +114,7 @@ def cat(face: Face, *, disk: str, path: str, volume: int | None, member: str | N
     """
     from mullion.vhd.storage import storage_explained
 
-    with _opened(face, disk, volume, member, allow) as reader:
+    with _opened(face, disk, volume, member, allow, size_source=size_source) as reader:
         for item in reader.read(path):
             with storage_explained("standard output"):
                 for part in _parts(item):
@@ -133,6 +143,7 @@ def get(
     skip: bool,
     volume: int | None,
     member: str | None,
+    size_source: str,
     allow: Sequence[str],
 ) -> None:
     """Copy files and whole folders out of a disk: each whole under its name, or not there.
@@ -153,7 +164,7 @@ def get(
     results = []
     with (
         metered(face, "get", after="What was finished is there; nothing else is.") as progress,
-        _opened(face, disk, volume, member, allow) as reader,
+        _opened(face, disk, volume, member, allow, size_source=size_source) as reader,
     ):
         for path in paths:
             target = os.path.join(destination, _target_name(disk, path)) if os.path.isdir(destination) else destination
@@ -203,15 +214,17 @@ def _target_name(disk: str, path: str) -> str:
 
 @contextlib.contextmanager
 def _opened(
-    face: Face, disk: str, volume: int | None, member: str | None, allow: Sequence[str]
+    face: Face, disk: str, volume: int | None, member: str | None, allow: Sequence[str], *, size_source: str
 ) -> Iterator[VolumeReader]:
     """The files of the volume that was meant."""
     from mullion.media.filesystems.reader import open_volume
     from mullion.media.filesystems.volumes import choose_volume, list_volumes
     from mullion.media.source import open_source
+    from mullion.vhd.geometry import SizeFrom
 
     path, number = _split(disk, volume)
-    with open_source(path, allowed_dirs=allowed_dirs(path, allow), disk=member) as source:
+    folders, size_from = allowed_dirs(path, allow), SizeFrom(size_source)
+    with open_source(path, allowed_dirs=folders, disk=member, size_from=size_from) as source:
         volumes, problems = list_volumes(source.device)
         for problem in problems:
             face.note(f"{path}: partition table: {problem}")
@@ -232,12 +245,14 @@ def _split(disk: str, volume: int | None) -> tuple[str, int | None]:
     return match[1], int(match[2])
 
 
-def _list_volumes(face: Face, disk: str, member: str | None, allow: Sequence[str]) -> None:
+def _list_volumes(face: Face, disk: str, member: str | None, size_source: str, allow: Sequence[str]) -> None:
     from mullion.media.filesystems.volumes import list_volumes
     from mullion.media.source import open_source
+    from mullion.vhd.geometry import SizeFrom
 
     path, _ = _split(disk, None)
-    with open_source(path, allowed_dirs=allowed_dirs(path, allow), disk=member) as source:
+    folders, size_from = allowed_dirs(path, allow), SizeFrom(size_source)
+    with open_source(path, allowed_dirs=folders, disk=member, size_from=size_from) as source:
         volumes, problems = list_volumes(source.device)
     for problem in problems:
         face.note(f"{path}: partition table: {problem}")

@@ -11,7 +11,7 @@ import click
 
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs
+from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, size_from_option
 
 if TYPE_CHECKING:
     from mullion.media.mount import MountSpec
@@ -25,6 +25,7 @@ _LOG_NAME_CHARS: Final = 200
 @click.option("--writable", is_flag=True, help="Let programs write to the disk; without it they can only read.")
 @click.option("--foreground", is_flag=True, help="Stay until it is unmounted or ^C, instead of in the background.")
 @click.option("--allow-other", is_flag=True, help="Let other users in; for all but root /etc/fuse.conf must permit it.")
+@size_from_option
 @allow_option
 @pass_face
 def mount(
@@ -35,6 +36,7 @@ def mount(
     writable: bool,
     foreground: bool,
     allow_other: bool,
+    size_source: str,
     allow: tuple[str, ...],
 ) -> None:
     """Mount a disk as a folder: its raw content, and its partitions.
@@ -50,7 +52,8 @@ def mount(
 
     folder = os.path.realpath(mountpoint)
     allowed = allowed_dirs(path, allow)
-    spec = MountSpec(os.path.abspath(path), folder, writable, allow_other, None if allowed is None else tuple(allowed))
+    folders = None if allowed is None else tuple(allowed)
+    spec = MountSpec(os.path.abspath(path), folder, writable, allow_other, folders, size_source)
     if foreground:
         _stay(face, spec)
         return

@@ -34,6 +34,18 @@ def allow_option(command: _Command) -> _Command:
     )(command)
 
 
+def size_from_option(command: _Command) -> _Command:
+    """Which of a VHD's two sizes counts, by `size_from`: reading only."""
+    return click.option(
+        "--size-from",
+        "size_source",
+        type=click.Choice(("footer", "chs")),
+        default="footer",
+        help="chs: as large as the geometry says, as Virtual PC and QEMU before 10.0 show it. For reading. "
+        "Default: footer, the current size.",
+    )(command)
+
+
 def align_option(command: _Command) -> _Command:
     """What a size is rounded up to, by `aligned`."""
     return click.option(

@@ -13,7 +13,7 @@ import click
 from mullion.base.units import format_size
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Command
-from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs
+from mullion.cli.vhd.options import DISK, allow_option, allowed_dirs, size_from_option
 
 if TYPE_CHECKING:
     from mullion.media.serve import ServedDisk
@@ -38,6 +38,7 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     show_default=True,
     help="Connections at once; whoever comes after that is hung up on.",
 )
+@size_from_option
 @allow_option
 @pass_face
 def serve(
@@ -48,6 +49,7 @@ def serve(
     writable: bool,
     name: str,
     max_clients: int,
+    size_source: str,
     allow: tuple[str, ...],
 ) -> None:
     """Serve a disk to other programs as NBD, on a unix socket.
@@ -62,6 +64,7 @@ def serve(
     """
     from mullion.base import log
     from mullion.media.serve import serve_disk
+    from mullion.vhd.geometry import SizeFrom
 
     log.set_up("warning")
     # Blocked from before the socket is there: a signal waits until it is asked for, and no thread of ours gets it.
@@ -74,6 +77,7 @@ def serve(
             name=name,
             allowed_dirs=allowed_dirs(path, allow),
             max_clients=max_clients,
+            size_from=SizeFrom(size_source),
         ) as served:
             _announce(face, path, served)
             signal.sigwait(_ENDING)

@@ -162,7 +162,9 @@ def _file_text(face: Face, file: FileReport, parent_path: str | None) -> str:
 def _size_text(facts: Facts) -> str:
     lines = [f"{format_size(facts.size_bytes)} ({facts.size_bytes} bytes)"]
     if facts.chs_size_bytes != facts.size_bytes:
-        lines.append(f"{facts.chs_size_bytes} bytes by its geometry, which does not count")
+        lines.append(
+            f"{facts.chs_size_bytes} bytes by its geometry, which does not count (--size-from chs reads it so)"
+        )
     if facts.qemu_size_bytes != facts.size_bytes:
         lines.append("QEMU before 10.0 counts it all the same: give it force_size_calc=current_size")
     if facts.original_size_bytes != facts.size_bytes:
