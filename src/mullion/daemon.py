@@ -34,6 +34,8 @@ from mullion.model.views import CheckView, StatusView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operations
 from mullion.parent.store import SqliteStore, Store
+from mullion.services.checkpoint.controller import CheckpointController
+from mullion.services.checkpoint.keeper import MergeSlots
 from mullion.services.disk.controller import DiskController
 from mullion.services.image.controller import ImageController
 from mullion.services.partition.controller import PartitionController
@@ -106,12 +108,27 @@ class Daemon:
             )
             await partitions.open()
             stack.push_async_callback(partitions.close)
+            checkpoints = CheckpointController(
+                store=store,
+                events=events,
+                operations=operations,
+                partitions=partitions,
+                slots=MergeSlots(asyncio.Semaphore(settings.merge_slots), settings.merge_rate),
+            )
+            await checkpoints.open()
+            stack.push_async_callback(checkpoints.close)
             log.info("partitions are adopted %.3f s after the start", time.monotonic() - self._begun_s)
             await operations.recover()
             stack.push_async_callback(operations.close)
             await fleet.open()
             server = await self._serve_api(
-                store=store, operations=operations, events=events, partitions=partitions, disks=disks, images=images
+                store=store,
+                operations=operations,
+                events=events,
+                partitions=partitions,
+                checkpoints=checkpoints,
+                disks=disks,
+                images=images,
             )
             stack.push_async_callback(server.stop)
             log.info("ready %.3f s after the start", time.monotonic() - self._begun_s)
@@ -127,10 +144,12 @@ class Daemon:
         operations: Operations,
         events: Events,
         partitions: PartitionController,
+        checkpoints: CheckpointController,
         disks: DiskController,
         images: ImageController,
     ) -> ApiServer:
         from mullion.parent import api
+        from mullion.services.checkpoint import routes as checkpoint_routes
         from mullion.services.disk import routes as disk_routes
         from mullion.services.image import routes as image_routes
         from mullion.services.partition import routes as partition_routes
@@ -146,11 +165,13 @@ class Daemon:
             routes=[
                 *system_routes.ROUTES,
                 *partition_routes.ROUTES,
+                *checkpoint_routes.ROUTES,
                 *disk_routes.ROUTES,
                 *image_routes.ROUTES,
             ],
             services={
                 "partitions": partitions,
+                "checkpoints": checkpoints,
                 "disks": disks,
                 "images": images,
                 "system": system_routes.System(lambda: self._status(partitions)),

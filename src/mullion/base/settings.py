@@ -55,6 +55,14 @@ SETTINGS: Final = (
         "accelerator", str, "auto", "auto|kvm|tcg", "Overrides the probe for partitions whose definition says auto."
     ),
     Setting("boot_slots", int, "0", "partitions", "How many partitions may boot at once; 0 means two per core."),
+    Setting("merge_slots", int, "2", "merges", "How many layers of deleted checkpoints may be merged at once."),
+    Setting(
+        "merge_rate",
+        int,
+        "67108864",
+        "bytes per second",
+        "How fast one layer may be merged while its partition runs; 0 for no limit.",
+    ),
     Setting("log_level", str, "info", "debug|info|warning|error", "How much the service writes to its log."),
     Setting("isolation", str, "auto", "auto|off", "As root: run each QEMU and provider under a user id of its own."),
 )
@@ -69,6 +77,8 @@ class Settings:
     listen: str
     accelerator: str
     boot_slots: int
+    merge_slots: int
+    merge_rate: int
     log_level: str
     isolation: str
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PATIENCE_S: Final = 1.0
 
 
-def _completer(fetch: Callable[[Client], Iterable[tuple[str, str]]]) -> Completer:
+def _completer(fetch: Callable[[Client, click.Context], Iterable[tuple[str, str]]]) -> Completer:
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
@@ -30,8 +30,9 @@ def _completer(fetch: Callable[[Client], Iterable[tuple[str, str]]]) -> Complete
         face = ctx.ensure_object(Face)
         face.patience_s = _PATIENCE_S
         try:
-            return [CompletionItem(word, help=note) for word, note in fetch(face.client) if word.startswith(incomplete)]
-        except MullionError:
+            found = fetch(face.client, ctx)
+            return [CompletionItem(word, help=note) for word, note in found if word.startswith(incomplete)]
+        except (MullionError, KeyError):
             return []  # a prompt is no place for an error; the command itself will say it
         finally:
             face.close()
@@ -39,7 +40,12 @@ def _completer(fetch: Callable[[Client], Iterable[tuple[str, str]]]) -> Complete
     return complete
 
 
-partitions = _completer(lambda client: [(view.name, view.state.value) for view in client.partitions()])
-disks = _completer(lambda client: [(view.name, view.type) for view in client.disks()])
-operations = _completer(lambda client: [(view.id, f"{view.kind} {view.target}") for view in client.operations()])
-images = _completer(lambda client: [(view.name, view.path) for view in client.images()])
+partitions = _completer(lambda client, _: [(view.name, view.state.value) for view in client.partitions()])
+disks = _completer(lambda client, _: [(view.name, view.type) for view in client.disks()])
+operations = _completer(lambda client, _: [(view.id, f"{view.kind} {view.target}") for view in client.operations()])
+checkpoints = _completer(
+    lambda client, ctx: [
+        (view.name, view.created_at) for view in client.checkpoints(str(ctx.params["partition"])).checkpoints
+    ]
+)
+images = _completer(lambda client, _: [(view.name, view.path) for view in client.images()])

@@ -112,6 +112,9 @@ ENTRIES: Final = {
     "doctor": Entry("mullion.cli.doctor:doctor", "Check this host: what it offers, what is missing, what mends it."),
     "demo": Entry("mullion.cli.demo:demo", "Start the service and a first partition, and say what to try next."),
     "partition": Entry("mullion.cli.partition:partition", "Create, run and look at partitions."),
+    "checkpoint": Entry(
+        "mullion.cli.checkpoint:checkpoint", "Freeze points in a partition's life, and go back to them."
+    ),
     "disk": Entry("mullion.cli.disk:disk", "Create and look at virtual hard disks (VHD)."),
     "vhd": Entry("mullion.cli.vhd:vhd", "Work on virtual hard disk files, without the service."),
     "image": Entry("mullion.cli.image:image", "Build and list disk images that partitions start from."),

@@ -25,6 +25,8 @@ from mullion.client.transport import Answer, Transport
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
 from mullion.model.views import (
+    CheckpointTreeView,
+    CheckpointView,
     DiskView,
     ErrorView,
     EventView,
@@ -115,6 +117,38 @@ class Client:
         from mullion.client.console import Console
 
         return Console.open(self._transport, f"/1.0/partitions/{_part(name)}/console", self._timeout_s)
+
+    # Checkpoints
+
+    def checkpoints(self, partition: str) -> CheckpointTreeView:
+        return self._get(f"/partitions/{_part(partition)}/checkpoints", CheckpointTreeView)
+
+    def checkpoint(self, partition: str, name: str) -> CheckpointView:
+        return self._get(f"/partitions/{_part(partition)}/checkpoints/{_part(name)}", CheckpointView)
+
+    def create_checkpoint(
+        self,
+        partition: str,
+        name: str | None = None,
+        *,
+        memory: bool = False,
+        consistent: bool = False,
+        description: str = "",
+    ) -> OperationView:
+        fields = {"name": name, "memory": memory, "consistent": consistent, "description": description}
+        return self._post(f"/partitions/{_part(partition)}/checkpoints", fields, OperationView)
+
+    def apply_checkpoint(
+        self, partition: str, name: str, *, keep_present: bool = False, keep_as: str | None = None
+    ) -> OperationView:
+        """Go back; `keep_present` keeps what is there now as a checkpoint, which is named `keep_as`."""
+        path = f"/partitions/{_part(partition)}/checkpoints/{_part(name)}/apply"
+        return self._post(path, {"keep_present": keep_present, "keep_as": keep_as}, OperationView)
+
+    def delete_checkpoint(self, partition: str, name: str) -> OperationView:
+        """It is gone at once; the operation lasts until its layers are merged."""
+        answer = self._ask("DELETE", f"/partitions/{_part(partition)}/checkpoints/{_part(name)}", None, {})
+        return _decoded(answer, OperationView)
 
     # Disks and images
 

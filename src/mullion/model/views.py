@@ -107,6 +107,73 @@ class EventView(Struct, frozen=True):
     data: dict[str, object] = field(default_factory=dict)
 
 
+class CheckpointDiskView(Struct, frozen=True):
+    """A disk in a checkpoint: the layer that holds it, and what that takes on the host's filesystem."""
+
+    id: str
+    path: str
+    size_bytes: int
+    held_bytes: int
+
+
+class CheckpointView(Struct, frozen=True):
+    """A frozen point in a partition's life.
+
+    `consistency` is crash (as after a power cut), filesystem (the guest's filesystems were frozen), stopped, or memory.
+    """
+
+    id: str
+    name: str
+    partition: str
+    created_at: str
+    consistency: str
+    parent: str | None = None
+    description: str = ""
+    schedule: str = ""
+    has_memory: bool = False
+    is_ready: bool = True
+    is_present: bool = False
+    """Whether what is there now was made from it."""
+    disks: tuple[CheckpointDiskView, ...] = ()
+
+
+class MergeView(Struct, frozen=True):
+    """A layer that is being merged into the one below it: `state` is copying, relinking, waiting or failed."""
+
+    disk: str
+    upper: str
+    lower: str
+    state: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    bytes_per_s: int = 0
+    reason: str | None = None
+
+
+class CheckpointTreeView(Struct, frozen=True):
+    """The checkpoints of a partition, oldest first; `present` is the id of the one that the present stems from."""
+
+    partition: str
+    present: str | None
+    checkpoints: tuple[CheckpointView, ...]
+    merges: tuple[MergeView, ...] = ()
+
+
+class FileVolumeView(Struct, frozen=True):
+    """A volume of a partition's disk and what it holds; `remedy` says what to do with one that cannot be read."""
+
+    disk: str
+    number: int
+    type: str
+    filesystem: str
+    label: str
+    offset: int
+    size_bytes: int
+    readable: bool
+    remedy: str = ""
+    warning: str = ""
+
+
 class ImageView(Struct, frozen=True):
     name: str
     path: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 import msgspec
@@ -158,8 +158,11 @@ class DiskController:
         await self.check_delete(path)
         await asyncio.to_thread(os.unlink, path)
 
-    async def check_delete(self, path: str, *, owner: str | None = None) -> None:
-        """Whether a disk may be deleted; `owner` is the partition that goes with it. Raises: as `delete`."""
+    async def check_delete(self, path: str, *, owner: str | None = None, going: Collection[str] = ()) -> None:
+        """Whether a disk may be deleted; `owner` is the partition that goes with it, `going` other files that do.
+
+        Raises: as `delete`.
+        """
         partition = self._attached().get(path)
         if partition not in (None, owner):
             raise ConflictError(
@@ -167,13 +170,13 @@ class DiskController:
                 remedy=f"Take it out of the definition, or: mullion partition delete {partition} --with-disks",
                 path=path,
             )
-        await asyncio.to_thread(self._check_delete, path)
+        await asyncio.to_thread(self._check_delete, path, going)
 
-    def _check_delete(self, path: str) -> None:
+    def _check_delete(self, path: str, going: Collection[str]) -> None:
         if not os.path.exists(path):
             raise NotFoundError(f"the disk {path} does not exist", path=path)
         for view in self._list():
-            if path in [file.path for file in view.chain[1:]]:
+            if view.path not in going and path in [file.path for file in view.chain[1:]]:
                 raise ConflictError(
                     f"the disk {path} is a parent of {view.path}, which would lose its content",
                     remedy=f"Delete {view.name} first, if it is not needed.",

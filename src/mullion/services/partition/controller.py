@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
 import msgspec
@@ -64,6 +64,8 @@ class PartitionController:
         self._surroundings = surroundings
         self._allocate_uid = allocate_uid
         self._partitions: dict[str, Partition] = {}
+        self.on_deleted: list[Callable[[Partition], Awaitable[None]]] = []
+        """What other services do when a partition is gone from the store."""
         for kind, work in (
             ("partition.start", self._start),
             ("partition.stop", self._stop),
@@ -127,6 +129,9 @@ class PartitionController:
     async def get(self, name: str) -> PartitionView:
         """Raises: NotFoundError."""
         return await self.find(name).view()
+
+    def all(self) -> tuple[Partition, ...]:
+        return tuple(self._partitions.values())
 
     def find(self, name: str) -> Partition:
         """Raises: NotFoundError."""
@@ -247,16 +252,24 @@ class PartitionController:
                     required="stopped",
                     remedy=f"Stop it first: mullion partition stop {name}",
                 )
+            if partition.record.layers and not with_disks:
+                raise ConflictError(
+                    f"partition {name} has checkpoints: what its disks hold is spread over several files",
+                    remedy=f"Delete its checkpoints first (mullion checkpoint list {name}), or: "
+                    f"mullion partition delete {name} --with-disks",
+                )
             doomed = self._own_disks(partition) if with_disks else ()
             for path in doomed:
-                await self._disks.check_delete(path, owner=name)
+                await self._disks.check_delete(path, owner=name, going=doomed)
             await partition.shut()
             await self._store.transact([Condition(key_of(name), partition.revision)], [Delete(key_of(name))])
             del self._partitions[name]
         await partition.release()
         paths = partition.runtime.paths
+        for tell in self.on_deleted:
+            await tell(partition)
         for path in doomed:
-            await self._disks.delete(path)
+            await asyncio.to_thread(os.unlink, path)
         for folder in (paths.run, paths.data):
             if os.path.isdir(folder):
                 await asyncio.to_thread(shutil.rmtree, folder)
@@ -270,7 +283,9 @@ class PartitionController:
             if other is not partition
             for disk in other.record.definition.disks
         }
-        own = [self._disks.resolve(disk.path) for disk in partition.record.definition.disks if not disk.read_only]
+        made = [path for layers in partition.record.layers.values() for path in reversed(layers.parents)]
+        named = [self._disks.resolve(disk.path) for disk in partition.record.definition.disks if not disk.read_only]
+        own = tuple(dict.fromkeys([*made, *named]))
         for path in own:
             if path in others:
                 raise ConflictError(

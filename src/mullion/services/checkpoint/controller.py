@@ -1,0 +1,564 @@
+"""Checkpoints: what administrators ask of them.
+
+Invariants: a checkpoint is in the store before anything of it is made, and ready when its disks are frozen; what was
+promised as ready is there after any crash. One act at a time changes a partition's layers: its lock is held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError, MullionError, NotFoundError, StateError
+from mullion.base.units import utc_now
+from mullion.hypervisor.freeze import frozen_filesystems
+from mullion.model.definition import PartitionDefinition, PowerState
+from mullion.model.states import PartitionState
+from mullion.model.views import CheckpointDiskView, CheckpointTreeView, CheckpointView, OperationView
+from mullion.parent.events import Events
+from mullion.parent.operations import Operation, Operations
+from mullion.parent.store import Condition, Delete, Put, Store
+from mullion.parent.store.protocol import Write
+from mullion.services.checkpoint.branching import (
+    add_children,
+    commit_children,
+    freeze_heads,
+    layers_of,
+    make_children,
+    note_children,
+    settle,
+)
+from mullion.services.checkpoint.keeper import LayerKeeper, MergeSlots
+from mullion.services.checkpoint.record import PREFIX, CheckpointRecord, Consistency, FrozenDisk
+from mullion.services.partition.controller import PartitionController
+from mullion.services.partition.partition import Partition
+from mullion.vhd import inspect_chain
+
+log = logging.getLogger(__name__)
+
+_AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED)
+_CHECKPOINTABLE: Final = (PartitionState.RUNNING, PartitionState.PAUSED, *_AT_REST)
+
+
+class CheckpointController:
+    """The checkpoints of all partitions. `open` completes or drops what a crash left; `close` lets merges go on."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        events: Events,
+        operations: Operations,
+        partitions: PartitionController,
+        slots: MergeSlots,
+    ) -> None:
+        self._store = store
+        self._events = events
+        self._operations = operations
+        self._partitions = partitions
+        self._slots = slots
+        self._records: dict[str, dict[str, CheckpointRecord]] = {}
+        self._revisions: dict[str, int] = {}
+        self._readers: Counter[str] = Counter()
+        """Tops of chains that somebody reads, and how many do."""
+        self._keepers: dict[str, LayerKeeper] = {}
+
+    # -- life of the service -------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Read the records, settle what a crash left, and begin to merge what nobody needs."""
+        for entry in await self._store.list(PREFIX):
+            record = CheckpointRecord.decode(entry.value)
+            self._keep(record, entry.revision)
+        self._partitions.on_deleted.append(self.forget_partition)
+        for partition in self._partitions.all():
+            try:
+                async with partition.lock:
+                    await self._settle(partition)
+            except (MullionError, OSError) as error:
+                log.error("%s: its checkpoints could not be settled yet: %s", partition.name, error)
+            self._keeper(partition).wake()
+
+    async def close(self) -> None:
+        """Let go of the merges; their workers go on."""
+        await asyncio.gather(*(keeper.close() for keeper in self._keepers.values()))
+
+    async def _settle(self, partition: Partition) -> None:
+        await settle(partition)
+        for record in list(self._of(partition.name).values()):
+            if record.is_ready:
+                continue
+            if partition.record.checkpoint == record.id:
+                await self._mark_ready(record)
+            else:
+                log.warning("%s: checkpoint %s was not completed before a crash: dropped", partition.name, record.name)
+                await self._forget(record)
+
+    async def forget_partition(self, partition: Partition) -> None:
+        """A partition is gone with its files: so are its checkpoints."""
+        keeper = self._keepers.pop(partition.name, None)
+        if keeper is not None:
+            await keeper.close()
+        for record in list(self._of(partition.name).values()):
+            await self._forget(record)
+
+    def _keep(self, record: CheckpointRecord, revision: int) -> None:
+        self._records.setdefault(record.partition, {})[record.id] = record
+        self._revisions[record.key] = revision
+
+    def _of(self, partition: str) -> dict[str, CheckpointRecord]:
+        return self._records.get(partition, {})
+
+    def _keeper(self, partition: Partition) -> LayerKeeper:
+        keeper = self._keepers.get(partition.name)
+        if keeper is None or keeper.partition is not partition:
+            keeper = LayerKeeper(
+                partition,
+                pinned=lambda: self._pinned(partition.name),
+                in_use=lambda: set(self._readers),
+                move_pins=lambda upper, lower: self._moved_pins(partition.name, upper, lower),
+                keep=self._keep,
+                slots=self._slots,
+                events=self._events,
+            )
+            self._keepers[partition.name] = keeper
+            keeper.begin()
+        return keeper
+
+    def _pinned(self, partition: str) -> set[str]:
+        return {disk.path for record in self._of(partition).values() for disk in record.disks}
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def tree(self, name: str) -> CheckpointTreeView:
+        """All checkpoints of a partition, oldest first, and what is being merged. Raises: NotFoundError."""
+        partition = self._partitions.find(name)
+        shown = [record for record in self._of(name).values() if not record.is_passing]
+        records = sorted(shown, key=lambda record: (record.created_at, record.id))
+        return CheckpointTreeView(
+            partition=name,
+            present=partition.record.checkpoint,
+            checkpoints=tuple(self._view(record) for record in records),
+            merges=self._keeper(partition).views(),
+        )
+
+    def get(self, name: str, checkpoint: str) -> CheckpointView:
+        """Raises: NotFoundError."""
+        return self._view(self.find(name, checkpoint))
+
+    def find(self, name: str, checkpoint: str) -> CheckpointRecord:
+        """The checkpoint of this name, or id. Raises: NotFoundError."""
+        self._partitions.find(name)
+        records = self._of(name)
+        found = records.get(checkpoint) or next((r for r in records.values() if r.name == checkpoint), None)
+        if found is None:
+            raise NotFoundError(
+                f"partition {name} has no checkpoint {checkpoint!r}",
+                remedy=f"List them: mullion checkpoint list {name}",
+                partition=name,
+            )
+        return found
+
+    def _view(self, record: CheckpointRecord) -> CheckpointView:
+        return CheckpointView(
+            id=record.id,
+            name=record.name,
+            partition=record.partition,
+            parent=record.parent,
+            created_at=record.created_at,
+            description=record.description,
+            schedule=record.schedule,
+            consistency=record.consistency.value,
+            has_memory=record.state_file is not None,
+            is_ready=record.is_ready,
+            is_present=self._partitions.find(record.partition).record.checkpoint == record.id,
+            disks=tuple(
+                CheckpointDiskView(disk.id, disk.path, disk.size_bytes, _held_bytes(disk.path)) for disk in record.disks
+            ),
+        )
+
+    @contextlib.asynccontextmanager
+    async def reading(self, name: str, checkpoint: str) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
+        """The chains of a checkpoint's disks, by disk id, top first, which stay as they are until the block ends.
+
+        Raises: NotFoundError; VhdError.
+        """
+        record = self.find(name, checkpoint)
+        async with self._reading(self._partitions.find(name), {disk.id: disk.path for disk in record.disks}) as chains:
+            yield chains
+
+    @contextlib.asynccontextmanager
+    async def reading_present(
+        self, name: str, *, consistent: bool = False
+    ) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
+        """The same of a partition as it is at this instant: by a checkpoint that goes with the block where it runs.
+
+        `consistent` freezes the filesystems of one that runs for that instant. A disk that a stopped partition has is
+        read as it is, and locked: the partition cannot be started until the block has ended.
+        Raises: NotFoundError; StateError while the partition is between states; what making a checkpoint raises.
+        """
+        partition = self._partitions.find(name)
+        async with contextlib.AsyncExitStack() as stack:
+            async with partition.lock:
+                if partition.has_processes():
+                    tops = await self._freeze_present(partition, stack, consistent=consistent)
+                else:
+                    tops = {disk.id: layers_of(partition, disk.id).head for disk in partition.record.definition.disks}
+                chains = await stack.enter_async_context(self._reading(partition, tops))
+            yield chains
+
+    async def _freeze_present(
+        self, partition: Partition, stack: contextlib.AsyncExitStack, *, consistent: bool
+    ) -> dict[str, str]:
+        """A checkpoint that goes when the stack is left; the tops of all disks. The caller holds the lock."""
+        state = (await partition.view()).state
+        _check_state(partition.name, state, (PartitionState.RUNNING, PartitionState.PAUSED), "be read")
+        wanted = CheckpointRecord(
+            id=secrets.token_hex(4),
+            partition=partition.name,
+            name="",
+            created_at=utc_now(),
+            definition=partition.record.definition,
+            disks=(),
+            consistency=Consistency.FILESYSTEM if consistent else Consistency.CRASH,
+            is_passing=True,
+        )
+        record, _ = await self._freeze(lambda _: None, partition, wanted)
+        stack.push_async_callback(self._pass, partition, record)
+        unwritten = [disk for disk in partition.record.definition.disks if disk.read_only]
+        frozen = {disk.id: disk.path for disk in record.disks}
+        return frozen | {disk.id: layers_of(partition, disk.id).head for disk in unwritten}
+
+    async def _pass(self, partition: Partition, record: CheckpointRecord) -> None:
+        """Take a passing checkpoint away, also when whoever waits for it is being cancelled."""
+
+        async def remove() -> None:
+            async with partition.lock:
+                if record.key in self._revisions:  # else the partition is gone
+                    await self._remove(partition, [record])
+                    self._keeper(partition).wake()
+
+        await asyncio.shield(asyncio.create_task(remove(), name=f"end of {record.key}"))
+
+    @contextlib.asynccontextmanager
+    async def _reading(
+        self, partition: Partition, tops: Mapping[str, str]
+    ) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
+        """The chains of these tops, by disk id, which stay as they are inside the block."""
+        self._readers.update(tops.values())
+        try:
+            preparer = partition.surroundings.preparer
+            yield {
+                disk: await asyncio.to_thread(preparer.find_chain, partition.name, top) for disk, top in tops.items()
+            }
+        finally:
+            self._readers.subtract(tops.values())
+            self._readers += Counter()  # without those that nobody reads any more
+            if partition in self._partitions.all():
+                self._keeper(partition).wake()
+
+    # -- making --------------------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        name: str,
+        *,
+        checkpoint: str = "",
+        memory: bool = False,
+        consistent: bool = False,
+        description: str = "",
+        schedule: str = "",
+    ) -> OperationView:
+        """Begin to make a checkpoint. Raises: NotFoundError; StateError; InvalidError; AlreadyExistsError."""
+        partition = self._partitions.find(name)
+        state = (await partition.view()).state
+        _check_state(name, state, _CHECKPOINTABLE, "have a checkpoint made")
+        if (memory or consistent) and state in _AT_REST:
+            what = "memory" if memory else "filesystems to freeze"
+            raise StateError(
+                f"partition {name} is {state.value}: it has no {what}",
+                state=state.value,
+                required="running",
+                remedy="Leave the option away: the disks of a stopped partition are consistent.",
+            )
+        wanted = CheckpointRecord(
+            id=secrets.token_hex(4),
+            partition=name,
+            name=self._free_name(name, checkpoint),
+            created_at=utc_now(),
+            definition=partition.record.definition,
+            disks=(),
+            consistency=_consistency(state, memory=memory, consistent=consistent),
+            description=description,
+            schedule=schedule,
+        )
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self._create(operation, partition, wanted)
+
+        return await self._operations.start("checkpoint.create", f"partition/{name}", work)
+
+    def _free_name(self, partition: str, wanted: str) -> str:
+        names = {record.name for record in self._of(partition).values()}
+        if wanted:
+            if wanted in names:
+                raise AlreadyExistsError(
+                    f"partition {partition} has a checkpoint {wanted!r} already", remedy="Choose another name."
+                )
+            return wanted
+        stamp = utc_now()[:19].replace(":", "").replace("T", "-")
+        return next(n for n in (stamp, *(f"{stamp}-{number}" for number in range(2, 10_000))) if n not in names)
+
+    async def _create(self, operation: Operation, partition: Partition, wanted: CheckpointRecord) -> dict[str, object]:
+        async with partition.lock:
+            record, stall_ms = await self._freeze(operation.stage, partition, wanted)
+        self._events.publish(
+            "checkpoint.created", f"partition/{partition.name}", {"checkpoint": record.name, "id": record.id}
+        )
+        self._keeper(partition).wake()
+        return {"checkpoint": record.name, "id": record.id, "stall_ms": round(stall_ms, 3)}
+
+    async def _freeze(
+        self, say: Callable[[str], None], partition: Partition, wanted: CheckpointRecord
+    ) -> tuple[CheckpointRecord, float]:
+        """Make a checkpoint; the caller holds the lock. What is there now stems from it, unless it is a passing one."""
+        written = [disk.id for disk in partition.record.definition.disks if not disk.read_only]
+        heads = {disk: layers_of(partition, disk).head for disk in written}
+        if not heads:
+            raise InvalidError(
+                f"partition {partition.name} has no disk that it writes", remedy="There is nothing to freeze."
+            )
+        say("making the new layers")
+        sizes = {id_: await asyncio.to_thread(_size_of, path) for id_, path in heads.items()}
+        record = msgspec.structs.replace(
+            wanted,
+            parent=partition.record.checkpoint,
+            disks=tuple(FrozenDisk(id_, path, sizes[id_]) for id_, path in heads.items()),
+        )
+        children = await note_children(
+            partition, heads, writes=[Put(record.key, record.encode())], conditions=[Condition(record.key, 0)]
+        )
+        self._keep(record, partition.revision)
+        try:
+            await make_children(children, heads)
+            async with _filesystems_frozen(partition, record.consistency, say):
+                say("freezing the disks")
+                changes = {} if record.is_passing else {"checkpoint": record.id}
+                stall_ms = await freeze_heads(partition, children, **changes)
+        except BaseException:
+            await self._remove(partition, [record])  # its layers are merged again, if it came to have any
+            self._keeper(partition).wake()
+            raise
+        return record if record.is_passing else await self._mark_ready(record), stall_ms
+
+    async def _mark_ready(self, record: CheckpointRecord) -> CheckpointRecord:
+        ready = msgspec.structs.replace(record, is_ready=True)
+        await self._put(ready)
+        return ready
+
+    async def _put(self, record: CheckpointRecord) -> None:
+        revision = await self._store.transact(
+            [Condition(record.key, self._revisions[record.key])], [Put(record.key, record.encode())]
+        )
+        self._keep(record, revision)
+
+    async def _forget(self, record: CheckpointRecord) -> None:
+        """Take a record away, with its folder; its layers are the keeper's then."""
+        await self._store.transact([Condition(record.key, self._revisions[record.key])], [Delete(record.key)])
+        self._drop(record)
+
+    def _drop(self, record: CheckpointRecord) -> None:
+        del self._records[record.partition][record.id]
+        del self._revisions[record.key]
+
+    # -- applying ------------------------------------------------------------------------------------------------------
+
+    async def apply(self, name: str, checkpoint: str, *, keep_present: str | None = None) -> OperationView:
+        """Begin to bring a partition back to a checkpoint; one that runs is turned off and started again.
+
+        `keep_present` keeps what is there now as a checkpoint of this name ("": one is made up).
+        Raises: NotFoundError; StateError; AlreadyExistsError.
+        """
+        partition = self._partitions.find(name)
+        record = self.find(name, checkpoint)
+        _check_state(name, (await partition.view()).state, _CHECKPOINTABLE, "be brought back to a checkpoint")
+        kept_name = None if keep_present is None else self._free_name(name, keep_present)
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self._apply(operation, partition, record.id, kept_name)
+
+        return await self._operations.start("checkpoint.apply", f"partition/{name}", work)
+
+    async def _apply(
+        self, operation: Operation, partition: Partition, checkpoint_id: str, kept_name: str | None
+    ) -> dict[str, object]:
+        record = self.find(partition.name, checkpoint_id)
+        wanted_power = partition.record.desired
+        if partition.has_processes():
+            operation.stage("turning the partition off")
+            await partition.stop(0.0, operation.stage, operation.point_of_no_return)
+        async with partition.lock:
+            if kept_name is not None:
+                kept = CheckpointRecord(
+                    id=secrets.token_hex(4),
+                    partition=partition.name,
+                    name=kept_name,
+                    created_at=utc_now(),
+                    definition=partition.record.definition,
+                    disks=(),
+                    consistency=Consistency.CRASH if wanted_power is not PowerState.STOPPED else Consistency.STOPPED,
+                    description=f"what was there before {record.name} was applied",
+                )
+                await self._freeze(operation.stage, partition, kept)
+            operation.stage("bringing the disks back")
+            children = await add_children(partition, {disk.id: disk.path for disk in record.disks})
+            await commit_children(
+                partition,
+                children,
+                checkpoint=record.id,
+                failure=None,
+                definition=_definition_of(record, partition.record.definition),
+            )
+        self._keeper(partition).wake()
+        self._events.publish(
+            "checkpoint.applied", f"partition/{partition.name}", {"checkpoint": record.name, "id": record.id}
+        )
+        if wanted_power is not PowerState.STOPPED:
+            await partition.start(wanted_power, operation.stage)
+        return {"checkpoint": record.name, "state": (await partition.view()).state.value, "kept": kept_name}
+
+    # -- deleting ------------------------------------------------------------------------------------------------------
+
+    async def delete(self, name: str, checkpoint: str) -> OperationView:
+        """Take a checkpoint away. It is gone at once; the operation lasts until its layers are merged.
+
+        Raises: NotFoundError; ConflictError while somebody reads it.
+        """
+        partition = self._partitions.find(name)
+        record = self.find(name, checkpoint)
+        if any(self._readers[disk.path] for disk in record.disks):
+            raise ConflictError(
+                f"checkpoint {record.name} of partition {name} is being read",
+                remedy="Wait for the backup, the export or the listing of files that reads it, or end it.",
+            )
+        async with partition.lock:
+            await self._remove(partition, [record])
+        self._events.publish("checkpoint.deleted", f"partition/{name}", {"checkpoint": record.name, "id": record.id})
+        keeper = self._keeper(partition)
+        keeper.wake()
+        return await self._operations.start(
+            "checkpoint.delete", f"checkpoint/{name}/{record.id}", keeper.follow, exclusive=False
+        )
+
+    async def _remove(self, partition: Partition, records: Sequence[CheckpointRecord]) -> None:
+        """Records go, what was made on them stems from their parents; in one instant."""
+        gone = {record.id: record.parent for record in records}
+
+        def heir(of: str | None) -> str | None:
+            while of in gone:
+                of = gone[of]
+            return of
+
+        orphans = [
+            msgspec.structs.replace(record, parent=heir(record.parent))
+            for record in self._of(partition.name).values()
+            if record.parent in gone and record.id not in gone
+        ]
+        writes: list[Write] = [Delete(record.key) for record in records]
+        writes += [Put(record.key, record.encode()) for record in orphans]
+        conditions = [Condition(record.key, self._revisions[record.key]) for record in (*records, *orphans)]
+        revision = await partition.save(
+            checkpoint=heir(partition.record.checkpoint), writes=writes, conditions=conditions
+        )
+        for record in orphans:
+            self._keep(record, revision)
+        for record in records:
+            self._drop(record)
+            await asyncio.to_thread(_remove_folder, partition, record)
+
+    def _moved_pins(
+        self, partition: str, upper: str, lower: str
+    ) -> tuple[list[Condition], list[Write], list[CheckpointRecord]]:
+        """What has to be written so that checkpoints which name one layer name the other."""
+        moved = [
+            msgspec.structs.replace(
+                record,
+                disks=tuple(
+                    msgspec.structs.replace(disk, path=lower) if disk.path == upper else disk for disk in record.disks
+                ),
+            )
+            for record in self._of(partition).values()
+            if any(disk.path == upper for disk in record.disks)
+        ]
+        return (
+            [Condition(record.key, self._revisions[record.key]) for record in moved],
+            [Put(record.key, record.encode()) for record in moved],
+            moved,
+        )
+
+
+@contextlib.asynccontextmanager
+async def _filesystems_frozen(
+    partition: Partition, consistency: Consistency, say: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """The guest's filesystems are frozen inside this block, if that is what the checkpoint promises.
+
+    Raises: as `frozen_filesystems`.
+    """
+    machine = partition.runtime.machine
+    if consistency is not Consistency.FILESYSTEM or machine is None:
+        yield
+        return
+    say("freezing the guest's filesystems")
+    async with frozen_filesystems(machine.agent, partition.runtime.paths.provider_log):
+        yield
+
+
+def _check_state(name: str, state: PartitionState, allowed: Sequence[PartitionState], what: str) -> None:
+    if state not in allowed:
+        raise StateError(
+            f"partition {name} is {state.value}: it cannot {what} now",
+            state=state.value,
+            required=" or ".join(one.value for one in allowed),
+            partition=name,
+        )
+
+
+def _consistency(state: PartitionState, *, memory: bool, consistent: bool) -> Consistency:
+    if state in _AT_REST:
+        return Consistency.STOPPED
+    if memory:
+        return Consistency.MEMORY
+    return Consistency.FILESYSTEM if consistent else Consistency.CRASH
+
+
+def _definition_of(record: CheckpointRecord, now: PartitionDefinition) -> PartitionDefinition:
+    """The definition of the checkpoint's time; what is wanted of the power stays what it is."""
+    return msgspec.structs.replace(record.definition, power=now.power)
+
+
+def _size_of(path: str) -> int:
+    return inspect_chain(path).size_bytes
+
+
+def _held_bytes(path: str) -> int:
+    """What a layer takes on its filesystem; 0 for one that is missing."""
+    try:
+        return os.stat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _remove_folder(partition: Partition, record: CheckpointRecord) -> None:
+    folder = f"{partition.runtime.paths.data}/checkpoints/{record.id}"
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
