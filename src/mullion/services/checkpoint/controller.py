@@ -142,18 +142,20 @@ class CheckpointController:
     def tree(self, name: str) -> CheckpointTreeView:
         """All checkpoints of a partition, oldest first, and what is being merged. Raises: NotFoundError."""
         partition = self._partitions.find(name)
-        shown = [record for record in self._of(name).values() if not record.is_passing]
-        records = sorted(shown, key=lambda record: (record.created_at, record.id))
         return CheckpointTreeView(
             partition=name,
             present=partition.record.checkpoint,
-            checkpoints=tuple(self._view(record) for record in records),
+            checkpoints=tuple(self._view(record) for record in self.records(name) if not record.is_passing),
             merges=self._keeper(partition).views(),
         )
 
     def get(self, name: str, checkpoint: str) -> CheckpointView:
         """Raises: NotFoundError."""
         return self._view(self.find(name, checkpoint))
+
+    def records(self, name: str) -> tuple[CheckpointRecord, ...]:
+        """The checkpoints of a partition, oldest first."""
+        return tuple(sorted(self._of(name).values(), key=lambda record: (record.created_at, record.id)))
 
     def find(self, name: str, checkpoint: str) -> CheckpointRecord:
         """The checkpoint of this name, or id. Raises: NotFoundError."""
@@ -279,6 +281,36 @@ class CheckpointController:
         schedule: str = "",
     ) -> OperationView:
         """Begin to make a checkpoint. Raises: NotFoundError; StateError; InvalidError; AlreadyExistsError."""
+        wanted = await self._wanted(
+            name, checkpoint, memory=memory, consistent=consistent, description=description, schedule=schedule
+        )
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            record, stall_ms = await self._create(operation.stage, wanted)
+            return {"checkpoint": record.name, "id": record.id, "stall_ms": round(stall_ms, 3)}
+
+        return await self._operations.start("checkpoint.create", f"partition/{name}", work)
+
+    async def make(
+        self,
+        say: Callable[[str], None],
+        name: str,
+        checkpoint: str,
+        *,
+        consistent: bool,
+        description: str,
+        schedule: str,
+    ) -> CheckpointRecord:
+        """Make a checkpoint as a part of another service's operation. Raises: as `create`; what hinders it."""
+        wanted = await self._wanted(
+            name, checkpoint, memory=False, consistent=consistent, description=description, schedule=schedule
+        )
+        return (await self._create(say, wanted))[0]
+
+    async def _wanted(
+        self, name: str, checkpoint: str, *, memory: bool, consistent: bool, description: str, schedule: str
+    ) -> CheckpointRecord:
+        """A record of what is to be made. Raises: as `create`."""
         partition = self._partitions.find(name)
         state = (await partition.view()).state
         _check_state(name, state, _CHECKPOINTABLE, "have a checkpoint made")
@@ -290,7 +322,7 @@ class CheckpointController:
                 required="running",
                 remedy="Leave the option away: the disks of a stopped partition are consistent.",
             )
-        wanted = CheckpointRecord(
+        return CheckpointRecord(
             id=secrets.token_hex(4),
             partition=name,
             name=self._free_name(name, checkpoint),
@@ -301,11 +333,6 @@ class CheckpointController:
             description=description,
             schedule=schedule,
         )
-
-        async def work(operation: Operation) -> Mapping[str, object]:
-            return await self._create(operation, partition, wanted)
-
-        return await self._operations.start("checkpoint.create", f"partition/{name}", work)
 
     def _free_name(self, partition: str, wanted: str) -> str:
         names = {record.name for record in self._of(partition).values()}
@@ -318,14 +345,15 @@ class CheckpointController:
         stamp = utc_now()[:19].replace(":", "").replace("T", "-")
         return next(n for n in (stamp, *(f"{stamp}-{number}" for number in range(2, 10_000))) if n not in names)
 
-    async def _create(self, operation: Operation, partition: Partition, wanted: CheckpointRecord) -> dict[str, object]:
+    async def _create(self, say: Callable[[str], None], wanted: CheckpointRecord) -> tuple[CheckpointRecord, float]:
+        partition = self._partitions.find(wanted.partition)
         async with partition.lock:
-            record, stall_ms = await self._freeze(operation.stage, partition, wanted)
+            record, stall_ms = await self._freeze(say, partition, wanted)
         self._events.publish(
             "checkpoint.created", f"partition/{partition.name}", {"checkpoint": record.name, "id": record.id}
         )
         self._keeper(partition).wake()
-        return {"checkpoint": record.name, "id": record.id, "stall_ms": round(stall_ms, 3)}
+        return record, stall_ms
 
     async def _freeze(
         self, say: Callable[[str], None], partition: Partition, wanted: CheckpointRecord
@@ -445,19 +473,31 @@ class CheckpointController:
         """
         partition = self._partitions.find(name)
         record = self.find(name, checkpoint)
+        await self.remove(name, [record])
+        return await self._operations.start(
+            "checkpoint.delete", f"checkpoint/{name}/{record.id}", self._keeper(partition).follow, exclusive=False
+        )
+
+    async def remove(self, name: str, records: Sequence[CheckpointRecord]) -> None:
+        """Take checkpoints away at once; their layers are merged later. Raises: as `delete`."""
+        partition = self._partitions.find(name)
+        for record in records:
+            self._check_unread(record)
+        async with partition.lock:
+            await self._remove(partition, records)
+        for record in records:
+            self._events.publish(
+                "checkpoint.deleted", f"partition/{name}", {"checkpoint": record.name, "id": record.id}
+            )
+        self._keeper(partition).wake()
+
+    def _check_unread(self, record: CheckpointRecord) -> None:
+        name = record.partition
         if any(self._readers[disk.path] for disk in record.disks):
             raise ConflictError(
                 f"checkpoint {record.name} of partition {name} is being read",
                 remedy="Wait for the backup, the export or the listing of files that reads it, or end it.",
             )
-        async with partition.lock:
-            await self._remove(partition, [record])
-        self._events.publish("checkpoint.deleted", f"partition/{name}", {"checkpoint": record.name, "id": record.id})
-        keeper = self._keeper(partition)
-        keeper.wake()
-        return await self._operations.start(
-            "checkpoint.delete", f"checkpoint/{name}/{record.id}", keeper.follow, exclusive=False
-        )
 
     async def _remove(self, partition: Partition, records: Sequence[CheckpointRecord]) -> None:
         """Records go, what was made on them stems from their parents; in one instant."""
