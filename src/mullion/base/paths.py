@@ -135,6 +135,15 @@ class PartitionPaths:
         return self._socket("provider.sock")
 
     @property
+    def merge_dir(self) -> str:
+        """What a merge worker leaves for the next parent; it may run while the partition does not."""
+        return f"{os.path.dirname(os.path.dirname(self.run))}/m/{os.path.basename(self.run)}"
+
+    @property
+    def merge_log(self) -> str:
+        return f"{self.data}/merge.log"
+
+    @property
     def run_file(self) -> str:
         """What the partition was started with: disks, transports, accelerator."""
         return f"{self.run}/run.json"

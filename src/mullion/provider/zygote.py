@@ -5,7 +5,8 @@ an inherited socket pair, one JSON object a line:
 
 | direction | message |
 |---|---|
-| parent → zygote | `{"id": any, "spawn": specification}` (`mullion.provider.spec`) |
+| parent → zygote | `{"id": any, "spawn": specification}` (`mullion.provider.spec`): a provider |
+| parent → zygote | `{"id": any, "merge": specification}` (`mullion.provider.merge_spec`): a merge worker |
 | zygote → parent | `{"id": any, "pid": n, "ready": true, "disks": […]}` |
 | zygote → parent | `{"id": any, "pid": n or null, "error": {…}}` |
 | zygote → parent | `{"exited": pid, "status": n}`, n negative for a signal |
@@ -35,11 +36,15 @@ from mullion.base.errors import MullionError, OperationFailedError, UnavailableE
 from mullion.base.files import raise_descriptor_limit, rotate_log
 from mullion.provider.control_client import LineDecoder, encode
 from mullion.provider.main import run
+from mullion.provider.merge_spec import MergeSpec
+from mullion.provider.merger import run_merge
 from mullion.provider.rehearsal import rehearse
 from mullion.provider.spec import ProviderSpec
 from mullion.provider.startup import set_process_name
 
 log = logging.getLogger(__name__)
+
+Spec = ProviderSpec | MergeSpec
 
 LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 """Room for the paths of three of the longest chains; only the parent speaks here."""
@@ -89,10 +94,7 @@ class Zygote:
     def _spawn(self, message: Mapping[str, object]) -> None:
         request = message.get("id")
         try:
-            fields = message.get("spawn")
-            if not isinstance(fields, dict):
-                raise OperationFailedError("a message without `spawn`", remedy="Send {id, spawn: specification}.")
-            spec = ProviderSpec.from_fields(fields)
+            spec = _read_spec(message)
             log_fd = _open_log(spec.log)
         except MullionError as error:
             self._tell({"id": request, "pid": None, "error": error.to_wire()})
@@ -110,14 +112,15 @@ class Zygote:
             self._become_provider(spec, log_fd, report_write, report_read)
         # The zygote writes this line, because the first use of `logging` is 0.3 MB of private memory.
         os.write(
-            log_fd, f"{time.strftime('%Y-%m-%d %H:%M:%S')} INFO {spec.partition}: provider {pid} starts\n".encode()
+            log_fd,
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} INFO {spec.partition}: {_kind_of(spec)} {pid} starts\n".encode(),
         )
         os.close(report_write)
         os.close(log_fd)
         self._starting[report_read] = (request, pid, bytearray())
         self._epoll.register(report_read, select.EPOLLIN)
 
-    def _become_provider(self, spec: ProviderSpec, log_fd: int, report_fd: int, other_end: int) -> NoReturn:
+    def _become_provider(self, spec: Spec, log_fd: int, report_fd: int, other_end: int) -> NoReturn:
         """In the child: leave everything of the zygote's behind, and never come back into its loop."""
         status = 1
         try:
@@ -131,9 +134,9 @@ class Zygote:
             os.dup2(log_fd, 1)
             os.dup2(log_fd, 2)
             os.close(log_fd)
-            status = run(spec, report_fd)
+            status = run_merge(spec, report_fd) if isinstance(spec, MergeSpec) else run(spec, report_fd)
         except BaseException:
-            log.exception("%s: the provider failed", spec.partition)
+            log.exception("%s: the %s failed", spec.partition, _kind_of(spec))
         finally:
             logging.shutdown()
             os._exit(status)
@@ -169,6 +172,20 @@ class Zygote:
     def _tell(self, message: Mapping[str, object]) -> None:
         with suppress(BrokenPipeError):  # the parent is gone: the next read says so
             self._parent.sendall(encode(message))
+
+
+def _read_spec(message: Mapping[str, object]) -> Spec:
+    """Raises: OperationFailedError; InvalidError that names the field."""
+    match message:
+        case {"spawn": dict(fields)}:
+            return ProviderSpec.from_fields(fields)
+        case {"merge": dict(fields)}:
+            return MergeSpec.from_fields(fields)
+    raise OperationFailedError("a message without `spawn`", remedy="Send {id, spawn: specification}.")
+
+
+def _kind_of(spec: Spec) -> str:
+    return "merge worker" if isinstance(spec, MergeSpec) else "provider"
 
 
 def _open_log(path: str) -> int:

@@ -40,7 +40,13 @@ from mullion.vhd.children import find_children
 from mullion.vhd.errors import VhdDamagedError
 from mullion.vhd.fileio import SYSTEM, FileIO
 from mullion.vhd.image import Image, load_image, open_file
-from mullion.vhd.layer_journal import LayerJournal, check_whole, layer_journal_path, open_layer_journal
+from mullion.vhd.layer_journal import (
+    LayerJournal,
+    check_whole,
+    forget_layer_merge,
+    layer_journal_path,
+    open_layer_journal,
+)
 from mullion.vhd.layout import DiskType
 from mullion.vhd.locking import lock_file, lock_for_merge
 from mullion.vhd.merge_copy import LowerLayer, UpperLayers, merge_block
@@ -88,6 +94,10 @@ class LayerFiles:
             journal_fd = kept(open_layer_journal(lower_path))
             opened.pop_all()
             return cls(upper_fd, upper_path, lower_fd, lower_path, journal_fd, direct_fd)
+
+    def drop_journal(self) -> None:
+        """The merge is finished and its maker knows that: no mark is needed. Raises: ConflictError; OSError."""
+        forget_layer_merge(self.lower_path, SYSTEM)
 
     def drop_empty_journal(self) -> None:
         """Nothing was begun: leave no file behind, where we have the right to remove it; it says nothing either way."""

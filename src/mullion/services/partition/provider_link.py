@@ -95,12 +95,26 @@ class ProviderFleet:
 
         Raises: the error that the provider reports (a VhdError, DiskBusyError …); DeadlineError; UnavailableError.
         """
+        message = await self._start("spawn", spec)
+        identity = ProcessIdentity.of(message["pid"])
+        if identity is None:
+            raise ProviderError("the provider ended as soon as it was ready")
+        return identity
+
+    async def spawn_merge(self, spec: Mapping[str, Any]) -> None:
+        """Fork a merge worker and return when it has begun; it may have ended by then.
+
+        Raises: the error that it reports; DeadlineError; UnavailableError.
+        """
+        await self._start("merge", spec)
+
+    async def _start(self, kind: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         await self.open()
         assert self._writer is not None
         number = next(self._numbers)
         answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
-        self._writer.write(json.dumps({"id": number, "spawn": spec}).encode() + b"\n")
+        self._writer.write(json.dumps({"id": number, kind: spec}).encode() + b"\n")
         await self._writer.drain()
         try:
             async with asyncio.timeout(_START_DEADLINE_S):
@@ -113,10 +127,7 @@ class ProviderFleet:
             raise DeadlineError(f"the provider did not answer within {_START_DEADLINE_S:g} s of its start") from error
         if "error" in message:
             raise _error_from(message)
-        identity = ProcessIdentity.of(message["pid"])
-        if identity is None:
-            raise ProviderError("the provider ended as soon as it was ready")
-        return identity
+        return message
 
     async def _give_up(self, answer: asyncio.Future[Mapping[str, Any]]) -> None:
         """The start was cancelled: wait for its provider, which takes milliseconds, and end it."""
