@@ -21,7 +21,8 @@ from mullion.base.process import read_identity
 from mullion.base.units import KIB, MIB
 from mullion.provider.control_client import encode
 from mullion.provider.merge_spec import MergeSpec
-from mullion.services.checkpoint.merge_link import MergeWorker, forget_merge
+from mullion.services.checkpoint.merge_link import MergeWorker
+from mullion.services.checkpoint.merging import forget_merge
 from mullion.services.partition.provider_link import ProviderFleet
 from mullion.vhd import DiskBusyError, create_differencing, create_dynamic, open_chain
 from mullion.vhd.errors import HalfMergedError, VhdDamagedError

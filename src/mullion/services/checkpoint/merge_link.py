@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,9 +24,7 @@ from mullion.base.pidfd import wait_process
 from mullion.base.process import ProcessIdentity, read_identity
 from mullion.provider.merge_spec import MergeSpec
 from mullion.services.partition.provider_link import ProviderFleet, ProviderLink
-from mullion.vhd.fileio import SYSTEM
-from mullion.vhd.inspection import inspect_chain
-from mullion.vhd.layer_journal import forget_layer_merge
+from mullion.vhd.inspection import ChainInfo, inspect_chain
 from mullion.vhd.layer_merge import check_only_child
 
 log = logging.getLogger(__name__)
@@ -108,13 +106,13 @@ class MergeWorker:
         *,
         run_as: tuple[int, int] | None,
         bytes_per_s: int,
-        allowed_dirs: Sequence[str] | None = None,
+        inspect: Callable[[str], ChainInfo] = inspect_chain,
     ) -> None:
-        """Start a worker, after `adopt` has found none; `allowed_dirs` are where parents of the layers may lie.
+        """Start a worker, after `adopt` has found none; `inspect` finds the parents of the upper layer.
 
         Raises: what refuses the layers (ConflictError, DiskBusyError, VhdError); what `ProviderFleet.spawn` raises.
         """
-        below_bytes = await asyncio.to_thread(self._prepare, allowed_dirs)
+        below_bytes = await asyncio.to_thread(self._prepare, inspect)
         uid, gid = run_as or (None, None)
         spec = MergeSpec(
             self._name,
@@ -131,12 +129,12 @@ class MergeWorker:
         )
         await fleet.spawn_merge(spec.to_wire())
 
-    def _prepare(self, allowed_dirs: Sequence[str] | None) -> int:
+    def _prepare(self, inspect: Callable[[str], ChainInfo]) -> int:
         """The folder; and the size of the largest disk below the layers, which only their chain tells."""
         os.makedirs(self._paths.merge_dir, mode=0o750, exist_ok=True)
         os.makedirs(self._paths.data, mode=0o750, exist_ok=True)
         check_only_child(self._upper, self._lower)
-        files = inspect_chain(self._upper, allowed_dirs=allowed_dirs).files
+        files = inspect(self._upper).files
         return max((file.size_bytes for file in files[2:]), default=0)
 
     # -- asking and telling --------------------------------------------------------------------------------------------
@@ -245,11 +243,6 @@ class MergeWorker:
         for path in (self._result_file, self._identity_file, self._control_path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-
-
-def forget_merge(lower: str) -> None:
-    """The chain is shorter by the upper layer: the mark on the lower one goes. Raises: ConflictError; OSError."""
-    forget_layer_merge(lower, SYSTEM)
 
 
 async def end_worker(name: str, paths: PartitionPaths) -> None:

@@ -6,17 +6,23 @@ What a merge is, and why it may be repeated, says `mullion.vhd.layer_merge`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from dataclasses import dataclass
+from typing import Final
 
+from mullion.base.errors import MullionError, OperationFailedError
 from mullion.services.checkpoint.layers import Merge
+from mullion.services.checkpoint.merge_link import MergeWorker
 from mullion.services.partition.partition import Partition
 from mullion.vhd.fileio import SYSTEM
 from mullion.vhd.layer_journal import forget_layer_merge
-from mullion.vhd.layer_merge import LayerFiles
-from mullion.vhd.layer_merge import merge_layer as merge_files
 from mullion.vhd.merge import merge
-from mullion.vhd.pacing import Pace
 from mullion.vhd.relink import relink_frozen
+
+log = logging.getLogger(__name__)
+
+_LOOK_S: Final = 0.5
 
 
 @dataclass(slots=True)
@@ -28,29 +34,49 @@ class MergeStatus:
     total_bytes: int = 0
     bytes_per_s: int = 0
 
-    def note(self, _what: str, done: int, total: int) -> None:
-        self.done_bytes, self.total_bytes = done, total
 
+async def merge_layer(partition: Partition, _disk_id: str, act: Merge, status: MergeStatus, bytes_per_s: int) -> None:
+    """Have a worker write the upper layer into the lower one, both frozen; durable when this returns.
 
-async def merge_layer(_partition: Partition, _disk_id: str, act: Merge, status: MergeStatus, bytes_per_s: int) -> None:
-    """Write the upper layer into the lower one, both frozen; durable when this returns.
-
-    Raises: NoSpaceError; VhdError; OperationFailedError.
+    Cancelled, it lets go of the worker, which goes on; called again, also by the next parent, it goes on with that one.
+    Raises: what refuses the layers; NoSpaceError; VhdError; OperationFailedError when the worker was killed.
     """
-    pace = Pace(bytes_per_s)
-    status.bytes_per_s = bytes_per_s
-
-    def work() -> None:
-        with LayerFiles.open(act.upper, act.lower) as files:
-            merge_files(files, pace=pace, progress=status.note)
-
-    working = asyncio.create_task(asyncio.to_thread(work))
+    worker = MergeWorker(partition.name, partition.runtime.paths, act.upper, act.lower)
+    if await worker.adopt():
+        with contextlib.suppress(MullionError):  # it has just ended: `wait` says how
+            await worker.set_rate(bytes_per_s)
+    else:
+        surroundings = partition.surroundings
+        await worker.start(
+            surroundings.fleet,
+            run_as=partition.record.run_as,
+            bytes_per_s=bytes_per_s,
+            inspect=surroundings.preparer.disks.inspect,
+        )
+    following = asyncio.create_task(_follow(worker, status), name=f"{partition.name}: merge's progress")
     try:
-        await asyncio.shield(working)
-    except asyncio.CancelledError:
-        pace.stop()
-        await asyncio.gather(working, return_exceptions=True)
-        raise
+        result = await worker.wait()
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await worker.release()
+    for note in result.notes:
+        log.warning("%s: %s", partition.name, note)
+    if not result.is_done:
+        raise OperationFailedError(
+            f"the merge of {act.upper} into {act.lower} was stopped",
+            remedy="It goes on by itself in some seconds.",
+        )
+
+
+async def _follow(worker: MergeWorker, status: MergeStatus) -> None:
+    while True:
+        progress = await worker.status()
+        if progress is not None:
+            status.state = progress.state
+            status.done_bytes, status.total_bytes = progress.done_bytes, progress.total_bytes
+            status.bytes_per_s = progress.speed_bytes_per_s
+        await asyncio.sleep(_LOOK_S)
 
 
 def merge_now(upper: str, lower: str) -> None:
