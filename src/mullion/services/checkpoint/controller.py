@@ -38,6 +38,7 @@ from mullion.services.checkpoint.branching import (
     settle,
 )
 from mullion.services.checkpoint.keeper import LayerKeeper, MergeSlots
+from mullion.services.checkpoint.merge_link import end_worker
 from mullion.services.checkpoint.record import PREFIX, CheckpointRecord, Consistency, FrozenDisk
 from mullion.services.partition.controller import PartitionController
 from mullion.services.partition.partition import Partition
@@ -108,6 +109,7 @@ class CheckpointController:
         keeper = self._keepers.pop(partition.name, None)
         if keeper is not None:
             await keeper.close()
+        await end_worker(partition.name, partition.runtime.paths)
         for record in list(self._of(partition.name).values()):
             await self._forget(record)
 
