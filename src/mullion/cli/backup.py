@@ -1,0 +1,323 @@
+"""`mullion backup`: partitions into repositories, and back."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from mullion.base.errors import InvalidError
+from mullion.cli import complete
+from mullion.cli.face import Face, pass_face
+from mullion.cli.lazy import Group
+from mullion.cli.progress import conclude, wait_option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from mullion.model.views import OperationView
+
+    _Command = TypeVar("_Command", bound=Callable[..., None])
+
+_RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+
+
+def repository_option(command: _Command) -> _Command:
+    return click.option(
+        "--repository",
+        "-r",
+        metavar="NAME",
+        shell_complete=complete.repositories,
+        help="Which repository; not needed when only one is known.",
+    )(command)
+
+
+@click.group(cls=Group, short_help="Back partitions up into repositories, and bring them back.")
+def backup() -> None:
+    """Back partitions up into repositories, and bring them back.
+
+    A backup reads a checkpoint while the guest runs on; after the first it reads only what has changed. What several
+    partitions have in common is stored once. Everything is encrypted before it leaves this host.
+    """
+
+
+@backup.group("repository", cls=Group, short_help="The places that backups go to.")
+def repository() -> None:
+    """The places that backups go to."""
+
+
+@repository.command("add")
+@click.argument("name")
+@click.argument("place", metavar="PLACE")
+@click.option("--create", is_flag=True, help="Make the repository; without it, one that is there is opened.")
+@click.option(
+    "--passphrase-file", metavar="FILE", help="A file whose first line is the passphrase; `-` for standard input."
+)
+@click.option(
+    "--credentials-file", metavar="FILE", help="A file of NAME=VALUE lines that the storage wants, such as keys of S3."
+)
+@pass_face
+def add_repository(
+    face: Face, name: str, place: str, *, create: bool, passphrase_file: str | None, credentials_file: str | None
+) -> None:
+    """Know a repository from now on: a folder, sftp://USER@HOST/PATH or s3://HOST/BUCKET/PREFIX.
+
+    Without --passphrase-file it asks for the passphrase. Keep a copy of it elsewhere: nobody can read the backups
+    without.
+
+    \b
+    Examples:
+      mullion backup repository add nightly /srv/backup --create --passphrase-file /root/passphrase
+    """
+    passphrase = _read_passphrase(passphrase_file, confirm=create)
+    credentials = _read_credentials(credentials_file) if credentials_file else {}
+    view = face.client.add_repository(name, place, passphrase, credentials=credentials, create=create)
+    if face.is_json:
+        face.emit_json(view)
+    else:
+        face.note(f"repository {view.name}: {view.url}")
+        face.note(f"Back a partition up: {face.command('backup', 'create', 'PARTITION', '--repository', view.name)}")
+
+
+def _read_passphrase(path: str | None, *, confirm: bool) -> str:
+    if path is None:
+        if not sys.stdin.isatty():
+            raise click.UsageError("without a terminal to ask on, give --passphrase-file")
+        return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
+    text = _read_text(path).split("\n", 1)[0].rstrip("\r")
+    if not text:
+        raise InvalidError(f"{path}: its first line is empty", remedy="Write the passphrase into the first line.")
+    return text
+
+
+def _read_credentials(path: str) -> dict[str, str]:
+    credentials = {}
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        name, equals, value = line.strip().partition("=")
+        if not equals and name:
+            raise InvalidError(f"{path}: line {number} is not NAME=VALUE", remedy="Write one NAME=VALUE a line.")
+        if equals:
+            credentials[name.strip()] = value.strip()
+    return credentials
+
+
+def _read_text(path: str) -> str:
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidError(f"{path} cannot be read: {error}", remedy="Name a readable text file.", path=path) from error
+
+
+@repository.command("list")
+@pass_face
+def list_repositories(face: Face) -> None:
+    """List the repositories that are known."""
+    views = face.client.repositories()
+    if face.is_json:
+        face.emit_json(views)
+        return
+    from mullion.cli.tables import printable, table
+
+    if not views:
+        face.note(f"No repositories. Add one: {face.command('backup', 'repository', 'add', 'NAME', 'PLACE')}")
+        return
+    rows = [(view.name, printable(view.url), f"{view.added_at[:19]}Z") for view in views]
+    face.say(table(("NAME", "PLACE", "ADDED"), rows))
+
+
+@repository.command("remove")
+@click.argument("name", shell_complete=complete.repositories)
+@pass_face
+def remove_repository(face: Face, name: str) -> None:
+    """Forget a repository and its passphrase; the backups in it stay."""
+    face.client.remove_repository(name)
+    face.note(f"repository {name} is not known any more; what is in it stays")
+
+
+@backup.command("create")
+@click.argument("partition", shell_complete=complete.partitions)
+@repository_option
+@click.option("--consistent", is_flag=True, help="Freeze the guest's filesystems for an instant, through its agent.")
+@click.option("--full", is_flag=True, help="Read everything again, not only what has changed.")
+@wait_option
+@pass_face
+def create_backup(
+    face: Face, partition: str, *, repository: str | None, consistent: bool, full: bool, wait: bool
+) -> None:
+    """Back a partition up, running or not.
+
+    \b
+    Examples:
+      mullion backup create web --consistent
+    """
+    begun = face.client.create_backup(partition, repository=repository, consistent=consistent, full=full)
+    conclude(face, begun, wait=wait, sentence=_backed_up)
+
+
+def _backed_up(operation: OperationView) -> str:
+    from mullion.base.units import format_size
+
+    result = operation.result or {}
+    read, new = result.get("read_bytes"), result.get("new_bytes")
+    assert isinstance(read, int)
+    assert isinstance(new, int)
+    return f"backup {result['backup']}: {format_size(read)} read, {format_size(new)} new in {result['repository']}"
+
+
+@backup.command("list")
+@click.argument("partition", required=False, shell_complete=complete.partitions)
+@repository_option
+@pass_face
+def list_backups(face: Face, partition: str | None, *, repository: str | None) -> None:
+    """List the backups in a repository, oldest first."""
+    views = face.client.backups(repository=repository, partition=partition)
+    if face.is_json:
+        face.emit_json(views)
+        return
+    if not views:
+        face.note(f"No backups. Make one: {face.command('backup', 'create', partition or 'PARTITION')}")
+        return
+    from mullion.cli.backup_views import overview
+
+    face.say(overview(views))
+
+
+@backup.command("show")
+@click.argument("name", metavar="BACKUP")
+@repository_option
+@pass_face
+def show_backup(face: Face, name: str, *, repository: str | None) -> None:
+    """Show a backup: its disks, and what it added."""
+    view = face.client.backup(name, repository=repository)
+    if face.is_json:
+        face.emit_json(view)
+        return
+    from mullion.cli.backup_views import details
+
+    face.say(details(view))
+
+
+@backup.command("verify")
+@repository_option
+@click.option("--quick", is_flag=True, help="Do not read the content, only what leads to it.")
+@click.option("--part", metavar="N/M", help="Read only that share of the content: 1/7 to 7/7 are a week's scrub.")
+@wait_option
+@pass_face
+def verify_backups(face: Face, *, repository: str | None, quick: bool, part: str | None, wait: bool) -> None:
+    """Check a repository: every byte of it. Ends with 11 when anything is damaged."""
+    number, count = _part(part)
+    begun = face.client.verify_backups(repository=repository, read_data=not quick, part=number, of=count)
+    ended = conclude(face, begun, wait=wait, sentence=_verified)
+    if wait and not (ended.result or {}).get("is_whole"):
+        raise click.exceptions.Exit(11)
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise click.UsageError("--part takes N/M, such as 1/7")
+    return int(number) - 1, int(count)
+
+
+def _verified(operation: OperationView) -> str:
+    from mullion.cli.backup_views import verdict
+
+    return verdict(operation.result or {})
+
+
+@backup.command("restore")
+@click.argument("name", metavar="BACKUP")
+@repository_option
+@click.option("--as", "partition", metavar="NAME", help="The new partition's name; that of the old one if it is free.")
+@click.option("--disk", metavar="ID", help="Only this disk, into --to.")
+@click.option("--to", "path", metavar="PATH", help="The new file for --disk: a name in the pool or a path.")
+@wait_option
+@pass_face
+def restore_backup(
+    face: Face,
+    name: str,
+    *,
+    repository: str | None,
+    partition: str | None,
+    disk: str | None,
+    path: str | None,
+    wait: bool,
+) -> None:
+    """Bring a backup back: as a new partition, or one disk of it into a new file.
+
+    \b
+    Examples:
+      mullion backup restore 4f2a91c0 --as web-restored
+      mullion backup restore 4f2a91c0 --disk disk0 --to rescued
+    """
+    if (disk is None) != (path is None):
+        raise click.UsageError("--disk and --to belong together")
+    begun = face.client.restore_backup(name, repository=repository, name=partition, disk=disk, path=path)
+
+    def sentence(operation: OperationView) -> str:
+        result = operation.result or {}
+        if disk is not None:
+            return f"{disk} of backup {name} is in {result.get('path')}"
+        restored = str(result.get("partition"))
+        return f"partition {restored} is there again. Start it: {face.command('partition', 'start', restored)}"
+
+    conclude(face, begun, wait=wait, sentence=sentence)
+
+
+def _keep_options(command: _Command) -> _Command:
+    for rule in reversed(_RULES):
+        what = "newest" if rule == "last" else f"newest of each of the last N {_period(rule)}s"
+        text = f"Keep the N {what}." if rule == "last" else f"Keep the {what}."
+        command = click.option(f"--keep-{rule}", type=click.IntRange(min=0), default=0, metavar="N", help=text)(command)
+    return command
+
+
+def _period(rule: str) -> str:
+    return {"hourly": "hour", "daily": "day", "weekly": "week", "monthly": "month", "yearly": "year"}[rule]
+
+
+@backup.command("prune")
+@click.argument("names", metavar="[BACKUP]...", nargs=-1)
+@repository_option
+@click.option("--partition", metavar="NAME", shell_complete=complete.partitions, help="Only backups of this one.")
+@_keep_options
+@click.option("--dry-run", is_flag=True, help="Say what would be forgotten.")
+@wait_option
+@pass_face
+def prune_backups(
+    face: Face,
+    /,
+    names: tuple[str, ...],
+    *,
+    repository: str | None,
+    partition: str | None,
+    dry_run: bool,
+    wait: bool,
+    **keep: int,
+) -> None:
+    """Forget backups and delete what no other needs: those that are named, or those that no --keep rule keeps.
+
+    \b
+    Examples:
+      mullion backup prune --keep-daily 7 --keep-weekly 4 --keep-monthly 12 --dry-run
+    """
+    rules = {name.removeprefix("keep_"): count for name, count in keep.items() if count}
+    if bool(names) == bool(rules):
+        raise click.UsageError("name the backups to forget, or say what to keep with --keep-… rules")
+    begun = face.client.prune_backups(
+        repository=repository, partition=partition, keep=rules, forget=names, dry_run=dry_run
+    )
+
+    def sentence(operation: OperationView) -> str:
+        from mullion.cli.backup_views import pruned
+
+        return pruned(operation.result or {}, dry_run=dry_run)
+
+    conclude(face, begun, wait=wait, sentence=sentence)

@@ -1,0 +1,1 @@
+"""Backups of partitions into repositories: what is kept, what runs, and how it comes back."""

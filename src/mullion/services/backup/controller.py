@@ -1,0 +1,402 @@
+"""Backups: what administrators ask of them.
+
+    create:  checkpoint ─► worker reads the frozen files into the repository ─► base := this one ─► the last one's goes
+
+The guest writes into its child meanwhile and never waits for the repository. The checkpoint of the last backup stays,
+because what lies above it is what has changed: exact, and it survives stop, crash and migration. A backup that is
+interrupted at any instant leaves the base as it was, a checkpoint that the next one takes away, and packs that it uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
+from mullion.base.files import replace_file
+from mullion.base.paths import HostPaths
+from mullion.base.units import utc_now
+from mullion.model.definition import PartitionDefinition, PowerState
+from mullion.model.views import BackupView, OperationView, RepositoryView
+from mullion.parent.events import Events
+from mullion.parent.operations import Operation, Operations
+from mullion.parent.store import Condition, Delete, Put, Store
+from mullion.services.backup.record import BASES, MARK, REPOSITORIES, BackupBase, RepositoryRecord, base_key
+from mullion.services.backup.targets import check_url
+from mullion.services.backup.worker_link import run_worker
+from mullion.services.checkpoint.controller import CheckpointController
+from mullion.services.checkpoint.record import CheckpointRecord
+from mullion.services.disk.controller import DiskController
+from mullion.services.partition.controller import PartitionController
+from mullion.services.partition.partition import Partition
+
+log = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_FIRMWARE: Final = "firmware-vars"
+
+
+class BackupController:
+    """The repositories that are known, and the backups in them."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        events: Events,
+        operations: Operations,
+        paths: HostPaths,
+        partitions: PartitionController,
+        checkpoints: CheckpointController,
+        disks: DiskController,
+    ) -> None:
+        self._store = store
+        self._events = events
+        self._operations = operations
+        self._paths = paths
+        self._partitions = partitions
+        self._checkpoints = checkpoints
+        self._disks = disks
+        self._repositories: dict[str, tuple[RepositoryRecord, int]] = {}
+        self._bases: dict[str, tuple[BackupBase, int]] = {}
+
+    async def open(self) -> None:
+        """Read what is known."""
+        for entry in await self._store.list(REPOSITORIES):
+            repository = RepositoryRecord.decode(entry.value)
+            self._repositories[repository.name] = (repository, entry.revision)
+        for entry in await self._store.list(BASES):
+            base = BackupBase.decode(entry.value)
+            self._bases[base.key] = (base, entry.revision)
+        self._partitions.on_deleted.append(self._forget_partition)
+
+    async def _forget_partition(self, partition: Partition) -> None:
+        """Its backups stay; there is nothing to build on any more."""
+        for base, _ in [known for known in self._bases.values() if known[0].partition == partition.name]:
+            await self._set_base(base, None)
+
+    # -- repositories --------------------------------------------------------------------------------------------------
+
+    def repositories(self) -> tuple[RepositoryView, ...]:
+        return tuple(
+            RepositoryView(record.name, record.url, record.added_at)
+            for record, _ in sorted(self._repositories.values(), key=lambda known: known[0].name)
+        )
+
+    async def add_repository(
+        self, name: str, url: str, passphrase: str, credentials: Mapping[str, str], *, create: bool
+    ) -> RepositoryView:
+        """Know a repository from now on; with `create` it is made. The passphrase is kept where only the service reads.
+
+        Raises: InvalidError; AlreadyExistsError; what the repository raises: WrongKeyError, Target… errors.
+        """
+        if not _NAME.fullmatch(name):
+            raise InvalidError(
+                f"{name!r} is not a name for a repository",
+                remedy="Choose lower-case letters, digits and hyphens, at most 32.",
+                field="name",
+            )
+        if name in self._repositories:
+            raise AlreadyExistsError(
+                f"there is a repository {name!r} already",
+                remedy="Choose another name, or remove that one first: mullion backup repository list",
+            )
+        check_url(url)
+        secret = {**credentials, "passphrase": passphrase}
+        await self._work({"action": "add", "url": url, "secret": secret, "create": create})
+        record = RepositoryRecord(name, url, utc_now())
+        await asyncio.to_thread(self._write_secret, name, secret)
+        revision = await self._store.transact([Condition(record.key, 0)], [Put(record.key, record.encode())])
+        self._repositories[name] = (record, revision)
+        self._events.publish("backup.repository-added", f"repository/{name}", {"url": url})
+        return RepositoryView(name, url, record.added_at)
+
+    async def remove_repository(self, name: str) -> None:
+        """Forget a repository, with its passphrase and the checkpoints that its backups build on; its files stay.
+
+        Raises: NotFoundError.
+        """
+        record, revision = self._find(name)
+        for base, _ in [known for known in self._bases.values() if known[0].repository == name]:
+            await self._drop_stale(base.partition, name, keep=None)
+            await self._set_base(base, None)
+        await self._store.transact([Condition(record.key, revision)], [Delete(record.key)])
+        del self._repositories[name]
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._secret_path(name))
+        self._events.publish("backup.repository-removed", f"repository/{name}")
+
+    def _find(self, name: str) -> tuple[RepositoryRecord, int]:
+        try:
+            return self._repositories[name]
+        except KeyError:
+            raise NotFoundError(
+                f"there is no repository {name!r}",
+                remedy="Add one: mullion backup repository add NAME PLACE; those known: mullion backup repository list",
+            ) from None
+
+    def choose(self, name: str | None) -> str:
+        """The repository that is named, or the only one. Raises: NotFoundError; InvalidError."""
+        if name is not None:
+            return self._find(name)[0].name
+        if len(self._repositories) == 1:
+            return next(iter(self._repositories))
+        names = ", ".join(sorted(self._repositories))
+        raise InvalidError(
+            "which repository?" if names else "no repository is known",
+            remedy=f"Name one: {names}." if names else "Add one: mullion backup repository add NAME PLACE --create",
+            field="repository",
+        )
+
+    def _secret_path(self, name: str) -> str:
+        return f"{self._paths.secrets}/repository-{name}.json"
+
+    def _write_secret(self, name: str, secret: Mapping[str, str]) -> None:
+        os.makedirs(self._paths.secrets, mode=0o700, exist_ok=True)
+        replace_file(self._secret_path(name), json.dumps(secret).encode(), mode=0o600)
+
+    async def _ask(
+        self, repository: str, action: str, operation: Operation | None = None, **arguments: object
+    ) -> Mapping[str, Any]:
+        """Have a worker act on a repository. Raises: what it ends with."""
+        record, _ = self._find(repository)
+        with open(self._secret_path(repository), "rb") as file:
+            secret = json.loads(file.read())
+        return await self._work({"action": action, "url": record.url, "secret": secret, **arguments}, operation)
+
+    async def _work(self, request: Mapping[str, object], operation: Operation | None = None) -> Mapping[str, Any]:
+        def tell(stage: str, done: int, total: int) -> None:
+            if operation is not None:
+                operation.stage(stage, done / total if total else None)
+
+        return await run_worker(request, self._paths.log, tell)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    async def list(self, repository: str | None, partition: str | None) -> tuple[BackupView, ...]:
+        """The backups in a repository, oldest first. Raises: as `choose`; what the repository raises."""
+        chosen = self.choose(repository)
+        found = await self._ask(chosen, "list", partition=partition)
+        return tuple(_view(chosen, fields) for fields in found["backups"])
+
+    async def show(self, repository: str | None, backup: str) -> BackupView:
+        """Raises: as `list`; NotFoundError."""
+        chosen = self.choose(repository)
+        return _view(chosen, await self._ask(chosen, "show", backup=backup))
+
+    # -- making --------------------------------------------------------------------------------------------------------
+
+    async def create(
+        self, partition: str, repository: str | None, *, consistent: bool = False, full: bool = False
+    ) -> OperationView:
+        """Begin to back a partition up; `full` reads everything again. Raises: NotFoundError; as `choose`."""
+        self._partitions.find(partition)
+        chosen = self.choose(repository)
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self._create(operation, partition, chosen, consistent=consistent, full=full)
+
+        return await self._operations.start("backup.create", f"backup/{partition}", work, cancellable=True)
+
+    async def _create(
+        self, operation: Operation, name: str, repository: str, *, consistent: bool, full: bool
+    ) -> Mapping[str, object]:
+        partition = self._partitions.find(name)
+        known = self._bases.get(base_key(name, repository))
+        base = known[0] if known is not None and not full else None
+        await self._drop_stale(name, repository, keep=base.checkpoint if base is not None else None)
+        checkpoint = await self._checkpoints.make(
+            operation.stage,
+            name,
+            f"backup-{repository}-{uuid.uuid4().hex[:6]}",
+            consistent=consistent,
+            description=f"of a backup to {repository}",
+            schedule=f"{MARK}{repository}",
+        )
+        try:
+            made = await self._store_disks(operation, partition, repository, checkpoint, base)
+        except BaseException:
+            await asyncio.shield(self._checkpoints.remove(name, [checkpoint]))
+            raise
+        await self._set_base(
+            known[0] if known is not None else None, BackupBase(name, repository, made["id"], checkpoint.id)
+        )
+        await self._drop_stale(name, repository, keep=checkpoint.id)
+        self._events.publish("backup.created", f"partition/{name}", {"backup": made["id"], "repository": repository})
+        return {
+            "backup": made["id"],
+            "repository": repository,
+            "read_bytes": sum(disk["read_bytes"] for disk in made["disks"]),
+            "new_bytes": made["new_bytes"],
+        }
+
+    async def _store_disks(
+        self,
+        operation: Operation,
+        partition: Partition,
+        repository: str,
+        checkpoint: CheckpointRecord,
+        base: BackupBase | None,
+    ) -> Mapping[str, Any]:
+        """Have a worker read the checkpoint into the repository; its manifest."""
+        since = self._since(partition.name, base)
+        async with self._checkpoints.reading(partition.name, checkpoint.id) as chains:
+            disks = [
+                {
+                    "id": disk,
+                    "top": chain[0],
+                    "folders": sorted({os.path.dirname(path) for path in chain}),
+                    "since": since.get(disk) if since.get(disk) in chain else None,
+                }
+                for disk, chain in chains.items()
+            ]
+            return await self._ask(
+                repository,
+                "backup",
+                operation,
+                partition=partition.name,
+                partition_id=partition.record.uuid,
+                definition=msgspec.json.encode(checkpoint.definition).decode(),
+                base=base.backup if base is not None and since else None,
+                notes={"consistency": checkpoint.consistency.value},
+                disks=disks,
+                blobs=_blobs(partition),
+            )
+
+    def _since(self, partition: str, base: BackupBase | None) -> dict[str, str]:
+        """For each disk the file above which lies what has changed since the base; nothing when that is gone."""
+        if base is None:
+            return {}
+        with contextlib.suppress(NotFoundError):
+            return {disk.id: disk.path for disk in self._checkpoints.find(partition, base.checkpoint).disks}
+        return {}
+
+    async def _drop_stale(self, partition: str, repository: str, *, keep: str | None) -> None:
+        """Checkpoints of backups that nothing builds on: of the one before, and of those that were interrupted."""
+        stale = [
+            record
+            for record in self._checkpoints.records(partition)
+            if record.schedule == f"{MARK}{repository}" and record.id != keep
+        ]
+        if stale:
+            await self._checkpoints.remove(partition, stale)
+
+    async def _set_base(self, before: BackupBase | None, base: BackupBase | None) -> None:
+        key = before.key if before is not None else base.key if base is not None else ""
+        known = self._bases.get(key)
+        revision = await self._store.transact(
+            [Condition(key, known[1] if known is not None else 0)],
+            [Put(key, base.encode()) if base is not None else Delete(key)],
+        )
+        if base is not None:
+            self._bases[key] = (base, revision)
+        else:
+            self._bases.pop(key, None)
+
+    # -- keeping -------------------------------------------------------------------------------------------------------
+
+    async def verify(self, repository: str | None, *, read_data: bool, part: tuple[int, int]) -> OperationView:
+        """Begin to check a repository; `part` (number, of how many) reads the data of that share only."""
+        chosen = self.choose(repository)
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self._ask(chosen, "verify", operation, read_data=read_data, part=list(part))
+
+        return await self._operations.start(
+            "backup.verify", f"repository/{chosen}", work, cancellable=True, exclusive=False
+        )
+
+    async def prune(
+        self,
+        repository: str | None,
+        *,
+        partition: str | None,
+        keep: Mapping[str, int],
+        forget: Sequence[str],
+        dry_run: bool,
+    ) -> OperationView:
+        """Begin to forget backups: those that are named, or those that no rule of `keep` keeps."""
+        chosen = self.choose(repository)
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self._ask(
+                chosen, "prune", operation, partition=partition, keep=dict(keep), forget=list(forget), dry_run=dry_run
+            )
+
+        return await self._operations.start("backup.prune", f"repository/{chosen}", work, cancellable=True)
+
+    # -- restoring -----------------------------------------------------------------------------------------------------
+
+    async def restore(
+        self, repository: str | None, backup: str, *, name: str | None, disk: str | None, path: str | None
+    ) -> OperationView:
+        """Begin to bring back a whole partition as a new one, or one disk into a new file.
+
+        Raises: as `show`; AlreadyExistsError; InvalidError.
+        """
+        chosen = self.choose(repository)
+        view = await self.show(chosen, backup)
+        if disk is not None:
+            if path is None or disk not in {one.id for one in view.disks}:
+                raise InvalidError(
+                    f"backup {view.id} has no disk {disk!r}" if path else "one disk needs a path to be restored to",
+                    remedy=f"Its disks: {', '.join(one.id for one in view.disks)}; and give a new path.",
+                    field="disk",
+                )
+            return await self._restore_disk(chosen, view, disk, self._disks.resolve(path))
+        return await self._restore_partition(chosen, view, name or view.partition)
+
+    async def _restore_disk(self, repository: str, view: BackupView, disk: str, path: str) -> OperationView:
+        async def work(operation: Operation) -> Mapping[str, object]:
+            await self._ask(repository, "restore", operation, backup=view.id, disks={disk: path}, blobs={})
+            return {"path": path}
+
+        return await self._operations.start("backup.restore", f"disk/{path}", work, cancellable=True)
+
+    async def _restore_partition(self, repository: str, view: BackupView, name: str) -> OperationView:
+        if any(partition.name == name for partition in self._partitions.all()):
+            raise AlreadyExistsError(
+                f"there is a partition {name!r}",
+                remedy="Give the restored one another name (--as), or delete that one first.",
+            )
+        definition = msgspec.json.decode(view.definition.encode(), type=PartitionDefinition)
+        paths = {disk.id: self._disks.resolve(f"{name}-{disk.id}") for disk in view.disks}
+        attached = tuple(msgspec.structs.replace(disk, path=paths.get(disk.id, disk.path)) for disk in definition.disks)
+        wanted = msgspec.structs.replace(
+            definition,
+            name=name,
+            uuid=definition.uuid if name == view.partition else "",
+            disks=attached,
+            power=PowerState.STOPPED,
+        )
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            partition_paths = self._paths.partition(name)
+            os.makedirs(partition_paths.data, mode=0o750, exist_ok=True)
+            os.makedirs(self._paths.disks, mode=0o750, exist_ok=True)
+            blobs = {_FIRMWARE: partition_paths.firmware_vars}
+            await self._ask(repository, "restore", operation, backup=view.id, disks=paths, blobs=blobs)
+            await self._partitions.create(wanted)
+            self._events.publish("backup.restored", f"partition/{name}", {"backup": view.id})
+            return {"partition": name, "disks": paths}
+
+        return await self._operations.start("backup.restore", f"partition/{name}", work, cancellable=True)
+
+
+def _blobs(partition: Partition) -> dict[str, str]:
+    """What belongs to a partition beside its disks."""
+    variables = partition.runtime.paths.firmware_vars
+    return {_FIRMWARE: variables} if os.path.exists(variables) else {}
+
+
+def _view(repository: str, fields: Mapping[str, Any]) -> BackupView:
+    return msgspec.convert({**fields, "repository": repository}, BackupView)

@@ -1,0 +1,61 @@
+"""What the store keeps of backups: the repositories that are known, and where each series of backups stands.
+
+    repositories/NAME              a repository; its passphrase is in a file that only the service reads
+    backup-bases/PARTITION/NAME    the last backup of a partition in a repository, and the checkpoint it was made of
+
+The base's checkpoint stays until the next backup: what its child holds is what has changed since.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Self
+
+import msgspec
+
+REPOSITORIES: Final = "repositories/"
+BASES: Final = "backup-bases/"
+MARK: Final = "backup:"
+"""Begins the `schedule` of checkpoints that backups made: they come and go with them."""
+
+
+class RepositoryRecord(msgspec.Struct, frozen=True):
+    """A repository that backups may go to. `url` is a folder, `sftp://…` or `s3://…`."""
+
+    name: str
+    url: str
+    added_at: str
+
+    @property
+    def key(self) -> str:
+        return f"{REPOSITORIES}{self.name}"
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        return msgspec.json.decode(value, type=cls)
+
+
+class BackupBase(msgspec.Struct, frozen=True):
+    """Where the next backup begins."""
+
+    partition: str
+    repository: str
+    backup: str
+    checkpoint: str
+
+    @property
+    def key(self) -> str:
+        return base_key(self.partition, self.repository)
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        return msgspec.json.decode(value, type=cls)
+
+
+def base_key(partition: str, repository: str) -> str:
+    return f"{BASES}{partition}/{repository}"

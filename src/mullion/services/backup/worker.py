@@ -1,0 +1,254 @@
+"""The process that works on a repository: one request, progress, one answer.
+
+The service is small and answers at once; hashing, compressing, encrypting and waiting for a remote storage are done
+here, with the libraries that takes, at a lower priority. The socket that it is given carries lines of JSON:
+
+    service ─► {"action": "backup", "url": …, "secret": {…}, …}
+    worker  ─► {"stage": …, "done": n, "total": n}   now and then
+    worker  ─► {"result": {…}} or {"error": {…}}     at the end
+
+When the service's end is closed the work is given up at once: a repository is whole after that as after any crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from mullion.base.block import BlockDevice
+from mullion.base.errors import InvalidError, MullionError, OperationFailedError
+from mullion.base.units import format_time
+from mullion.repository import Manifest, Repository, begin_backup
+from mullion.repository.prune import prune
+from mullion.repository.retention import Retention, plan_retention
+from mullion.repository.verify import verify
+from mullion.services.backup.targets import open_target
+from mullion.vhd import create_dynamic, open_chain
+from mullion.vhd.diff import changed
+from mullion.vhd.storage import storage_explained
+
+REQUEST_LIMIT_BYTES: Final = 4 * 1024 * 1024
+_NICE: Final = 10
+_TELL_S: Final = 0.2
+
+Request = Mapping[str, Any]
+Tell = Callable[[str, int, int], None]
+
+
+class _Line:
+    """The socket to the service."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._told_s = 0.0
+
+    def read_request(self) -> Request:
+        data = bytearray()
+        while not data.endswith(b"\n"):
+            piece = self._connection.recv(64 * 1024)
+            if not piece or len(data) > REQUEST_LIMIT_BYTES:
+                raise InvalidError("the request is incomplete", remedy="Send one line of JSON.")
+            data += piece
+        request = json.loads(data)
+        assert isinstance(request, dict)
+        threading.Thread(target=self._watch, daemon=True).start()
+        return request
+
+    def _watch(self) -> None:
+        """Nobody waits any more: end, whatever is being done."""
+        self._connection.recv(1)
+        os._exit(1)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s >= _TELL_S:
+            self._told_s = now_s
+            self.tell({"stage": stage, "done": done, "total": total})
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _open(request: Request) -> Repository:
+    return Repository.open(open_target(request["url"], request["secret"]), request["secret"]["passphrase"])
+
+
+def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
+    """Make a repository where there is none, when that is asked for; or open the one that is there."""
+    backend = open_target(request["url"], request["secret"], create=request["create"])
+    passphrase = request["secret"]["passphrase"]
+    how = Repository.create if request["create"] else Repository.open
+    with how(backend, passphrase) as repository:
+        return {"location": repository.location, "backups": len(repository.backup_ids())}
+
+
+def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
+    """Back up frozen chains. Where a disk says since which file, only what the layers above it hold is read."""
+    with _open(request) as repository:
+        base = repository.backup(request["base"]) if request["base"] else None
+        with begin_backup(
+            repository,
+            request["partition"],
+            partition_id=request["partition_id"],
+            definition=request["definition"],
+            base=base,
+            notes=request["notes"],
+        ) as backup:
+            for disk in request["disks"]:
+                with open_chain(disk["top"], read_only=True, allowed_dirs=disk["folders"]) as chain:
+                    since = disk["since"] if backup.base is not None else None
+                    ranges = None
+                    if since is not None:
+                        found = changed(disk["top"], since=since, allowed_dirs=disk["folders"])
+                        ranges = [(change.offset, change.length) for change in found]
+                    backup.add_disk(disk["id"], chain, changed=ranges, progress=tell)
+            for name, path in request["blobs"].items():
+                with open(path, "rb") as content:
+                    backup.add_blob(name, content)
+            return _described(backup.commit())
+
+
+def _list(request: Request, _tell: Tell) -> Mapping[str, Any]:
+    with _open(request) as repository:
+        return {"backups": [_described(manifest) for manifest in repository.backups(request.get("partition"))]}
+
+
+def _show(request: Request, _tell: Tell) -> Mapping[str, Any]:
+    with _open(request) as repository:
+        manifest = repository.backup(request["backup"])
+        return {**_described(manifest), "definition": manifest.definition}
+
+
+def _verify(request: Request, tell: Tell) -> Mapping[str, Any]:
+    with _open(request) as repository:
+        report = verify(
+            repository,
+            read_data=request["read_data"],
+            part=(request["part"][0], request["part"][1]),
+            progress=tell,
+        )
+        return {
+            "is_whole": report.is_whole,
+            "backups": report.backups,
+            "packs": report.packs,
+            "chunks": report.chunks,
+            "read_bytes": report.read_bytes,
+            "damaged": report.damaged,
+            "findings": [msgspec.to_builtins(finding) for finding in report.findings],
+        }
+
+
+def _prune(request: Request, tell: Tell) -> Mapping[str, Any]:
+    with _open(request) as repository:
+        if request["forget"]:
+            doomed = [repository.backup(text).id for text in request["forget"]]
+        else:
+            kept = plan_retention(repository.backups(request["partition"]), Retention(**request["keep"]))
+            doomed = [backup_id for backup_id, rules in kept.items() if not rules]
+        done = prune(repository, doomed, dry_run=request["dry_run"], progress=tell)
+        return {
+            "forgotten": list(done.forgotten) if not request["dry_run"] else doomed,
+            "kept": done.kept,
+            "freed_bytes": done.freed_bytes,
+            "live_bytes": done.live_bytes,
+        }
+
+
+def _restore(request: Request, tell: Tell) -> Mapping[str, Any]:
+    """Disks into new files, blobs into others; what was made is taken away again when it does not come to its end."""
+    made: list[str] = []
+    try:
+        with _open(request) as repository:
+            manifest = repository.backup(request["backup"])
+            for disk, path in request["disks"].items():
+                source = repository.open_disk(manifest, disk)
+                with storage_explained(path):
+                    create_dynamic(path, source.size_bytes)
+                    made.append(path)
+                    with open_chain(path, holder="mullion backup restore") as target:
+                        source.restore(target, is_zero=True, progress=tell)
+            for blob, path in request["blobs"].items():
+                if blob in manifest.blobs:
+                    _write_blob(repository.open_blob(manifest, blob), path)
+            return {"disks": request["disks"]}
+    except BaseException:
+        for path in made:
+            os.unlink(path)
+        raise
+
+
+def _write_blob(source: BlockDevice, path: str) -> None:
+    with storage_explained(path), open(path, "wb") as file:
+        for offset in range(0, source.size_bytes, 1 << 20):
+            buffer = bytearray(min(1 << 20, source.size_bytes - offset))
+            source.pread(offset, buffer)
+            file.write(buffer)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _described(manifest: Manifest) -> Mapping[str, Any]:
+    """A manifest as the API shows it."""
+    return {
+        "id": manifest.id,
+        "partition": manifest.partition,
+        "begun_at": format_time(manifest.begun_ns),
+        "ended_at": format_time(manifest.ended_ns),
+        "base": manifest.base or None,
+        "host": manifest.host,
+        "notes": dict(manifest.notes),
+        "new_bytes": manifest.new_bytes,
+        "disks": [
+            {
+                "id": name,
+                "size_bytes": disk.size_bytes,
+                "data_bytes": disk.data_bytes,
+                "read_bytes": disk.read_bytes,
+                "new_bytes": disk.new_bytes,
+            }
+            for name, disk in manifest.disks.items()
+        ],
+        "blobs": sorted(manifest.blobs),
+    }
+
+
+_ACTIONS: Final[Mapping[str, Callable[[Request, Tell], Mapping[str, Any]]]] = {
+    "add": _add,
+    "backup": _backup,
+    "list": _list,
+    "show": _show,
+    "verify": _verify,
+    "prune": _prune,
+    "restore": _restore,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mullion.services.backup.worker")
+    parser.add_argument("--fd", type=int, required=True)
+    line = _Line(socket.socket(fileno=parser.parse_args().fd))
+    os.nice(_NICE)
+    try:
+        request = line.read_request()
+        line.tell({"result": _ACTIONS[request["action"]](request, line.progress)})
+    except MullionError as error:
+        line.tell({"error": error.to_wire()})
+    except OSError as error:
+        failure = OperationFailedError(str(error), remedy="Look into the host's log (`dmesg`), and try again.")
+        line.tell({"error": failure.to_wire()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
