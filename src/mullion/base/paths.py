@@ -49,6 +49,11 @@ class HostPaths:
         return f"{self.data_dir}/images"
 
     @property
+    def secrets(self) -> str:
+        """Passphrases and credentials, for the service's own user only."""
+        return f"{self.data_dir}/secrets"
+
+    @property
     def log(self) -> str:
         return f"{self.data_dir}/mullion.log"
 

@@ -43,6 +43,7 @@ def _completer(fetch: Callable[[Client, click.Context], Iterable[tuple[str, str]
 partitions = _completer(lambda client, _: [(view.name, view.state.value) for view in client.partitions()])
 disks = _completer(lambda client, _: [(view.name, view.type) for view in client.disks()])
 operations = _completer(lambda client, _: [(view.id, f"{view.kind} {view.target}") for view in client.operations()])
+repositories = _completer(lambda client, _: [(view.name, view.url) for view in client.repositories()])
 checkpoints = _completer(
     lambda client, ctx: [
         (view.name, view.created_at) for view in client.checkpoints(str(ctx.params["partition"])).checkpoints
