@@ -37,6 +37,7 @@ from mullion.parent.store import SqliteStore, Store
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.checkpoint.keeper import MergeSlots
 from mullion.services.disk.controller import DiskController
+from mullion.services.files.controller import FilesController
 from mullion.services.image.controller import ImageController
 from mullion.services.partition.controller import PartitionController
 from mullion.services.partition.partition import Surroundings
@@ -117,6 +118,8 @@ class Daemon:
             )
             await checkpoints.open()
             stack.push_async_callback(checkpoints.close)
+            files = FilesController(checkpoints)
+            stack.push_async_callback(files.close)
             log.info("partitions are adopted %.3f s after the start", time.monotonic() - self._begun_s)
             await operations.recover()
             stack.push_async_callback(operations.close)
@@ -127,6 +130,7 @@ class Daemon:
                 events=events,
                 partitions=partitions,
                 checkpoints=checkpoints,
+                files=files,
                 disks=disks,
                 images=images,
             )
@@ -145,12 +149,14 @@ class Daemon:
         events: Events,
         partitions: PartitionController,
         checkpoints: CheckpointController,
+        files: FilesController,
         disks: DiskController,
         images: ImageController,
     ) -> ApiServer:
         from mullion.parent import api
         from mullion.services.checkpoint import routes as checkpoint_routes
         from mullion.services.disk import routes as disk_routes
+        from mullion.services.files import routes as files_routes
         from mullion.services.image import routes as image_routes
         from mullion.services.partition import routes as partition_routes
         from mullion.services.system import routes as system_routes
@@ -166,12 +172,14 @@ class Daemon:
                 *system_routes.ROUTES,
                 *partition_routes.ROUTES,
                 *checkpoint_routes.ROUTES,
+                *files_routes.ROUTES,
                 *disk_routes.ROUTES,
                 *image_routes.ROUTES,
             ],
             services={
                 "partitions": partitions,
                 "checkpoints": checkpoints,
+                "files": files,
                 "disks": disks,
                 "images": images,
                 "system": system_routes.System(lambda: self._status(partitions)),

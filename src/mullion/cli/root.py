@@ -115,6 +115,7 @@ ENTRIES: Final = {
     "checkpoint": Entry(
         "mullion.cli.checkpoint:checkpoint", "Freeze points in a partition's life, and go back to them."
     ),
+    "files": Entry("mullion.cli.files:files", "List and fetch files inside partitions, running or not."),
     "disk": Entry("mullion.cli.disk:disk", "Create and look at virtual hard disks (VHD)."),
     "vhd": Entry("mullion.cli.vhd:vhd", "Work on virtual hard disk files, without the service."),
     "image": Entry("mullion.cli.image:image", "Build and list disk images that partitions start from."),

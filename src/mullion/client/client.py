@@ -21,7 +21,7 @@ from mullion.base.errors import (
     OperationFailedError,
     UnavailableError,
 )
-from mullion.client.transport import Answer, Transport
+from mullion.client.transport import Answer, Body, Transport
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
 from mullion.model.views import (
@@ -30,6 +30,7 @@ from mullion.model.views import (
     DiskView,
     ErrorView,
     EventView,
+    FileVolumeView,
     ImageView,
     OperationView,
     PartitionView,
@@ -149,6 +150,66 @@ class Client:
         """It is gone at once; the operation lasts until its layers are merged."""
         answer = self._ask("DELETE", f"/partitions/{_part(partition)}/checkpoints/{_part(name)}", None, {})
         return _decoded(answer, OperationView)
+
+    # Files inside disks
+
+    def file_volumes(
+        self, partition: str, checkpoint: str = "", *, disk: str | None = None, consistent: bool = False
+    ) -> list[FileVolumeView]:
+        """The volumes of a partition's disks in a checkpoint, or as they are now."""
+        query = _query(checkpoint=checkpoint, disk=disk, consistent=consistent)
+        return self._get(f"/partitions/{_part(partition)}/files/volumes{query}", list[FileVolumeView])
+
+    def file_frames(
+        self,
+        partition: str,
+        checkpoint: str,
+        path: str,
+        *,
+        disk: str | None = None,
+        volume: int | None = None,
+        only_file: bool = False,
+        consistent: bool = False,
+    ) -> Body:
+        """A file, or a folder with everything in it, as frames of `media.confined.channel`; close it."""
+        query = _query(
+            path=path,
+            checkpoint=checkpoint,
+            disk=disk,
+            volume=volume,
+            only="file" if only_file else None,
+            consistent=consistent,
+        )
+        return self._stream(f"/partitions/{_part(partition)}/files/tree{query}")
+
+    def file_list(
+        self,
+        partition: str,
+        checkpoint: str,
+        path: str,
+        *,
+        disk: str | None = None,
+        volume: int | None = None,
+        recursive: bool = False,
+        consistent: bool = False,
+    ) -> Body:
+        """What is at a path and in it, as frames; close it."""
+        query = _query(
+            path=path,
+            checkpoint=checkpoint,
+            disk=disk,
+            volume=volume,
+            recursive=recursive,
+            consistent=consistent,
+            form="frames",
+        )
+        return self._stream(f"/partitions/{_part(partition)}/files/list{query}")
+
+    def _stream(self, path: str) -> Body:
+        body = self._transport.stream(f"/1.0{path}", {}, _SILENCE_S)
+        if isinstance(body, Answer):
+            raise _error_of(body)
+        return body
 
     # Disks and images
 
@@ -291,6 +352,16 @@ def _error_of(answer: Answer) -> MullionError:
     except msgspec.MsgspecError:
         return _not_ours(answer)
     return MullionError.from_wire(msgspec.to_builtins(view))
+
+
+def _query(**fields: object) -> str:
+    """The fields that say something, as a query; a path that is not UTF-8 keeps its bytes."""
+    given = {
+        name: "true" if value is True else value
+        for name, value in fields.items()
+        if value is not None and value is not False and value != ""
+    }
+    return f"?{urlencode(given, errors='surrogateescape')}" if given else ""
 
 
 def _part(name: str) -> str:

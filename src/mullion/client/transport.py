@@ -82,6 +82,11 @@ class Transport:
 
         `timeout_s` is how long the service may be silent.
         """
+        opened = self.stream(path, headers, timeout_s)
+        return opened if isinstance(opened, Answer) else opened.lines()
+
+    def stream(self, path: str, headers: Mapping[str, str], timeout_s: float) -> Body | Answer:
+        """The body of an answer that is a stream, as `lines`; close it."""
         own = Transport(socket_path=self.socket_path, url=self.url, token=self.token)
         try:
             with own._translated(timeout_s):
@@ -93,7 +98,7 @@ class Transport:
         except BaseException:
             own.close()
             raise
-        return own._read_lines(response, timeout_s)
+        return Body(own, response, timeout_s)
 
     def connect(self, timeout_s: float) -> socket.socket:
         """A connected socket, for the console's websocket."""
@@ -136,22 +141,6 @@ class Transport:
         self._connection.sock.settimeout(timeout_s)
         return self._connection
 
-    def _read_lines(self, response: HTTPResponse, timeout_s: float) -> Iterator[bytes]:
-        try:
-            while True:
-                with self._translated(timeout_s):
-                    try:
-                        line = response.readline(_LINE_LIMIT_BYTES)
-                    except ConnectionError:
-                        return
-                if not line:
-                    return
-                if line.strip():
-                    yield line
-        finally:
-            response.close()
-            self.close()
-
     @contextlib.contextmanager
     def _translated(self, timeout_s: float) -> Iterator[None]:
         """Turn what sockets and HTTP raise into what a person can act on; the connection is given up."""
@@ -187,6 +176,50 @@ class Transport:
             cause = error
         self.close()
         raise ours from cause
+
+
+class Body:
+    """An answer that comes bit by bit, on a connection of its own."""
+
+    def __init__(self, connection: Transport, response: HTTPResponse, timeout_s: float) -> None:
+        self._connection = connection
+        self._response = response
+        self._timeout_s = timeout_s
+
+    def header(self, name: str) -> str | None:
+        return self._response.getheader(name)
+
+    def lines(self) -> Iterator[bytes]:
+        """Lines that are not empty, until the service ends the answer or the connection."""
+        try:
+            while True:
+                with self._connection._translated(self._timeout_s):
+                    try:
+                        line = self._response.readline(_LINE_LIMIT_BYTES)
+                    except ConnectionError:
+                        return
+                if not line:
+                    return
+                if line.strip():
+                    yield line
+        finally:
+            self.close()
+
+    def read_exactly(self, count: int) -> bytes:
+        """So many bytes. Raises: UnavailableError when the answer ends before."""
+        part = b""
+        with self._connection._translated(self._timeout_s), contextlib.suppress(ConnectionError):
+            part = self._response.read(count)
+        if len(part) < count:
+            raise UnavailableError(
+                f"the service at {self._connection.where} ended the answer before it was whole",
+                remedy="Look whether it runs (`mullion status`) and what its log says; then try again.",
+            )
+        return part
+
+    def close(self) -> None:
+        self._response.close()
+        self._connection.close()
 
 
 def _connect_unix(path: str, timeout_s: float) -> socket.socket:

@@ -6,8 +6,9 @@ A frame is one letter, the length of what follows (4 bytes), and that. Integers 
     from the reader's side     R  asks for bytes of the volume: offset 8, length 4 · J  an entry, JSON · B  content
                                Z  so many zeros of content: length 8
                                E  the end of an answer, JSON: empty, or an error · H  once: confined and ready
+                               N  a note for people, before everything else: UTF-8
 
-One command at a time.
+One command at a time. The service and its clients use the same frames for what they pass on (C, J, B, Z, N and E).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CONTENT: Final = b"B"
 HOLE: Final = b"Z"
 END: Final = b"E"
 READY: Final = b"H"
+NOTE: Final = b"N"
 
 
 def send(fd: int, kind: bytes, payload: bytes = b"") -> None:

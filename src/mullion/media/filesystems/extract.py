@@ -15,19 +15,27 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from mullion.base.errors import AlreadyExistsError, InvalidError
 from mullion.base.progress import Progress, no_progress
 from mullion.media.errors import FilesystemError
-from mullion.media.filesystems.reader import FileEntry, Hole, VolumeReader
+from mullion.media.filesystems.entries import FileEntry, Hole, Piece
 from mullion.vhd.publish import new_file
 
 _NAME_LIMIT_BYTES: Final = 255
 _SPARSE_STEP_BYTES: Final = 64 << 10
 _ZEROS: Final = bytes(_SPARSE_STEP_BYTES)
+
+
+class TreeSource(Protocol):
+    """Whatever gives the files of a volume: the reader of one, or a service that reads it elsewhere."""
+
+    def tree(self, path: str) -> Generator[Piece, None, None]:
+        """Everything from a path on: each entry, followed by its bytes when it is a file that can be read."""
+        ...
 
 
 @dataclass(slots=True)
@@ -44,7 +52,7 @@ class Extracted:
 
 
 def extract(
-    reader: VolumeReader,
+    reader: TreeSource,
     path: str,
     target: str,
     *,
@@ -73,8 +81,7 @@ def extract(
             _extract_file(work, answer, first, target, force=force)
         else:
             what = "a link" if first.type == "link" else "a device or socket"
-            remedy = "Name a file or a folder; `mullion vhd ls -l` shows which is which."
-            raise InvalidError(f"{path} is {what}", remedy=remedy)
+            raise InvalidError(f"{path} is {what}", remedy="Name a file or a folder; `ls -l` shows which is which.")
         return work.done
     finally:
         answer.close()
@@ -97,9 +104,7 @@ class _Work:
         self.done.left_out.append(text)
 
 
-def _extract_file(
-    work: _Work, answer: Iterator[FileEntry | bytes | Hole], entry: FileEntry, target: str, *, force: bool
-) -> None:
+def _extract_file(work: _Work, answer: Iterator[Piece], entry: FileEntry, target: str, *, force: bool) -> None:
     if entry.unreadable:
         raise FilesystemError(f"{work.path}: {entry.unreadable}", remedy="Copy it out in Windows, which can read it.")
     work.done.begun_bytes += entry.size_bytes
@@ -111,7 +116,7 @@ def _extract_file(
     work.done.files += 1
 
 
-def _fill(work: _Work, fd: int, answer: Iterator[FileEntry | bytes | Hole]) -> FileEntry | None:
+def _fill(work: _Work, fd: int, answer: Iterator[Piece]) -> FileEntry | None:
     """Write the pieces of a file, holes where they are zeros; the entry that follows, or None at the end."""
     at = 0
     following = None
@@ -149,7 +154,7 @@ def _dress(fd: int, entry: FileEntry) -> None:
         os.utime(fd, ns=(entry.accessed_ns or entry.modified_ns, entry.modified_ns))
 
 
-def _extract_folder(work: _Work, answer: Iterator[FileEntry | bytes | Hole], first: FileEntry, target: str) -> None:
+def _extract_folder(work: _Work, answer: Iterator[Piece], first: FileEntry, target: str) -> None:
     target = os.path.normpath(target)
     beside, name = os.path.split(os.path.abspath(target))
     if not os.path.isdir(beside):
@@ -168,12 +173,12 @@ def _extract_folder(work: _Work, answer: Iterator[FileEntry | bytes | Hole], fir
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fill_folder(work: _Work, answer: Iterator[FileEntry | bytes | Hole], root: str, first: FileEntry) -> None:
+def _fill_folder(work: _Work, answer: Iterator[Piece], root: str, first: FileEntry) -> None:
     folders: dict[str, FileEntry] = {"": first}
     links: list[FileEntry] = []
-    item: FileEntry | bytes | Hole | None = next(answer, None)
+    item: Piece | None = next(answer, None)
     while item is not None:
-        following: FileEntry | bytes | Hole | None = None
+        following: Piece | None = None
         if not isinstance(item, FileEntry):  # of a file that was left out
             pass
         elif (why := _objection(item, folders)) is not None:
@@ -223,7 +228,7 @@ def _objection(entry: FileEntry, folders: dict[str, FileEntry]) -> str | None:
     return None
 
 
-def _fill_one(work: _Work, answer: Iterator[FileEntry | bytes | Hole], root: str, entry: FileEntry) -> FileEntry | None:
+def _fill_one(work: _Work, answer: Iterator[Piece], root: str, entry: FileEntry) -> FileEntry | None:
     """One file of a tree; the entry that follows."""
     work.done.begun_bytes += entry.size_bytes
     path = os.path.join(root, entry.path)

@@ -13,57 +13,33 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from mullion.base.block import BlockDevice
 from mullion.base.errors import InvalidError, MullionError, NotFoundError
 from mullion.base.process import Spawned, attach, wait_or_kill
 from mullion.media.confined import channel
 from mullion.media.errors import FilesystemError, ReaderDiedError
+from mullion.media.filesystems.entries import FileEntry, Hole, Piece, shown, unpack_entry
 from mullion.media.filesystems.volumes import Volume
 
+LISTER: Final = "mullion vhd ls"
 DEADLINE_S: Final = 10.0
 """How long the process may compute, time for reading the disk not counted, before it gives something."""
 _STOP_S: Final = 2.0
 _SAID_LIMIT_BYTES: Final = 4000
-_KINDS: Final = ("file", "folder", "link", "other")
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A file, folder or link inside a volume; times in nanoseconds since 1970, None where there is none."""
-
-    path: str
-    """Below what was asked for; empty for that itself."""
-    name: str
-    type: str
-    size_bytes: int
-    mode: int
-    modified_ns: int | None
-    created_ns: int | None
-    accessed_ns: int | None
-    target: str | None
-    streams: tuple[tuple[str, int], ...]
-    unreadable: str | None
-    """Why its content cannot be had, where it cannot."""
-
-
-class Hole(NamedTuple):
-    """So many zeros of a file's content that the disk does not hold."""
-
-    length: int
 
 
 class VolumeReader:
     """The files of one volume, read by a confined process. The device stays the caller's, who closes it last."""
 
-    def __init__(self, device: BlockDevice, volume: Volume, path: str) -> None:
+    def __init__(self, device: BlockDevice, volume: Volume, path: str, lister: str = LISTER) -> None:
         if volume.holds.kind is None:
             raise FilesystemError(f"{path} holds {volume.holds.title}", remedy=volume.holds.remedy)
         self._device = device
         self._volume = volume
         self._path = path
+        self._lister = lister
         self._is_busy = False
         self._socket: socket.socket | None = None
         self._process: Spawned | None = None
@@ -110,11 +86,11 @@ class VolumeReader:
             if isinstance(found, FileEntry):
                 yield found
 
-    def read(self, path: str) -> Generator[FileEntry | bytes | Hole, None, None]:
+    def read(self, path: str) -> Generator[Piece, None, None]:
         """A file, or a stream of it (`file:stream`): its entry, then its bytes in pieces."""
         yield from self._ask("read", path)
 
-    def tree(self, path: str) -> Generator[FileEntry | bytes | Hole, None, None]:
+    def tree(self, path: str) -> Generator[Piece, None, None]:
         """Everything from a path on: each entry, followed by its bytes when it is a file that can be read."""
         yield from self._ask("tree", path)
 
@@ -133,9 +109,9 @@ class VolumeReader:
         if process.stderr is not None:
             last = process.stderr.read(_SAID_LIMIT_BYTES).decode(errors="replace").strip().rpartition("\n")[2]
             process.stderr.close()
-        return status, _shown(last)
+        return status, shown(last)
 
-    def _ask(self, operation: str, path: str, **options: object) -> Iterator[FileEntry | bytes | Hole]:
+    def _ask(self, operation: str, path: str, **options: object) -> Iterator[Piece]:
         if "\0" in path:
             raise InvalidError("a path cannot hold a zero byte", remedy="Leave it out.")
         request = json.dumps({"operation": operation, "path": path, **options}).encode()
@@ -169,38 +145,22 @@ class VolumeReader:
         fields = self._parse(payload)
         if not fields:
             return
-        code, message = str(fields.get("code")), _shown(str(fields.get("message")))
+        code, message = str(fields.get("code")), shown(str(fields.get("message")))
         where = f"{self._path}{f':{self._volume.number}' if self._volume.number else ''}"
         if code == "not-found":
             raise NotFoundError(
-                f"{where}: {message}", remedy="List what there is with `mullion vhd ls`.", path=self._path
+                f"{where}: {message}", remedy=f"List what there is with `{self._lister}`.", path=self._path
             )
         if code == "invalid":
-            remedy = "Name a file, by its path from the root of the volume; `mullion vhd ls` shows what there is."
+            remedy = f"Name a file, by its path from the root of the volume; `{self._lister}` shows what there is."
             raise InvalidError(f"{where}: {message}", path=self._path, remedy=remedy)
         raise FilesystemError(f"{where}: {self._volume.holds.title}: {message}", path=self._path)
 
     def _entry(self, payload: bytes) -> FileEntry:
-        fields = self._parse(payload)
         try:
-            entry = FileEntry(
-                path=_text(fields["path"]),
-                name=_text(fields["name"]),
-                type=_text(fields["type"]),
-                size_bytes=_number(fields["size_bytes"]),
-                mode=_number(fields["mode"]) & 0o7777,
-                modified_ns=_time(fields["modified_ns"]),
-                created_ns=_time(fields["created_ns"]),
-                accessed_ns=_time(fields["accessed_ns"]),
-                target=None if fields["target"] is None else _text(fields["target"]),
-                streams=_streams(fields["streams"]),
-                unreadable=None if fields["unreadable"] is None else _shown(_text(fields["unreadable"])),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._death("it sent an entry that is none") from error
-        if entry.type not in _KINDS or entry.size_bytes < 0:
-            raise self._death("it sent an entry that is none")
-        return entry
+            return unpack_entry(payload)
+        except ValueError as error:
+            raise self._death(f"it sent {error}") from error
 
     def _parse(self, payload: bytes) -> dict[str, object]:
         try:
@@ -277,38 +237,7 @@ class VolumeReader:
 
 
 @contextlib.contextmanager
-def open_volume(device: BlockDevice, volume: Volume, path: str) -> Iterator[VolumeReader]:
-    """The files of a volume of an open disk; `path` is what messages call the disk."""
-    with VolumeReader(device, volume, path) as reader:
+def open_volume(device: BlockDevice, volume: Volume, path: str, lister: str = LISTER) -> Iterator[VolumeReader]:
+    """The files of a volume of an open disk; `path` is what messages call the disk, `lister` lists what is in it."""
+    with VolumeReader(device, volume, path, lister) as reader:
         yield reader
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value
-
-
-def _number(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(value)
-    return value
-
-
-def _time(value: object) -> int | None:
-    """A time that the host can set; others are as good as none."""
-    if value is None:
-        return None
-    number = _number(value)
-    return number if 0 <= number < 1 << 62 else None
-
-
-def _streams(value: object) -> tuple[tuple[str, int], ...]:
-    if not isinstance(value, list):
-        raise TypeError(value)
-    return tuple((_text(stream["name"]), _number(stream["size_bytes"])) for stream in value)
-
-
-def _shown(text: str) -> str:
-    """Harmless for a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)[:500]

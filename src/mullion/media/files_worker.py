@@ -1,0 +1,194 @@
+"""The process that reads files out of a partition's disks for the service, one request each.
+
+    service ── C ──► this process ── opens the chains, starts ──► confined reader (`media.confined.file_reader`)
+            ◄─ N J B Z … E ──         passes on what it says         which alone sees what the guest wrote
+
+It speaks `media.confined.channel` on a socket that it inherits: one command (C), an answer. `E` has an error as
+`MullionError.to_wire` makes it, or nothing. Whoever hangs up ends it: the next thing that it says fails.
+
+Invariants: disks are opened for reading only; memory is bounded by a few frames, whatever is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from mullion.base.block import BlockDevice
+from mullion.base.errors import InvalidError, MullionError, NotFoundError
+from mullion.media.confined import channel
+from mullion.media.errors import FilesystemError, VolumeChoiceError
+from mullion.media.filesystems.entries import FileEntry, Hole, Piece, pack_entry
+from mullion.media.filesystems.reader import open_volume
+from mullion.media.filesystems.volumes import Volume, choose_volume, list_volumes
+from mullion.model.views import FileVolumeView
+from mullion.vhd import open_chain
+
+LISTER: Final = "mullion files ls"
+
+
+class FilesCommand(msgspec.Struct, frozen=True):
+    """What is to be read. `chains` are the files of each disk, top first; `label` is what messages call it all."""
+
+    label: str
+    chains: dict[str, tuple[str, ...]]
+    operation: str
+    """`volumes`, `list`, `read` (a file) or `tree` (a file, or a folder with everything in it)."""
+    path: str = "/"
+    disk: str | None = None
+    volume: int | None = None
+    recursive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenDisk:
+    device: BlockDevice
+    volumes: list[Volume]
+    problems: tuple[str, ...]
+
+
+def answer(command: FilesCommand, fd: int) -> None:
+    """Do what the command says, and say it on the channel, but for the end. Raises: MullionError; OSError."""
+    with contextlib.ExitStack() as stack:
+        disks = {disk: _open_disk(stack, chain) for disk, chain in _chosen_chains(command).items()}
+        if command.operation == "volumes":
+            for disk, opened in disks.items():
+                for volume in opened.volumes:
+                    channel.send(fd, channel.ENTRY, msgspec.json.encode(_found(disk, volume)))
+            return
+        disk, volume = _chosen_volume(command, disks)
+        for note in (*disks[disk].problems, volume.holds.warning):
+            if note:
+                channel.send(fd, channel.NOTE, f"{command.label}: {disk}: {note}".encode())
+        label = f"{command.label}: {disk}" if len(command.chains) > 1 else command.label
+        reader = stack.enter_context(open_volume(disks[disk].device, volume, label, LISTER))
+        pieces: Iterator[Piece]
+        match command.operation:
+            case "list":
+                pieces = reader.list(command.path, recursive=command.recursive)
+            case "read":
+                pieces = reader.read(command.path)
+            case "tree":
+                pieces = reader.tree(command.path)
+            case other:
+                raise InvalidError(f"there is no operation {other!r}")
+        for piece in pieces:
+            _send_piece(fd, piece)
+
+
+def _send_piece(fd: int, piece: Piece) -> None:
+    if isinstance(piece, FileEntry):
+        channel.send(fd, channel.ENTRY, pack_entry(piece))
+    elif isinstance(piece, Hole):
+        channel.send(fd, channel.HOLE, channel.HOLE_BYTES.pack(piece.length))
+    else:
+        channel.send(fd, channel.CONTENT, piece)
+
+
+def _chosen_chains(command: FilesCommand) -> Mapping[str, Sequence[str]]:
+    """The chains that have to be opened. Raises: NotFoundError."""
+    if command.disk is None:
+        return command.chains
+    if command.disk not in command.chains:
+        raise NotFoundError(
+            f"{command.label} has no disk {command.disk!r}; it has: {', '.join(command.chains) or 'none'}",
+            remedy="Choose one of these with --disk.",
+        )
+    return {command.disk: command.chains[command.disk]}
+
+
+def _open_disk(stack: contextlib.ExitStack, chain: Sequence[str]) -> _OpenDisk:
+    folders = sorted({os.path.dirname(path) for path in chain})
+    device = stack.enter_context(open_chain(chain[0], read_only=True, allowed_dirs=folders))
+    volumes, problems = list_volumes(device)
+    return _OpenDisk(device, volumes, tuple(f"partition table: {problem}" for problem in problems))
+
+
+def _chosen_volume(command: FilesCommand, disks: Mapping[str, _OpenDisk]) -> tuple[str, Volume]:
+    """The volume that is meant: the only one that can be read, unless one was named.
+
+    Raises: VolumeChoiceError with all that there are; FilesystemError when none can be read; NotFoundError.
+    """
+    if len(disks) == 1:
+        disk = next(iter(disks))
+        return disk, choose_volume(f"{command.label}: {disk}", disks[disk].volumes, command.volume)
+    readable = [
+        (disk, volume)
+        for disk, opened in disks.items()
+        for volume in opened.volumes
+        if volume.holds.kind is not None and command.volume in (None, volume.number)
+    ]
+    if len(readable) == 1:
+        return readable[0]
+    listed = ", ".join(f"{disk} {volume}" for disk, opened in disks.items() for volume in opened.volumes) or "none"
+    if not readable:
+        raise FilesystemError(
+            f"{command.label}: none of its volumes can be read: {listed}",
+            remedy="Volumes that are encrypted, or of other kinds, need the system that made them.",
+        )
+    disk, volume = readable[0]
+    raise VolumeChoiceError(
+        f"{command.label} has several volumes: {listed}",
+        remedy=f"Choose one with --disk and --volume, such as --disk {disk} --volume {volume.number}.",
+    )
+
+
+def _found(disk: str, volume: Volume) -> FileVolumeView:
+    return FileVolumeView(
+        disk=disk,
+        number=volume.number,
+        type=volume.kind,
+        filesystem=volume.holds.title,
+        label=volume.name or volume.holds.label,
+        offset=volume.offset,
+        size_bytes=volume.length,
+        readable=volume.holds.kind is not None,
+        remedy=volume.holds.remedy,
+        warning=volume.holds.warning,
+    )
+
+
+def _receive_command(fd: int) -> FilesCommand | None:
+    """The command; None when whoever started us is gone. Raises: InvalidError."""
+    head = channel.receive_exactly(fd, channel.HEAD.size)
+    if len(head) < channel.HEAD.size:
+        return None
+    kind, length = channel.HEAD.unpack(head)
+    payload = channel.receive_exactly(fd, min(length, channel.FRAME_LIMIT_BYTES))
+    try:
+        if kind == channel.COMMAND:
+            return msgspec.json.decode(payload, type=FilesCommand)
+    except msgspec.MsgspecError as error:
+        raise InvalidError(f"the command is none: {error}") from error
+    raise InvalidError(f"{kind!r} is no command")
+
+
+def main(arguments: list[str]) -> int:
+    """The descriptor of the channel."""
+    fd = int(arguments[0])
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody listens any more: end without a word
+    end: dict[str, Any] = {}
+    try:
+        command = _receive_command(fd)
+        if command is None:
+            return 0
+        answer(command, fd)
+    except MullionError as error:
+        end = error.to_wire()
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        end = FilesystemError(f"the disk cannot be read: {named}{error.strerror or error}").to_wire()
+    channel.send(fd, channel.END, json.dumps(end).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
