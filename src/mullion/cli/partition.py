@@ -18,7 +18,7 @@ from mullion.model.definition import Accelerator, Firmware, Machine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mullion.model.views import PartitionView
+    from mullion.model.views import OperationView, PartitionView
 
 name_argument = click.argument("name", shell_complete=complete.partitions)
 
@@ -116,10 +116,11 @@ def _show(face: Face, view: PartitionView) -> None:
 def _act(face: Face, name: str, action: str, *, wait: bool, **options: object) -> None:
     begun = face.client.partition_action(name, action, **options)
 
-    def sentence(_: object) -> str:
+    def sentence(operation: OperationView) -> str:
         from mullion.cli.partition_views import outcome
 
-        return outcome(face, face.client.partition(name))
+        note = (operation.result or {}).get("note")
+        return outcome(face, face.client.partition(name)) + (f"\n{note}" if note else "")
 
     conclude(face, begun, wait=wait, sentence=sentence)
 
@@ -135,7 +136,14 @@ def _simple_action(action: str, help_text: str) -> Callable[..., None]:
     return act
 
 
-start_partition = _simple_action("start", "Start a partition.")
+@partition.command("start")
+@name_argument
+@click.option("--discard-state", is_flag=True, help="Boot from the disks, although a saved state is there.")
+@wait_option
+@pass_face
+def start_partition(face: Face, name: str, discard_state: bool, wait: bool) -> None:
+    """Start a partition; a saved one goes on where it was."""
+    _act(face, name, "start", wait=wait, **({"discard_state": True} if discard_state else {}))
 
 
 @partition.command("stop")
@@ -163,6 +171,13 @@ def stop_partition(face: Face, name: str, force: bool, timeout: int | None, wait
 
 pause_partition = _simple_action("pause", "Pause a partition: its processors stand still, its memory stays.")
 resume_partition = _simple_action("resume", "Let a paused partition go on.")
+save_partition = _simple_action(
+    "save", "Save a partition: its memory goes into a file, its processes end; also over a restart of the host."
+)
+restore_partition = _simple_action("restore", "Let a saved partition go on where it was.")
+discard_state = _simple_action(
+    "discard-state", "Throw the memory of a saved partition away: it boots from its disks at the next start."
+)
 reset_partition = _simple_action("reset", "Reset a partition, as if by its reset button.")
 
 

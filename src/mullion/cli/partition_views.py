@@ -42,6 +42,12 @@ def details(face: Face, view: PartitionView) -> str:
             ("", f"→ {face.as_invoked(view.remedy)}" if view.remedy else ""),
             ("exit status", "" if view.exit_status is None else str(view.exit_status)),
             ("log", _lines(view.log_excerpt)),
+            (
+                "saved",
+                f"{view.saved.saved_at}, {format_size(view.saved.file_bytes)} in {view.saved.path}"
+                if view.saved
+                else "",
+            ),
             ("accelerator", _with_reason(view.accelerator, view.accelerator_reason)),
             ("started", view.started_at or ""),
             ("boot time", "" if view.boot_s is None else f"{format_duration(view.boot_s)} until the agent answered"),

@@ -10,13 +10,17 @@ import enum
 
 
 class PartitionState(enum.Enum):
-    """What a partition is doing, as observed; `FAILED` carries a reason until the next start."""
+    """What a partition is doing, as observed; `FAILED` carries a reason until the next start.
+
+    `SAVED`: no process runs, memory and devices are in a file; a reason says why it could not be restored.
+    """
 
     STOPPED = "stopped"
     STARTING = "starting"
     RUNNING = "running"
     PAUSED = "paused"
     STOPPING = "stopping"
+    SAVED = "saved"
     FAILED = "failed"
 
 

@@ -56,6 +56,14 @@ class AttachedDiskView(Struct, frozen=True):
     nbd_socket: str | None = None
 
 
+class SavedStateView(Struct, frozen=True):
+    """Memory and devices of a partition in a file; they are gone from there once the guest has run again."""
+
+    saved_at: str
+    path: str
+    file_bytes: int
+
+
 class PartitionView(Struct, frozen=True):
     """A partition: what is wanted (definition) and what is (the rest)."""
 
@@ -79,6 +87,7 @@ class PartitionView(Struct, frozen=True):
     disks: tuple[AttachedDiskView, ...] = ()
     folder: str = ""
     console_log: str = ""
+    saved: SavedStateView | None = None
 
 
 class OperationView(Struct, frozen=True):
@@ -172,6 +181,42 @@ class FileVolumeView(Struct, frozen=True):
     readable: bool
     remedy: str = ""
     warning: str = ""
+
+
+class RepositoryView(Struct, frozen=True):
+    """A place for backups that the service knows."""
+
+    name: str
+    url: str
+    added_at: str
+
+
+class BackupDiskView(Struct, frozen=True):
+    """A disk in a backup: `data_bytes` it holds, `read_bytes` were read for it, `new_bytes` were added by it."""
+
+    id: str
+    size_bytes: int
+    data_bytes: int
+    read_bytes: int
+    new_bytes: int
+
+
+class BackupView(Struct, frozen=True):
+    """A backup of a partition. `base` is the one whose unchanged parts were taken over; it is whole without it."""
+
+    id: str
+    repository: str
+    partition: str
+    begun_at: str
+    ended_at: str
+    host: str
+    new_bytes: int
+    disks: tuple[BackupDiskView, ...]
+    base: str | None = None
+    blobs: tuple[str, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
+    definition: str = ""
+    """The partition's definition as JSON; only where one backup is shown."""
 
 
 class ImageView(Struct, frozen=True):

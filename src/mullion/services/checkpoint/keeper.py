@@ -46,6 +46,7 @@ from mullion.services.checkpoint.record import CheckpointRecord
 from mullion.services.partition.exchange import Exchange, exchange_chains, note_chains
 from mullion.services.partition.partition import Partition
 from mullion.services.partition.record import DiskLayers
+from mullion.services.partition.saving import unstamp
 
 log = logging.getLogger(__name__)
 
@@ -255,6 +256,8 @@ class LayerKeeper:
         work = self._work.get(disk_id)
         if work is not None:
             work.status.state = "relinking"
+        if not is_served(self.partition):
+            await unstamp(self.partition)
         for child in children_of(layers.parents)[act.upper]:
             if child != layers.head or not is_served(self.partition):
                 await asyncio.to_thread(relink, child, act.lower)
@@ -277,6 +280,8 @@ class LayerKeeper:
 
     async def _merge_head(self, disk_id: str, layers: DiskLayers, act: Merge) -> None:
         """The head is to be merged into its parent: what is small at once, else a child is put over it first."""
+        if not is_served(self.partition):
+            await unstamp(self.partition)
         held = await asyncio.to_thread(_held_bytes, layers.head)
         limit = self._limit_for(disk_id, held)
         if held > limit:

@@ -34,10 +34,15 @@ from mullion.services.disk.controller import DiskController
 from mullion.services.partition.partition import Partition, Surroundings
 from mullion.services.partition.record import PREFIX, PartitionRecord, key_of
 from mullion.services.partition.runtime import Runtime
+from mullion.services.partition.saving import changed_since
 
 log = logging.getLogger(__name__)
 
-_AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED)
+_AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED, PartitionState.SAVED)
+_SAVED_REMEDY: Final = (
+    "It does not run. Let it go on: mullion partition restore {name}; or throw its memory away: "
+    "mullion partition discard-state {name}"
+)
 _ROLL_BACK_S: Final = 30.0
 _UP: Final = (PartitionState.RUNNING, PartitionState.PAUSED)
 
@@ -71,6 +76,8 @@ class PartitionController:
             ("partition.stop", self._stop),
             ("partition.pause", self._pause),
             ("partition.resume", self._resume),
+            ("partition.restore", self._start),
+            ("partition.discard-state", self._discard_state),
         ):
             operations.register_resume(kind, work)
 
@@ -297,13 +304,49 @@ class PartitionController:
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    async def start(self, name: str, *, paused: bool = False) -> OperationView:
-        """Begin to start a partition. Raises: NotFoundError; StateError; ConflictError while another act goes on."""
+    async def start(self, name: str, *, paused: bool = False, discard_state: bool = False) -> OperationView:
+        """Begin to start a partition; a saved one goes on where it was, unless its state is to be thrown away.
+
+        Raises: NotFoundError; StateError; ConflictError while another act goes on.
+        """
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            if discard_state:
+                await self._target(operation).discard_state()
+            return await self._start(operation, paused=paused)
+
+        return await self._act(name, "start", _AT_REST, work, cancellable=True)
+
+    async def save(self, name: str) -> OperationView:
+        """Begin to put memory and devices of a partition into a file and to end its processes.
+
+        Raises: as `start`.
+        """
+        return await self._act(name, "save", _UP, self._save, cancellable=True)
+
+    async def restore(self, name: str) -> OperationView:
+        """Begin to let a saved partition go on where it was. Raises: as `start`."""
+        partition = self.find(name)
+        saved = partition.record.saved
+        if saved is None:
+            state = (await partition.view()).state.value
+            raise StateError(
+                f"partition {name} is {state}: there is no saved state to restore",
+                state=state,
+                required="saved",
+                remedy=f"Start it: mullion partition start {name}" if state in ("stopped", "failed") else None,
+                partition=name,
+            )
+        paused = saved.was_paused
 
         async def work(operation: Operation) -> Mapping[str, object]:
             return await self._start(operation, paused=paused)
 
-        return await self._act(name, "start", _AT_REST, work, cancellable=True)
+        return await self._act(name, "restore", (PartitionState.SAVED,), work, cancellable=True)
+
+    async def discard_state(self, name: str) -> OperationView:
+        """Begin to throw away the state of a saved partition, which is stopped then. Raises: as `start`."""
+        return await self._act(name, "discard-state", (PartitionState.SAVED,), self._discard_state)
 
     async def stop(self, name: str, *, force: bool = False, timeout_s: float | None = None) -> OperationView:
         """Begin to stop one: the guest is asked for `timeout_s` (default: its definition's), by `force` not."""
@@ -359,6 +402,7 @@ class PartitionController:
                 f"partition {name} is {state.value}: it cannot {action}",
                 state=state.value,
                 required=" or ".join(one.value for one in allowed),
+                remedy=_SAVED_REMEDY.format(name=name) if state is PartitionState.SAVED else None,
                 partition=name,
             )
         return await self._operations.start(f"partition.{action}", f"partition/{name}", work, cancellable=cancellable)
@@ -368,6 +412,7 @@ class PartitionController:
         desired = partition.record.desired
         if paused is not None or desired is PowerState.STOPPED:
             desired = PowerState.PAUSED if paused else PowerState.RUNNING
+        is_other = changed_since(partition.record)
         try:
             await partition.start(desired, operation.stage)
             view = await partition.view()
@@ -375,7 +420,22 @@ class PartitionController:
             if operation.cancel_requested:
                 await partition.roll_back()
             raise
-        return {"state": view.state.value, "accelerator": view.accelerator}
+        result: dict[str, object] = {"state": view.state.value, "accelerator": view.accelerator}
+        if is_other:
+            result["note"] = (
+                "it goes on as it was when it was saved; its changed definition takes effect at the next start"
+            )
+        return result
+
+    async def _save(self, operation: Operation) -> Mapping[str, object]:
+        partition = self._target(operation)
+        saved = await partition.save_state(operation.stage, operation.point_of_no_return)
+        return {"state": PartitionState.SAVED.value, "file_bytes": saved.file_bytes}
+
+    async def _discard_state(self, operation: Operation) -> Mapping[str, object]:
+        partition = self._target(operation)
+        await partition.discard_state()
+        return {"state": (await partition.view()).state.value}
 
     async def _stop(self, operation: Operation, *, timeout_s: float | None = None) -> Mapping[str, object]:
         partition = self._target(operation)

@@ -19,7 +19,7 @@ import msgspec
 
 from mullion.base.errors import UnavailableError
 from mullion.services.partition.record import DiskLayers
-from mullion.services.partition.run_file import PreparedDisk, Run, write_run
+from mullion.services.partition.run_file import PreparedDisk, write_run
 
 if TYPE_CHECKING:
     from mullion.services.partition.partition import Partition
@@ -89,7 +89,7 @@ def note_chains(partition: Partition, chains: Mapping[str, tuple[str, ...]]) -> 
     if run is None:
         return
     disks = tuple(_with_chain(disk, chains.get(disk.id, disk.chain)) for disk in run.disks)
-    runtime.started_with = Run(run.accelerator, run.accelerator_reason, disks)
+    runtime.started_with = msgspec.structs.replace(run, disks=disks)
     write_run(runtime.paths, runtime.started_with)
     for before, now in zip(run.disks, disks, strict=True):
         if before.chain[0] != now.chain[0]:

@@ -19,8 +19,9 @@ from mullion.hypervisor import ExitReport
 from mullion.hypervisor.accel import AcceleratorChoice
 from mullion.hypervisor.console import ConsoleHub
 from mullion.hypervisor.errors import MachineGoneError, MonitorError
+from mullion.hypervisor.state_file import remove_state
 from mullion.hypervisor.states import ShutdownOutcome, ShutdownStage
-from mullion.model.definition import Accelerator, PowerState
+from mullion.model.definition import Accelerator, PartitionDefinition, PowerState
 from mullion.model.states import PartitionState
 from mullion.model.views import PartitionView
 from mullion.parent.events import Events
@@ -37,13 +38,32 @@ from mullion.services.partition.preparation import (
 )
 from mullion.services.partition.presentation import present, stall_reason
 from mullion.services.partition.provider_link import ProviderFleet
-from mullion.services.partition.record import Failure, GuestStatus, Observed, PartitionRecord, key_of, state_of
+from mullion.services.partition.record import (
+    Failure,
+    GuestStatus,
+    Observed,
+    PartitionRecord,
+    SavedState,
+    key_of,
+    state_of,
+)
 from mullion.services.partition.run_file import Run, write_run
 from mullion.services.partition.runtime import Runtime
+from mullion.services.partition.saving import (
+    forget_saved,
+    load_saved,
+    prepare_saved,
+    stamp_disks,
+    state_path,
+    sweep_states,
+    write_saved,
+)
 
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+SayPart = Callable[[str, float | None], None]
+"""What is being done, and which part of all is done (0 to 1) where that is known."""
 
 _ROUNDS: Final = 4
 _RETRY_S: Final = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -92,6 +112,7 @@ class Partition:
         self._dirty = asyncio.Event()
         self._is_starting = False
         self._is_stopping = False
+        self._is_saving = False
         self._is_shut = False
         self._provider_since_s = 0.0
         self._short_lives = 0
@@ -126,6 +147,7 @@ class Partition:
     async def adopt(self) -> None:
         """Connect to what runs, judge what has ended while nobody looked, and begin."""
         runtime = self.runtime
+        await asyncio.to_thread(sweep_states, runtime.paths.data, self.record)
         report = await runtime.adopt(self.record.uuid)
         if self.has_processes() and runtime.started_with is None:
             await self._prepare_again()
@@ -194,8 +216,9 @@ class Partition:
             try:
                 if self.runtime.machine is not None and self._observed.guest is GuestStatus.PANICKED:
                     await self._end_processes()
+                booted_s = self.record.boot_s if self.record.saved is not None else None
                 await self.save(
-                    desired=desired, failure=None, started_at=utc_now(), started_boot_id=boot_id(), boot_s=None
+                    desired=desired, failure=None, started_at=utc_now(), started_boot_id=boot_id(), boot_s=booted_s
                 )
                 await self._converge(say)
             except MullionError as error:
@@ -239,12 +262,52 @@ class Partition:
             commit()
             async with self.lock:
                 say("flushing the disks")
+                await forget_saved(self)  # it was restored and stood still until now: stopping it means its end
                 await self.save(desired=PowerState.STOPPED, failure=None)
                 await self._end_processes()
         finally:
             self._is_stopping = False
         await self._note_state()
         return how.value
+
+    async def save_state(self, say: SayPart, commit: Callable[[], None]) -> SavedState:
+        """Put memory and devices into a file and end the processes. On failure the guest goes on as it was.
+
+        Without the lock while the state is written: the provider must be kept alive meanwhile.
+        """
+        before = self.record.saved
+        self._is_saving = True
+        try:
+            saved = await write_saved(self, say)
+            async with self.lock:
+                commit()
+                await self._keep_saved(saved)
+                say("ending QEMU and the provider", None)
+                await self._end_processes()
+                await self._converge(lambda _: None)
+        finally:
+            self._is_saving = False
+            self._dirty.set()
+        if before is not None:  # saved again before it had run
+            await asyncio.to_thread(remove_state, state_path(self, before))
+        self._publish_state()
+        return saved
+
+    async def _keep_saved(self, saved: SavedState) -> None:
+        """From here on the partition is saved, whatever happens; if that cannot be recorded, nothing has happened."""
+        try:
+            await self.save(saved=saved, desired=PowerState.STOPPED, failure=None)
+        except BaseException:
+            if self.record.saved != saved:
+                await asyncio.to_thread(remove_state, state_path(self, saved))
+            raise
+
+    async def discard_state(self) -> None:
+        """Throw a saved state away: the next start boots from the disks."""
+        async with self.lock:
+            await forget_saved(self)
+            await self.save(failure=None)
+        await self._note_state()
 
     async def reset(self) -> None:
         """Press the reset button."""
@@ -291,11 +354,15 @@ class Partition:
 
     async def _converge(self, say: Say) -> None:
         for _ in range(_ROUNDS):
-            self._observed = await self.runtime.observe(self.record.definition)
+            self._observed = await self.runtime.observe(self._definition())
             if await self._note_end():
                 continue
-            steps = plan_steps(self.record.desired, self._observed, is_failed=self.record.failure is not None)
-            if self._is_stopping:  # the ladder has the guest; only its disks are ours
+            record = self.record
+            steps = plan_steps(
+                record.desired, self._observed, is_failed=record.failure is not None, saved=record.saved_phase
+            )
+            is_held = self._is_saving and record.desired is not PowerState.STOPPED
+            if self._is_stopping or is_held:  # the ladder, or the saving, has the guest; only its disks are ours
                 is_up = self._observed.guest is not GuestStatus.ABSENT
                 steps = tuple(step for step in steps if step is Step.START_PROVIDER and is_up)
             if not steps:
@@ -362,8 +429,15 @@ class Partition:
             case Step.START_QEMU:
                 assert runtime.started_with is not None, "prepared in an earlier step"
                 await runtime.start_machine(machine_spec(record, runtime.paths, runtime.started_with))
+            case Step.LOAD_STATE:
+                await load_saved(self)
+                self._watch_guest()
+            case Step.FORGET_STATE:
+                await forget_saved(self)
+            case Step.STAMP_DISKS:
+                await self._stamp_disks()
             case Step.RESUME:
-                if self._observed.guest in (GuestStatus.ABSENT, GuestStatus.PRELAUNCH):
+                if record.saved is None and self._observed.guest in (GuestStatus.ABSENT, GuestStatus.PRELAUNCH):
                     if self._surroundings.boot_slots.locked():
                         say("waiting for a boot slot")
                     await self._surroundings.boot_slots.acquire()
@@ -379,14 +453,28 @@ class Partition:
 
     def _prepare(self) -> Run:
         """Find what the definition needs, and keep what was found for the parent that comes after us. Blocking."""
-        definition = self.record.definition
-        prepare_partition_folders(self.runtime.paths, self.record.run_as)
+        definition, paths, preparer = self._definition(), self.runtime.paths, self._surroundings.preparer
+        prepare_partition_folders(paths, self.record.run_as)
         check_direct_boot(definition)
-        choice = self._surroundings.choose_accelerator(definition.accelerator)
-        disks = self._surroundings.preparer.find_disks(self.name, definition, choice.accelerator, self.record.heads)
-        run = Run(choice.accelerator, choice.reason, disks)
-        write_run(self.runtime.paths, run)
+        if self.record.saved is not None and not self.runtime.has_machine:
+            run = prepare_saved(self.record, paths.data, preparer)
+        else:
+            choice = self._surroundings.choose_accelerator(definition.accelerator)
+            disks = preparer.find_disks(self.name, definition, choice.accelerator, self.record.heads)
+            run = Run(choice.accelerator, choice.reason, disks, definition)
+        write_run(paths, run)
         return run
+
+    def _definition(self) -> PartitionDefinition:
+        """What the present guest was started with or, if it was saved, will go on with; else the present one."""
+        saved = self.record.saved
+        run = self.runtime.started_with if self.runtime.has_machine else saved.run if saved is not None else None
+        return (run.definition if run is not None else None) or self.record.definition
+
+    async def _stamp_disks(self) -> None:
+        stamps = await asyncio.to_thread(stamp_disks, self.record, self._surroundings.preparer)
+        assert self.record.saved is not None
+        await self.save(saved=msgspec.structs.replace(self.record.saved, disks=stamps))
 
     async def _before_provider(self) -> None:
         """A provider died under its guest: start another at once, unless they die as soon as they are started."""
@@ -409,6 +497,7 @@ class Partition:
         self._events.publish(
             "partition.failed", f"partition/{self.name}", {"reason": error.message, "code": error.code}
         )
+        self._dirty.set()
 
     async def _stop_provider(self) -> None:
         await self.runtime.stop_provider()
@@ -419,7 +508,7 @@ class Partition:
         await self.runtime.quit_machine()
         await self._stop_provider()
         self.runtime.clean()
-        self._observed = await self.runtime.observe(self.record.definition)
+        self._observed = await self.runtime.observe(self._definition())
 
     # -- the guest -----------------------------------------------------------------------------------------------------
 
@@ -472,7 +561,7 @@ class Partition:
         """The partition as it is now; what QEMU said last when its monitor does not answer."""
         try:
             async with asyncio.timeout(_VIEW_S):
-                self._observed = await self.runtime.observe(self.record.definition)
+                self._observed = await self.runtime.observe(self._definition())
         except (MonitorError, MachineGoneError, DeadlineError, TimeoutError) as error:
             log.warning("%s: shown as it was last seen: %s", self.name, error or "QEMU does not answer")
         return present(self.record, self.revision, self._state(), self.runtime)
@@ -482,7 +571,7 @@ class Partition:
 
     async def _note_state(self) -> None:
         """Look, and publish a change of state."""
-        self._observed = await self.runtime.observe(self.record.definition)
+        self._observed = await self.runtime.observe(self._definition())
         self._publish_state()
 
     def _publish_state(self) -> None:

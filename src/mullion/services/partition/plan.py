@@ -2,6 +2,8 @@
 
 Invariants: planning on the result of all steps gives no steps; every step may be repeated after a crash; a partition
 without its provider is never let go on (its disks would stall), and a failed one is never started without being asked.
+A saved state is restored instead of a boot, and forgotten as soon as the guest has run again, before anything else: it
+belongs to disks that are not there any more.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import enum
 
 from mullion.model.definition import PowerState
-from mullion.services.partition.record import GuestStatus, Observed
+from mullion.services.partition.record import GuestStatus, Observed, SavedPhase
+
+_HAS_RUN = frozenset({GuestStatus.RUNNING, GuestStatus.POWERED_OFF, GuestStatus.PANICKED})
 
 
 class Step(enum.Enum):
@@ -19,32 +23,45 @@ class Step(enum.Enum):
     PREPARE = "check disks and make the folders"
     START_PROVIDER = "start the provider"
     START_QEMU = "start QEMU"
+    LOAD_STATE = "load the saved state"
+    FORGET_STATE = "remove the saved state"
+    STAMP_DISKS = "note the state of the disks"
     RESUME = "let the guest run"
     PAUSE = "pause the guest"
     QUIT_QEMU = "end QEMU"
     STOP_PROVIDER = "flush and end the provider"
 
 
-def plan_steps(desired: PowerState, observed: Observed, *, is_failed: bool) -> tuple[Step, ...]:
+def plan_steps(
+    desired: PowerState, observed: Observed, *, is_failed: bool, saved: SavedPhase = SavedPhase.NONE
+) -> tuple[Step, ...]:
     """The steps in order; empty when nothing is to be done.
 
     `is_failed`: the partition failed and nobody has asked for a new start since.
     """
+    if saved is not SavedPhase.NONE and observed.guest in _HAS_RUN:
+        return (Step.FORGET_STATE, *plan_steps(desired, observed, is_failed=is_failed))
     if desired is PowerState.STOPPED or observed.guest is GuestStatus.POWERED_OFF:
-        return _plan_stop(observed)
-    if is_failed and observed.guest is GuestStatus.ABSENT:
-        return _plan_stop(observed)
+        return _plan_stop(observed, saved)
+    if is_failed and observed.guest in (GuestStatus.ABSENT, GuestStatus.LOADING):
+        return _plan_stop(observed, saved)
     if observed.guest in (GuestStatus.PANICKED, GuestStatus.UNREACHABLE):
         return _plan_provider(observed)
+    if observed.guest is GuestStatus.LOADING:  # whoever fed it is gone
+        return (Step.QUIT_QEMU, *_plan_start(desired, observed, saved))
     if observed.guest is GuestStatus.ABSENT:
-        return _plan_start(desired, observed)
+        return _plan_start(desired, observed, saved)
     steps = [*_plan_provider(observed)]
     if desired is PowerState.PAUSED or observed.is_stalled:
         if observed.guest is GuestStatus.RUNNING:
             steps.append(Step.PAUSE)
     elif observed.guest in (GuestStatus.PAUSED, GuestStatus.PRELAUNCH):
-        steps.append(Step.RESUME)
+        steps += _let_go(saved)
     return tuple(steps)
+
+
+def _let_go(saved: SavedPhase) -> tuple[Step, ...]:
+    return (Step.RESUME,) if saved is SavedPhase.NONE else (Step.RESUME, Step.FORGET_STATE)
 
 
 def _plan_provider(observed: Observed) -> tuple[Step, ...]:
@@ -52,25 +69,29 @@ def _plan_provider(observed: Observed) -> tuple[Step, ...]:
     return (Step.START_PROVIDER,) if observed.needs_provider and not observed.provider_alive else ()
 
 
-def _plan_start(desired: PowerState, observed: Observed) -> tuple[Step, ...]:
+def _plan_start(desired: PowerState, observed: Observed, saved: SavedPhase) -> tuple[Step, ...]:
     steps = []
     if observed.provider_alive:  # left over from a QEMU that died: its chain may not be the one that is wanted now
         steps.append(Step.STOP_PROVIDER)
+    if saved is SavedPhase.UNSTAMPED:
+        steps.append(Step.STAMP_DISKS)
     steps += [Step.CLEAN, Step.PREPARE]
     if observed.needs_provider:
         steps.append(Step.START_PROVIDER)
-    steps.append(Step.START_QEMU)
+    steps.append(Step.START_QEMU if saved is SavedPhase.NONE else Step.LOAD_STATE)
     if desired is PowerState.RUNNING:
-        steps.append(Step.RESUME)
+        steps += _let_go(saved)
     return tuple(steps)
 
 
-def _plan_stop(observed: Observed) -> tuple[Step, ...]:
+def _plan_stop(observed: Observed, saved: SavedPhase) -> tuple[Step, ...]:
     steps = []
     if observed.guest is not GuestStatus.ABSENT:
         steps.append(Step.QUIT_QEMU)
     if observed.provider_alive:
         steps.append(Step.STOP_PROVIDER)
-    if steps:
+    if saved is SavedPhase.UNSTAMPED:
+        steps.append(Step.STAMP_DISKS)
+    if observed.guest is not GuestStatus.ABSENT or observed.provider_alive:
         steps.append(Step.CLEAN)
     return tuple(steps)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from mullion.base.errors import InvalidError, NotFoundError
 from mullion.base.paths import PartitionPaths
 from mullion.hypervisor import MachineSpec, ResolvedDisk, cmdline
@@ -138,6 +140,7 @@ def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[P
 
 def machine_spec(record: PartitionRecord, paths: PartitionPaths, run: Run) -> MachineSpec:
     """QEMU's specification. Raises: MissingToolError when the firmware is not installed."""
+    record = msgspec.structs.replace(record, definition=run.definition or record.definition)
     uefi = record.definition.firmware is Firmware.UEFI
     return _machine(record, paths, run, prepare_uefi(paths, record.run_as) if uefi else None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from mullion.model.states import PartitionState
-from mullion.model.views import AttachedDiskView, PartitionView
+from mullion.model.views import AttachedDiskView, PartitionView, SavedStateView
 from mullion.services.partition.record import PartitionRecord
 from mullion.services.partition.runtime import Runtime
 from mullion.services.partition.stalls import Stall
@@ -20,7 +20,7 @@ def present(
     """The view of a partition in this state."""
     name = record.definition.name
     reason = remedy = None
-    failure = record.failure if state is PartitionState.FAILED else None
+    failure = record.failure if state in (PartitionState.FAILED, PartitionState.SAVED) else None
     if failure is not None:
         reason, remedy = failure.reason, failure.remedy
     elif (reason := stall_reason(runtime)) is not None:
@@ -64,6 +64,11 @@ def present(
         else (),
         folder=runtime.paths.data,
         console_log=runtime.paths.console_log,
+        saved=SavedStateView(
+            record.saved.saved_at, f"{runtime.paths.data}/{record.saved.file}", record.saved.file_bytes
+        )
+        if record.saved is not None
+        else None,
     )
 
 

@@ -1,7 +1,8 @@
 """What the store keeps of a partition, and where its observed state comes from.
 
 The record is the whole truth that survives: the definition, who the partition is (uuid, user id), the boot of the host
-on which it was last started, and why it failed, if it did. Everything else is observed.
+on which it was last started, why it failed, if it did, and where its memory is, if it was saved. Everything else is
+observed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import msgspec
 
 from mullion.model.definition import PartitionDefinition, PowerState
 from mullion.model.states import PartitionState
+from mullion.services.partition.run_file import Run
 
 PREFIX: Final = "partitions/"
 
@@ -48,6 +50,48 @@ class DiskLayers(msgspec.Struct, frozen=True):
     merging: Merging | None = None
 
 
+class DiskStamp(msgspec.Struct, frozen=True):
+    """The top of a disk when nobody wrote it any more: whoever finds another has another content before him."""
+
+    path: str
+    unique_id: str
+    file_bytes: int
+    modified_ns: int
+
+
+class SavedState(msgspec.Struct, frozen=True):
+    """Memory and devices of a partition that was saved, and what belongs to them.
+
+    It may be restored only on the disks as they were: once the guest has run again, it is worthless.
+    """
+
+    file: str
+    """Its name in the partition's data folder."""
+    seal: str
+    """Stands for every byte of the file."""
+    saved_at: str
+    run: Run
+    """What QEMU was started with; `definition` is never None here."""
+    machine_type: str
+    host_cpu: str
+    file_bytes: int
+    was_paused: bool = False
+    disks: dict[str, DiskStamp] | None = None
+    """By disk id; None until the provider has ended, which writes to them last."""
+
+    @property
+    def phase(self) -> SavedPhase:
+        return SavedPhase.UNSTAMPED if self.disks is None else SavedPhase.COMPLETE
+
+
+class SavedPhase(enum.Enum):
+    """What there is of a saved state."""
+
+    NONE = "none"
+    UNSTAMPED = "unstamped"  # whole, but it is not noted yet which disks belong to it
+    COMPLETE = "complete"
+
+
 class PartitionRecord(msgspec.Struct, frozen=True):
     """One partition in the store. What is wanted of it is all in the definition; acts change its `power`."""
 
@@ -63,6 +107,7 @@ class PartitionRecord(msgspec.Struct, frozen=True):
     """By disk id; a disk without checkpoints is its definition's file."""
     checkpoint: str | None = None
     """The id of the checkpoint that the present was made from."""
+    saved: SavedState | None = None
 
     @property
     def heads(self) -> dict[str, str]:
@@ -78,6 +123,10 @@ class PartitionRecord(msgspec.Struct, frozen=True):
         """User and group under which QEMU and the provider run; None for our own."""
         return None if self.user_id is None else (self.user_id, self.user_id)
 
+    @property
+    def saved_phase(self) -> SavedPhase:
+        return SavedPhase.NONE if self.saved is None else self.saved.phase
+
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
 
@@ -91,6 +140,7 @@ class GuestStatus(enum.Enum):
 
     ABSENT = "absent"  # no QEMU process
     UNREACHABLE = "unreachable"  # QEMU runs, its monitors do not answer
+    LOADING = "loading"  # QEMU waits for a saved state, or takes it
     PRELAUNCH = "prelaunch"  # started, not yet let go
     RUNNING = "running"
     PAUSED = "paused"
@@ -121,12 +171,16 @@ def state_of(record: PartitionRecord, observed: Observed, *, is_stopping: bool, 
         case GuestStatus.ABSENT:
             if is_stopping and observed.provider_alive:
                 return PartitionState.STOPPING
+            if record.saved is not None and (record.failure or record.desired is PowerState.STOPPED):
+                return PartitionState.SAVED
             if record.failure:
                 return PartitionState.FAILED
             # What is wanted running and is not there is about to be started: after a reboot of the host, for example.
             return PartitionState.STOPPED if record.desired is PowerState.STOPPED else PartitionState.STARTING
         case GuestStatus.POWERED_OFF:
             return PartitionState.STOPPING
+        case GuestStatus.LOADING:
+            return PartitionState.STARTING
         case GuestStatus.PRELAUNCH:
             return PartitionState.PAUSED if record.desired is PowerState.PAUSED else PartitionState.STARTING
         case GuestStatus.RUNNING | GuestStatus.UNREACHABLE:

@@ -23,9 +23,10 @@ _WEBSOCKET_GOING_AWAY: Final = 1001
 
 
 class StartOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """`paused`: start with the processors stopped."""
+    """`paused`: start with the processors stopped. `discard_state`: boot, although there is a saved state."""
 
     paused: bool = False
+    discard_state: bool = False
 
 
 class StopOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,9 +87,9 @@ async def delete_partition(
 async def start_partition(
     partitions: Service[PartitionController], name: PathName, data: JSONBody[StartOptions | None] = None
 ) -> Response[OperationView]:
-    """Start it."""
+    """Start it; a saved one goes on where it was."""
     options = data or StartOptions()
-    return accepted(await partitions.start(name, paused=options.paused))
+    return accepted(await partitions.start(name, paused=options.paused, discard_state=options.discard_state))
 
 
 @post("/1.0/partitions/{name:str}/stop", tags=_TAGS, status_code=202)
@@ -110,6 +111,24 @@ async def pause_partition(partitions: Service[PartitionController], name: PathNa
 async def resume_partition(partitions: Service[PartitionController], name: PathName) -> Response[OperationView]:
     """Let a paused one go on."""
     return accepted(await partitions.resume(name))
+
+
+@post("/1.0/partitions/{name:str}/save", tags=_TAGS, status_code=202)
+async def save_partition(partitions: Service[PartitionController], name: PathName) -> Response[OperationView]:
+    """Put its memory and devices into a file and end its processes: it is `saved` then."""
+    return accepted(await partitions.save(name))
+
+
+@post("/1.0/partitions/{name:str}/restore", tags=_TAGS, status_code=202)
+async def restore_partition(partitions: Service[PartitionController], name: PathName) -> Response[OperationView]:
+    """Let a saved one go on where it was."""
+    return accepted(await partitions.restore(name))
+
+
+@post("/1.0/partitions/{name:str}/discard-state", tags=_TAGS, status_code=202)
+async def discard_partition_state(partitions: Service[PartitionController], name: PathName) -> Response[OperationView]:
+    """Throw the memory of a saved one away: it is stopped then, and boots from its disks."""
+    return accepted(await partitions.discard_state(name))
 
 
 @post("/1.0/partitions/{name:str}/reset", tags=_TAGS, status_code=202)
@@ -158,6 +177,9 @@ ROUTES: Final = (
     stop_partition,
     pause_partition,
     resume_partition,
+    save_partition,
+    restore_partition,
+    discard_partition_state,
     reset_partition,
     console,
 )

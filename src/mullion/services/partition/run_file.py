@@ -10,7 +10,7 @@ import msgspec
 
 from mullion.base.files import replace_file
 from mullion.base.paths import PartitionPaths
-from mullion.model.definition import Accelerator, Bus, Transport
+from mullion.model.definition import Accelerator, Bus, PartitionDefinition, Transport
 
 
 class PreparedDisk(msgspec.Struct, frozen=True):
@@ -29,6 +29,8 @@ class Run(msgspec.Struct, frozen=True):
     accelerator: Accelerator
     accelerator_reason: str
     disks: tuple[PreparedDisk, ...]
+    definition: PartitionDefinition | None = None
+    """What QEMU was started with; None for a start by an older version of ours."""
 
 
 def write_run(paths: PartitionPaths, run: Run) -> None:

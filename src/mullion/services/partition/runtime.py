@@ -117,6 +117,8 @@ class Runtime:
                 return GuestStatus.POWERED_OFF
             case PartitionState.FAILED:
                 return GuestStatus.PANICKED
+            case _ if status.reason == "inmigrate":
+                return GuestStatus.LOADING
             case _:
                 return GuestStatus.PRELAUNCH if status.reason == "not-begun" else GuestStatus.PAUSED
 
@@ -287,6 +289,14 @@ class Runtime:
         self.guest = GuestFacts()
         self.stalls.clear()  # of an earlier guest
         self._hold_machine(await Machine.start(spec))
+
+    async def load_machine(self, spec: MachineSpec, path: str, seal: str) -> None:
+        """Start QEMU and have it load a saved state; the guest stands still.
+
+        Raises: as `start_machine` and `Machine.load_state`.
+        """
+        await self.start_machine(spec)
+        await self._machine().load_state(path, seal)
 
     def _hold_machine(self, machine: Machine) -> None:
         self.machine = machine
