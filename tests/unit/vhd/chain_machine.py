@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from tests.unit.vhd.disk_machine import DiskMachine
@@ -20,8 +21,12 @@ from tests.unit.vhd.power_cut import SECTOR, KilledError
 
 import mullion.vhd.merge_copy
 from mullion.base.errors import ConflictError, InvalidError, NoSpaceError
-from mullion.vhd import create_differencing, inspect_chain, open_chain
+from mullion.vhd import DiskBusyError, create_differencing, inspect_chain, open_chain
 from mullion.vhd.compact import compact
+from mullion.vhd.errors import HalfMergedError
+from mullion.vhd.fileio import SYSTEM
+from mullion.vhd.layer_journal import forget_layer_merge
+from mullion.vhd.layer_merge import LayerFiles, merge_layer
 from mullion.vhd.merge import merge
 from mullion.vhd.rebase import rebase
 from mullion.vhd.resize import resize
@@ -154,6 +159,64 @@ class ChainMachine(DiskMachine):
         sizes = [file.size_bytes for file in inspect_chain(layers[0]).files]
         is_larger = first == 0 and sizes[into] > sizes[0]
         return not is_larger and not (sizes[first] > sizes[into] < max(sizes[into + 1 :], default=0))
+
+    @precondition(lambda self: len(self.frozen) >= 2)
+    @rule(place=st.integers(1, DEPTH), end=ENDS, fuse=FUSES)
+    def merge_while_in_use(self, place: int, end: str, fuse: int) -> None:
+        """A frozen layer into the one below it, while the chain is written, and read by those who opened it before.
+
+        Deaths are the merger's alone; what ends with a power cut has no writer.
+        """
+        is_written = end != "power"
+        if not is_written:
+            self._close()
+        layers = self._layers()
+        upper = layers[min(place, len(layers) - 2)]
+        lower = layers[layers.index(upper) + 1]
+        wanted = self.frozen[upper]
+        old = self.frozen.pop(lower)
+        below = max((len(self.frozen[path]) for path in layers[layers.index(lower) + 1 :]), default=0)
+        reader = open_chain(upper, read_only=True)
+
+        def look(_stage: str, _done: int, _total: int) -> None:
+            here = bytearray(len(wanted))
+            reader.pread(0, here)
+            assert here == wanted
+            if is_written:
+                left, self.io.fuse = self.io.fuse, None
+                self.write(self.choose.random() * 0.999, self.choose.choice([512, 5000]))
+                self.io.fuse = left
+            with pytest.raises(DiskBusyError):
+                self._read(lower)
+
+        def check() -> None:
+            self._check_frozen()
+            with contextlib.suppress(HalfMergedError):
+                content = self._read(lower)
+                assert content[: len(old)] in (old, wanted[: len(old)].ljust(len(old), b"\0"))
+
+        def work() -> object:
+            with LayerFiles.open(upper, lower) as files:
+                if files.direct_fd is not None:
+                    os.close(files.direct_fd)
+                    files.direct_fd = None
+                return merge_layer(files, below_bytes=below, progress=look, note_bytes=8192, file_io=self.io)
+
+        try:
+            self._through_deaths(end, fuse, work, check)
+        except InvalidError:
+            self.frozen[lower] = old
+            assert len(old) < len(wanted)
+            assert below > len(old)
+        else:
+            self.frozen[lower] = wanted.ljust(len(old), b"\0")
+            forget_layer_merge(lower, SYSTEM)
+        finally:
+            reader.close()
+        if is_written:
+            self._check_frozen()
+        else:
+            self._come_up()
 
     @rule(sectors=st.integers(-40, 40), end=ENDS, fuse=FUSES)
     def resize(self, sectors: int, end: str, fuse: int) -> None:
