@@ -26,11 +26,16 @@ def replace_file(path: str, content: bytes, *, durable: bool = True, mode: int =
             os.unlink(temporary)
         raise
     if durable:
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str) -> None:
+    """Make names in a folder durable: files that came, went or were renamed; an empty path is the present folder."""
+    folder = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def rotate_log(path: str) -> None:

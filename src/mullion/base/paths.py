@@ -107,6 +107,20 @@ class PartitionPaths:
         return f"{self.data}/firmware-vars.fd"
 
     @property
+    def tpm_state(self) -> str:
+        """The folder in which the partition's TPM keeps what survives a power-off."""
+        return f"{self.data}/tpm"
+
+    @property
+    def tpm_identity(self) -> str:
+        return f"{self.run}/tpm.pid"
+
+    @property
+    def tpm(self) -> str:
+        """The TPM's control socket, which QEMU connects to."""
+        return self._socket("tpm.sock")
+
+    @property
     def exit_file(self) -> str:
         """QEMU's exit status, written by its wrapper: one decimal number, 128 + n for signal n."""
         return f"{self.run}/qemu.exit"

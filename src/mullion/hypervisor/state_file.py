@@ -42,6 +42,7 @@ import msgspec
 import zstandard
 
 from mullion.base.errors import MullionError, NotFoundError
+from mullion.base.files import sync_folder
 from mullion.base.units import KIB, MIB
 from mullion.model.definition import Accelerator, PartitionDefinition
 from mullion.vhd.storage import storage_explained
@@ -174,7 +175,7 @@ class StateWriter:
                 os.fsync(self._fd)
                 os.rename(self._temporary, self.path)
                 self._temporary = self.path  # what is to be removed, should the folder not be synced
-                _sync_folder(self.path)
+                sync_folder(os.path.dirname(self.path))
         except BaseException:
             self.discard()
             raise
@@ -386,7 +387,7 @@ def remove_state(path: str) -> None:
         for name in (f"{path}.new", path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
-        _sync_folder(path)
+        sync_folder(os.path.dirname(path))
 
 
 def _frame_digest(number: int, start: bytes, stored: bytes) -> bytes:
@@ -404,11 +405,3 @@ def _wait_ready(fd: int, event: int, is_stopped: Callable[[], bool]) -> None:
             raise TransferStoppedError("the transfer of the state was stopped")
     if is_stopped():
         raise TransferStoppedError("the transfer of the state was stopped")
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
