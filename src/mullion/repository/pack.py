@@ -22,6 +22,7 @@ Durability: a pack is put whole before any index names it.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -47,6 +48,7 @@ ZSTD_FLAG: Final = 1
 STORED_LIMIT_BYTES: Final = CHUNK_BYTES + TAG_BYTES
 PACK_LIMIT_BYTES: Final = 256 * MIB
 ENTRIES_LIMIT: Final = 1 << 20
+_PACK_NAME: Final = re.compile(r"packs/([0-9a-f]{32})")
 
 
 class PackEntry(NamedTuple):
@@ -105,19 +107,13 @@ class PackBuilder:
 
 
 def pack_name(pack_id: bytes) -> str:
-    return f"packs/{pack_id[:1].hex()}/{pack_id.hex()}"
+    return f"packs/{pack_id.hex()}"
 
 
 def pack_id_of(name: str) -> bytes | None:
     """The id in a pack's name, or None when it is no pack's name."""
-    parts = name.split("/")
-    if len(parts) != 3 or parts[0] != "packs" or len(parts[2]) != 2 * PACK_ID_BYTES:
-        return None
-    try:
-        pack_id = bytes.fromhex(parts[2])
-    except ValueError:
-        return None
-    return pack_id if pack_name(pack_id) == name else None
+    match = _PACK_NAME.fullmatch(name)
+    return None if match is None else bytes.fromhex(match[1])
 
 
 def directory_bytes(trailer: bytes, pack_bytes: int, name: str, location: str) -> int:
