@@ -15,7 +15,7 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,10 +23,11 @@ import msgspec
 from mullion.base.errors import MullionError, UnavailableError
 from mullion.parent.store import Condition
 from mullion.parent.store.protocol import Write
-from mullion.services.checkpoint.layers import chain_of, with_child, without
+from mullion.services.checkpoint.layers import chain_of, with_child
 from mullion.services.partition.exchange import Exchange, exchange_chains, take_merged_heads
 from mullion.services.partition.partition import Partition
 from mullion.services.partition.record import DiskLayers
+from mullion.services.partition.saving import unstamp
 from mullion.vhd import create_differencing
 from mullion.vhd.storage import storage_explained
 
@@ -86,12 +87,12 @@ def _child_path(layers: DiskLayers) -> str:
     return f"{os.path.splitext(base)[0]}-{secrets.token_hex(4)}.avhd"
 
 
-async def commit_children(partition: Partition, children: Mapping[str, str], **changes: Any) -> None:
-    """Step 3; `changes` are other fields of the record, and writes, that come with it."""
+async def commit_children(partition: Partition, children: Mapping[str, str], **changes: Any) -> int:
+    """Step 3; its revision. `changes` are other fields of the record, and writes, that come with it."""
     layers = dict(partition.record.layers)
     for disk_id, child in children.items():
         layers[disk_id] = msgspec.structs.replace(layers[disk_id], head=child)
-    await partition.save(layers=layers, **changes)
+    return await partition.save(layers=layers, **changes)
 
 
 async def switch_to_heads(partition: Partition, disk_ids: Sequence[str]) -> Mapping[str, Any]:
@@ -113,14 +114,21 @@ async def put_on_top(partition: Partition, disk_ids: Sequence[str], **changes: A
     return children, await freeze_heads(partition, children, **changes)
 
 
-async def freeze_heads(partition: Partition, children: Mapping[str, str], **changes: Any) -> float:
-    """Steps 3 and 4; milliseconds for which requests waited. When the provider refuses, all is as before.
+async def freeze_heads(
+    partition: Partition,
+    children: Mapping[str, str],
+    *,
+    on_commit: Callable[[int], None] = lambda _revision: None,
+    **changes: Any,
+) -> float:
+    """Steps 3 and 4; milliseconds for which requests waited. When the provider refuses, the heads are as before.
 
-    Raises: what the provider refuses.
+    `changes` come with step 3, and `on_commit` hears its revision. Raises: what the provider refuses.
     """
     before = {disk: partition.record.layers[disk].head for disk in children}
-    old_fields = {name: getattr(partition.record, name) for name in changes if name not in ("writes", "conditions")}
-    await commit_children(partition, children, **changes)
+    if not is_served(partition):
+        await unstamp(partition)
+    on_commit(await commit_children(partition, children, **changes))
     if not is_served(partition):
         return 0.0
     try:
@@ -132,10 +140,8 @@ async def freeze_heads(partition: Partition, children: Mapping[str, str], **chan
             return 0.0
         layers = dict(partition.record.layers)
         for disk_id, head in before.items():
-            layers[disk_id] = without(msgspec.structs.replace(layers[disk_id], head=head), children[disk_id])
-        await partition.save(layers=layers, **old_fields)
-        for child in children.values():
-            os.unlink(child)
+            layers[disk_id] = msgspec.structs.replace(layers[disk_id], head=head)
+        await partition.save(layers=layers)  # the children are files that nobody needs, again
         raise
     return float(answer.get("stall_ms", 0.0))
 

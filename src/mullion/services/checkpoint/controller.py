@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
@@ -20,7 +19,6 @@ import msgspec
 
 from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError, MullionError, NotFoundError, StateError
 from mullion.base.units import utc_now
-from mullion.hypervisor.freeze import frozen_filesystems
 from mullion.model.definition import PartitionDefinition, PowerState
 from mullion.model.states import PartitionState
 from mullion.model.views import CheckpointDiskView, CheckpointTreeView, CheckpointView, OperationView
@@ -37,16 +35,18 @@ from mullion.services.checkpoint.branching import (
     note_children,
     settle,
 )
+from mullion.services.checkpoint.capture import held_still, put_back, remove_folder, sweep_folders
 from mullion.services.checkpoint.keeper import LayerKeeper, MergeSlots
 from mullion.services.checkpoint.merge_link import end_worker
 from mullion.services.checkpoint.record import PREFIX, CheckpointRecord, Consistency, FrozenDisk
 from mullion.services.partition.controller import PartitionController
 from mullion.services.partition.partition import Partition
+from mullion.services.partition.saving import forget_saved
 from mullion.vhd import inspect_chain
 
 log = logging.getLogger(__name__)
 
-_AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED)
+_AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED, PartitionState.SAVED)
 _CHECKPOINTABLE: Final = (PartitionState.RUNNING, PartitionState.PAUSED, *_AT_REST)
 
 
@@ -96,13 +96,10 @@ class CheckpointController:
     async def _settle(self, partition: Partition) -> None:
         await settle(partition)
         for record in list(self._of(partition.name).values()):
-            if record.is_ready:
-                continue
-            if partition.record.checkpoint == record.id:
-                await self._mark_ready(record)
-            else:
+            if not record.is_ready:
                 log.warning("%s: checkpoint %s was not completed before a crash: dropped", partition.name, record.name)
                 await self._forget(record)
+        await asyncio.to_thread(sweep_folders, partition, set(self._of(partition.name)))
 
     async def forget_partition(self, partition: Partition) -> None:
         """A partition is gone with its files: so are its checkpoints."""
@@ -182,7 +179,7 @@ class CheckpointController:
             description=record.description,
             schedule=record.schedule,
             consistency=record.consistency.value,
-            has_memory=record.state_file is not None,
+            has_memory=record.saved is not None,
             is_ready=record.is_ready,
             is_present=self._partitions.find(record.partition).record.checkpoint == record.id,
             disks=tuple(
@@ -380,26 +377,28 @@ class CheckpointController:
         self._keep(record, partition.revision)
         try:
             await make_children(children, heads)
-            async with _filesystems_frozen(partition, record.consistency, say):
+            async with held_still(partition, record, say) as held:
                 say("freezing the disks")
-                changes = {} if record.is_passing else {"checkpoint": record.id}
-                stall_ms = await freeze_heads(partition, children, **changes)
+                stall_ms = await self._commit(partition, held, children)
         except BaseException:
             await self._remove(partition, [record])  # its layers are merged again, if it came to have any
             self._keeper(partition).wake()
             raise
-        return record if record.is_passing else await self._mark_ready(record), stall_ms
+        return self._records[record.partition][record.id], stall_ms
 
-    async def _mark_ready(self, record: CheckpointRecord) -> CheckpointRecord:
+    async def _commit(self, partition: Partition, record: CheckpointRecord, children: Mapping[str, str]) -> float:
+        """The heads are frozen, and the checkpoint is ready; milliseconds for which the guest's requests waited."""
+        if record.is_passing:
+            return await freeze_heads(partition, children)
         ready = msgspec.structs.replace(record, is_ready=True)
-        await self._put(ready)
-        return ready
-
-    async def _put(self, record: CheckpointRecord) -> None:
-        revision = await self._store.transact(
-            [Condition(record.key, self._revisions[record.key])], [Put(record.key, record.encode())]
+        return await freeze_heads(
+            partition,
+            children,
+            checkpoint=record.id,
+            writes=[Put(record.key, ready.encode())],
+            conditions=[Condition(record.key, self._revisions[record.key])],
+            on_commit=lambda revision: self._keep(ready, revision),
         )
-        self._keep(record, revision)
 
     async def _forget(self, record: CheckpointRecord) -> None:
         """Take a record away, with its folder; its layers are the keeper's then."""
@@ -449,19 +448,24 @@ class CheckpointController:
                     description=f"what was there before {record.name} was applied",
                 )
                 await self._freeze(operation.stage, partition, kept)
+            await forget_saved(partition)
             operation.stage("bringing the disks back")
             children = await add_children(partition, {disk.id: disk.path for disk in record.disks})
+            saved = await asyncio.to_thread(put_back, partition, record)
             await commit_children(
                 partition,
                 children,
                 checkpoint=record.id,
                 failure=None,
+                saved=saved,
                 definition=_definition_of(record, partition.record.definition),
             )
         self._keeper(partition).wake()
         self._events.publish(
             "checkpoint.applied", f"partition/{partition.name}", {"checkpoint": record.name, "id": record.id}
         )
+        if record.saved is not None and wanted_power is PowerState.STOPPED:
+            wanted_power = PowerState.PAUSED if record.saved.was_paused else PowerState.RUNNING
         if wanted_power is not PowerState.STOPPED:
             await partition.start(wanted_power, operation.stage)
         return {"checkpoint": record.name, "state": (await partition.view()).state.value, "kept": kept_name}
@@ -525,7 +529,7 @@ class CheckpointController:
             self._keep(record, revision)
         for record in records:
             self._drop(record)
-            await asyncio.to_thread(_remove_folder, partition, record)
+            await asyncio.to_thread(remove_folder, partition, record)
 
     def _moved_pins(
         self, partition: str, upper: str, lower: str
@@ -546,23 +550,6 @@ class CheckpointController:
             [Put(record.key, record.encode()) for record in moved],
             moved,
         )
-
-
-@contextlib.asynccontextmanager
-async def _filesystems_frozen(
-    partition: Partition, consistency: Consistency, say: Callable[[str], None]
-) -> AsyncIterator[None]:
-    """The guest's filesystems are frozen inside this block, if that is what the checkpoint promises.
-
-    Raises: as `frozen_filesystems`.
-    """
-    machine = partition.runtime.machine
-    if consistency is not Consistency.FILESYSTEM or machine is None:
-        yield
-        return
-    say("freezing the guest's filesystems")
-    async with frozen_filesystems(machine.agent, partition.runtime.paths.provider_log):
-        yield
 
 
 def _check_state(name: str, state: PartitionState, allowed: Sequence[PartitionState], what: str) -> None:
@@ -598,9 +585,3 @@ def _held_bytes(path: str) -> int:
         return os.stat(path).st_blocks * 512
     except FileNotFoundError:
         return 0
-
-
-def _remove_folder(partition: Partition, record: CheckpointRecord) -> None:
-    folder = f"{partition.runtime.paths.data}/checkpoints/{record.id}"
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)

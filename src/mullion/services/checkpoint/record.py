@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from mullion.model.definition import PartitionDefinition
+from mullion.services.partition.record import SavedState
 
 PREFIX: Final = "checkpoints/"
 
@@ -54,7 +55,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True):
     description: str = ""
     schedule: str = ""
     """The name of the schedule that made it: such a one is subject to its retention."""
-    state_file: str | None = None
+    saved: SavedState | None = None
     """Memory and devices."""
     firmware: str | None = None
     """The folder with the firmware's variables and the TPM's state."""
