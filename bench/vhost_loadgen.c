@@ -15,6 +15,8 @@
  *   wait=busy       busy: poll the used ring; eventfd: sleep until called
  *   inflight=1      share an inflight region, as QEMU does
  *   seed=1
+ *   flush=0         every so many requests are followed by a FLUSH, which counts as one
+ *   report=0        after every so many requests a line: seconds of CLOCK_MONOTONIC, requests done
  * PID is the back-end's process: its CPU time, all threads, is read right before and after the measured part.
  * The answer is one line of JSON. Exit status: 0 all right, 1 wrong bytes or failed requests, 2 cannot run.
  */
@@ -37,6 +39,7 @@
 #define GUEST_BASE 0x100000ul /* guest and user addresses differ, so that a mix-up is seen */
 #define BLOCK 4096ul
 #define MAX_REQUEST (1ul << 20)
+#define FLUSH 4 /* VIRTIO_BLK_T_FLUSH */
 
 enum { GET_FEATURES = 1, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE, SET_LOG_BASE, SET_LOG_FD, SET_VRING_NUM,
        SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE, SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR,
@@ -61,7 +64,7 @@ static char *data;
 static uint64_t block_of[QUEUE_SIZE];
 static uint16_t avail_idx, seen_idx, kicked_idx;
 static long depth = 32, count = 100000, warm, first, blocks, request_bytes = 4096, indirect = 1, event_idx = 1,
-            inflight = 1, seed = 1, busy_wait = 1;
+            inflight = 1, seed = 1, busy_wait = 1, flush_every, report_every;
 static uint64_t bad, failed, calls, kicks;
 
 static void die(const char *what) { perror(what); exit(2); }
@@ -188,11 +191,12 @@ static uint64_t next_random(void)
     return state;
 }
 
-static void submit(unsigned i, uint64_t block, int is_write)
+static void submit(unsigned i, uint64_t block, int type)
 {
     struct slot *s = &slots[i];
     char *buffer = data + i * MAX_REQUEST;
-    s->header = (struct header){ is_write, 0, block * (BLOCK / 512) };
+    int is_write = type == 1;
+    s->header = (struct header){ type, 0, block * (BLOCK / 512) };
     s->status = 0xFF;
     block_of[i] = block;
     if (is_write)
@@ -202,7 +206,8 @@ static void submit(unsigned i, uint64_t block, int is_write)
     d[0] = (struct desc){ guest(&s->header), 16, 1, n + 1 };
     d[1] = (struct desc){ guest(buffer), request_bytes, is_write ? 1 : 3, n + 2 };
     d[2] = (struct desc){ guest(&s->status), 1, 2, 0 };
-    if (indirect) descs[i] = (struct desc){ guest(s->table), sizeof s->table, 4, 0 };
+    if (type == FLUSH) d[1] = d[2];
+    if (indirect) descs[i] = (struct desc){ guest(s->table), (type == FLUSH ? 2 : 3) * sizeof *d, 4, 0 };
     avail->ring[avail_idx % QUEUE_SIZE] = indirect ? i : i * 3;
     __atomic_store_n(&avail->idx, ++avail_idx, __ATOMIC_RELEASE);
 }
@@ -233,12 +238,19 @@ static void sleep_until_used(void)
     }
 }
 
+static double now_s(clockid_t clock)
+{
+    struct timespec t;
+    if (clock_gettime(clock, &t)) die("clock");
+    return t.tv_sec + t.tv_nsec / 1e9;
+}
+
 static void complete(unsigned i, int is_write)
 {
     static uint64_t expected[BLOCK / 8];
     char *buffer = data + i * MAX_REQUEST;
     if (slots[i].status) { failed++; return; }
-    if (is_write) return;
+    if (is_write || slots[i].header.type == FLUSH) return;
     for (long at = 0; at < request_bytes; at += BLOCK) {
         pattern(expected, block_of[i] + at / BLOCK);
         if (memcmp(expected, buffer + at, BLOCK)) bad++;
@@ -248,7 +260,7 @@ static void complete(unsigned i, int is_write)
 static void run(long total, int is_write, int is_sequential)
 {
     uint64_t per_request = request_bytes / BLOCK, places = blocks / per_request, position = 0;
-    long submitted = 0, completed = 0;
+    long submitted = 0, completed = 0, reported = 0;
     unsigned free_slots[QUEUE_SIZE], free_count = 0;
     for (long i = depth - 1; i >= 0; i--) free_slots[free_count++] = i;
     if (busy_wait) { /* no calls: an event index that is never passed, or the flag */
@@ -257,6 +269,11 @@ static void run(long total, int is_write, int is_sequential)
     }
     while (completed < total) {
         while (free_count && submitted < total) {
+            if (flush_every && submitted % (flush_every + 1) == flush_every) {
+                submit(free_slots[--free_count], 0, FLUSH);
+                submitted++;
+                continue;
+            }
             uint64_t place = is_sequential ? position++ : next_random() % places;
             submit(free_slots[--free_count], first + place * per_request, is_write);
             submitted++;
@@ -276,14 +293,12 @@ static void run(long total, int is_write, int is_sequential)
             completed++;
         }
         if (busy_wait) avail->used_event = seen_idx - 1;
+        if (report_every && completed - reported >= report_every) {
+            reported = completed;
+            printf("%.6f %ld\n", now_s(CLOCK_MONOTONIC), completed);
+            fflush(stdout);
+        }
     }
-}
-
-static double now_s(clockid_t clock)
-{
-    struct timespec t;
-    if (clock_gettime(clock, &t)) die("clock");
-    return t.tv_sec + t.tv_nsec / 1e9;
 }
 
 int main(int argc, char **argv)
@@ -292,7 +307,7 @@ int main(int argc, char **argv)
     struct { const char *name; long *value; } keys[] = {
         { "depth", &depth }, { "count", &count }, { "warm", &warm }, { "first", &first }, { "blocks", &blocks },
         { "bytes", &request_bytes }, { "indirect", &indirect }, { "event_idx", &event_idx }, { "inflight", &inflight },
-        { "seed", &seed } };
+        { "seed", &seed }, { "flush", &flush_every }, { "report", &report_every } };
     for (int i = 4; i < argc; i++) {
         char *value = strchr(argv[i], '=');
         if (!value) { fprintf(stderr, "%s: KEY=VALUE\n", argv[i]); return 2; }

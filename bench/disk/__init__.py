@@ -1,0 +1,1 @@
+"""Benchmarks of disks that run: `python -m bench.disk`."""
