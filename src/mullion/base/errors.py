@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Final
 
 _CLASSES: Final[dict[str, type[MullionError]]] = {}
+_REMOTE_CODE: Final = "remote_code"
+_REMOTE_EXIT_CODE: Final = "remote_exit_code"
 
 
 class MullionError(Exception):
@@ -40,16 +42,20 @@ class MullionError(Exception):
         return self.message
 
     def to_wire(self) -> dict[str, object]:
-        """The error as another process gets it: ErrorView's fields, with JSON values only."""
+        """The error as another process gets it: ErrorView's fields, with JSON values only.
+
+        One that came from a third process, which knows more kinds than this one, goes on under its own code.
+        """
         plain = {
             name: value if isinstance(value, str | int | float) else str(value) for name, value in self.context.items()
         }
+        code, exit_code = plain.pop(_REMOTE_CODE, self.code), plain.pop(_REMOTE_EXIT_CODE, self.exit_code)
         return {
-            "code": self.code,
+            "code": code,
             "message": self.message,
             "remedy": self.remedy,
             "context": plain,
-            "exit_code": self.exit_code,
+            "exit_code": exit_code,
         }
 
     @staticmethod
@@ -66,9 +72,9 @@ class MullionError(Exception):
             **{str(name): value for name, value in context.items()} if isinstance(context, Mapping) else {},
         )
         if known is RemoteError:
-            error.context["remote_code"] = code
+            error.context[_REMOTE_CODE] = code
             if isinstance(status := fields.get("exit_code"), int):
-                error.context["remote_exit_code"] = status
+                error.context[_REMOTE_EXIT_CODE] = status
         return error
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mullion.base.errors import InvalidError
 from mullion.cli import complete
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
@@ -56,13 +55,14 @@ def repository() -> None:
     "--passphrase-file", metavar="FILE", help="A file whose first line is the passphrase; `-` for standard input."
 )
 @click.option(
-    "--credentials-file", metavar="FILE", help="A file of NAME=VALUE lines that the storage wants, such as keys of S3."
+    "--credentials-file", metavar="FILE", help="A TOML file of what the storage wants: s3_access_key, sftp_key_file …"
 )
 @pass_face
 def add_repository(
     face: Face, name: str, place: str, *, create: bool, passphrase_file: str | None, credentials_file: str | None
 ) -> None:
-    """Know a repository from now on: a folder, sftp://USER@HOST/PATH or s3://HOST/BUCKET/PREFIX.
+    """Know a repository from now on: a folder, sftp://USER@HOST/FOLDER, s3://BUCKET/PREFIX (of AWS) or
+    s3+https://HOST/BUCKET/PREFIX (of others).
 
     Without --passphrase-file it asks for the passphrase. Keep a copy of it elsewhere: nobody can read the backups
     without.
@@ -72,7 +72,7 @@ def add_repository(
       mullion backup repository add nightly /srv/backup --create --passphrase-file /root/passphrase
     """
     passphrase = _read_passphrase(passphrase_file, confirm=create)
-    credentials = _read_credentials(credentials_file) if credentials_file else {}
+    credentials = _read_credentials(credentials_file)
     view = face.client.add_repository(name, place, passphrase, credentials=credentials, create=create)
     if face.is_json:
         face.emit_json(view)
@@ -82,35 +82,27 @@ def add_repository(
 
 
 def _read_passphrase(path: str | None, *, confirm: bool) -> str:
-    if path is None:
-        if not sys.stdin.isatty():
-            raise click.UsageError("without a terminal to ask on, give --passphrase-file")
-        return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
-    text = _read_text(path).split("\n", 1)[0].rstrip("\r")
-    if not text:
-        raise InvalidError(f"{path}: its first line is empty", remedy="Write the passphrase into the first line.")
-    return text
+    """From a file, the environment, or whoever sits at the terminal."""
+    from mullion.repository.credentials import PASSPHRASE_VARIABLE, find_passphrase
+
+    if path == "-":
+        return sys.stdin.readline().rstrip("\r\n")
+    found = find_passphrase(path)
+    if found is not None:
+        return found
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"without a terminal to ask on, give --passphrase-file, or set {PASSPHRASE_VARIABLE}")
+    return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
 
 
-def _read_credentials(path: str) -> dict[str, str]:
-    credentials = {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        name, equals, value = line.strip().partition("=")
-        if not equals and name:
-            raise InvalidError(f"{path}: line {number} is not NAME=VALUE", remedy="Write one NAME=VALUE a line.")
-        if equals:
-            credentials[name.strip()] = value.strip()
-    return credentials
+def _read_credentials(path: str | None) -> dict[str, str]:
+    """Those that are given, by the names of `Credentials`."""
+    from dataclasses import asdict
 
+    from mullion.repository.credentials import Credentials
 
-def _read_text(path: str) -> str:
-    try:
-        if path == "-":
-            return sys.stdin.read()
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidError(f"{path} cannot be read: {error}", remedy="Name a readable text file.", path=path) from error
+    nothing = asdict(Credentials())
+    return {name: value for name, value in asdict(Credentials.load(path)).items() if value != nothing[name]}
 
 
 @repository.command("list")

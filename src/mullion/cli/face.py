@@ -117,7 +117,7 @@ class Face:
     def print_error(self, error: MullionError) -> None:
         """Say what happened and what to do next, or the same as an ErrorView."""
         if self.is_json:
-            click.echo(_encoded(wire_fields(error)), err=True)
+            click.echo(_encoded(error.to_wire()), err=True)
             return
         click.echo(f"{self.style('mullion:', 'red', sys.stderr)} {error.message}", err=True)
         if error.remedy:
@@ -160,17 +160,9 @@ def _print(text: str | bytes) -> None:
         ) from error
 
 
-def wire_fields(error: MullionError) -> dict[str, object]:
-    """An error as the API's ErrorView; one of a kind that only the service knows under the service's own code."""
-    fields = error.to_wire()
-    context = fields["context"]
-    assert isinstance(context, dict)
-    code, exit_code = context.pop("remote_code", error.code), context.pop("remote_exit_code", error.exit_code)
-    return fields | {"code": code, "exit_code": exit_code}
-
-
 def exit_code_of(error: MullionError) -> int:
-    code = wire_fields(error)["exit_code"]
+    """The exit code, of an error of a kind that only the service knows as well."""
+    code = error.to_wire()["exit_code"]
     assert isinstance(code, int)
     return code
 

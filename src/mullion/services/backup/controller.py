@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -25,13 +26,13 @@ from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
 from mullion.base.files import replace_file
 from mullion.base.paths import HostPaths
 from mullion.base.units import utc_now
+from mullion.hypervisor.firmware_state import restore_firmware_state
 from mullion.model.definition import PartitionDefinition, PowerState
 from mullion.model.views import BackupView, OperationView, RepositoryView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operation, Operations
 from mullion.parent.store import Condition, Delete, Put, Store
 from mullion.services.backup.record import BASES, MARK, REPOSITORIES, BackupBase, RepositoryRecord, base_key
-from mullion.services.backup.targets import check_url
 from mullion.services.backup.worker_link import run_worker
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.checkpoint.record import CheckpointRecord
@@ -42,7 +43,20 @@ from mullion.services.partition.partition import Partition
 log = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-_FIRMWARE: Final = "firmware-vars"
+_FIRMWARE: Final = "restored-firmware"
+CREDENTIALS: Final = frozenset(
+    {
+        "s3_access_key",
+        "s3_secret_key",
+        "s3_session_token",
+        "s3_region",
+        "sftp_key_file",
+        "sftp_key_passphrase",
+        "sftp_password",
+        "known_hosts",
+    }
+)
+"""The fields of `repository.credentials.Credentials`, which the service does not import."""
 
 
 class BackupController:
@@ -110,8 +124,14 @@ class BackupController:
                 f"there is a repository {name!r} already",
                 remedy="Choose another name, or remove that one first: mullion backup repository list",
             )
-        check_url(url)
-        secret = {**credentials, "passphrase": passphrase}
+        unknown = set(credentials) - CREDENTIALS
+        if unknown:
+            raise InvalidError(
+                f"credentials of no storage: {', '.join(sorted(unknown))}",
+                remedy=f"Known are: {', '.join(sorted(CREDENTIALS))}.",
+                field="credentials",
+            )
+        secret = {"passphrase": passphrase, "credentials": dict(credentials)}
         await self._work({"action": "add", "url": url, "secret": secret, "create": create})
         record = RepositoryRecord(name, url, utc_now())
         await asyncio.to_thread(self._write_secret, name, secret)
@@ -160,7 +180,7 @@ class BackupController:
     def _secret_path(self, name: str) -> str:
         return f"{self._paths.secrets}/repository-{name}.json"
 
-    def _write_secret(self, name: str, secret: Mapping[str, str]) -> None:
+    def _write_secret(self, name: str, secret: Mapping[str, object]) -> None:
         os.makedirs(self._paths.secrets, mode=0o700, exist_ok=True)
         replace_file(self._secret_path(name), json.dumps(secret).encode(), mode=0o600)
 
@@ -269,7 +289,7 @@ class BackupController:
                 base=base.backup if base is not None and since else None,
                 notes={"consistency": checkpoint.consistency.value},
                 disks=disks,
-                blobs=_blobs(partition),
+                blobs=_blobs(checkpoint),
             )
 
     def _since(self, partition: str, base: BackupBase | None) -> dict[str, str]:
@@ -380,22 +400,27 @@ class BackupController:
         )
 
         async def work(operation: Operation) -> Mapping[str, object]:
-            partition_paths = self._paths.partition(name)
-            os.makedirs(partition_paths.data, mode=0o750, exist_ok=True)
+            folder = f"{self._paths.partition(name).data}/{_FIRMWARE}"
+            os.makedirs(folder, mode=0o750, exist_ok=True)
             os.makedirs(self._paths.disks, mode=0o750, exist_ok=True)
-            blobs = {_FIRMWARE: partition_paths.firmware_vars}
+            blobs = {blob: f"{folder}/{blob}" for blob in view.blobs}
             await self._ask(repository, "restore", operation, backup=view.id, disks=paths, blobs=blobs)
             await self._partitions.create(wanted)
+            partition = self._partitions.find(name)
+            if view.blobs:
+                restore = restore_firmware_state
+                await asyncio.to_thread(restore, partition.runtime.paths, folder, partition.record.run_as)
+            await asyncio.to_thread(shutil.rmtree, folder)
             self._events.publish("backup.restored", f"partition/{name}", {"backup": view.id})
             return {"partition": name, "disks": paths}
 
         return await self._operations.start("backup.restore", f"partition/{name}", work, cancellable=True)
 
 
-def _blobs(partition: Partition) -> dict[str, str]:
-    """What belongs to a partition beside its disks."""
-    variables = partition.runtime.paths.firmware_vars
-    return {_FIRMWARE: variables} if os.path.exists(variables) else {}
+def _blobs(checkpoint: CheckpointRecord) -> dict[str, str]:
+    """What a checkpoint has of a partition's firmware: files by their names."""
+    folder = checkpoint.firmware
+    return {} if folder is None else {name: f"{folder}/{name}" for name in sorted(os.listdir(folder))}
 
 
 def _view(repository: str, fields: Mapping[str, Any]) -> BackupView:

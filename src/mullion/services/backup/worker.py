@@ -28,10 +28,11 @@ from mullion.base.block import BlockDevice
 from mullion.base.errors import InvalidError, MullionError, OperationFailedError
 from mullion.base.units import format_time
 from mullion.repository import Manifest, Repository, begin_backup
+from mullion.repository.credentials import Credentials
+from mullion.repository.location import open_backend
 from mullion.repository.prune import prune
 from mullion.repository.retention import Retention, plan_retention
 from mullion.repository.verify import verify
-from mullion.services.backup.targets import open_target
 from mullion.vhd import create_dynamic, open_chain
 from mullion.vhd.diff import changed
 from mullion.vhd.storage import storage_explained
@@ -81,15 +82,16 @@ class _Line:
 
 
 def _open(request: Request) -> Repository:
-    return Repository.open(open_target(request["url"], request["secret"]), request["secret"]["passphrase"])
+    secret = request["secret"]
+    return Repository.open(open_backend(request["url"], Credentials(**secret["credentials"])), secret["passphrase"])
 
 
 def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
     """Make a repository where there is none, when that is asked for; or open the one that is there."""
-    backend = open_target(request["url"], request["secret"], create=request["create"])
-    passphrase = request["secret"]["passphrase"]
+    secret = request["secret"]
+    backend = open_backend(request["url"], Credentials(**secret["credentials"]), create=request["create"])
     how = Repository.create if request["create"] else Repository.open
-    with how(backend, passphrase) as repository:
+    with how(backend, secret["passphrase"]) as repository:
         return {"location": repository.location, "backups": len(repository.backup_ids())}
 
 
