@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mullion.base.errors import MullionError, OperationFailedError, UnavailableError
+from mullion.base.errors import ConflictError, MullionError, OperationFailedError, UnavailableError
 from mullion.base.paths import PartitionPaths
 from mullion.base.pidfd import wait_process
 from mullion.base.process import ProcessIdentity, read_identity
@@ -133,6 +133,8 @@ class MergeWorker:
         """The folder; and the size of the largest disk below the layers, which only their chain tells."""
         os.makedirs(self._paths.merge_dir, mode=0o750, exist_ok=True)
         os.makedirs(self._paths.data, mode=0o750, exist_ok=True)
+        for path in (self._upper, self._lower):
+            _check_complete(path, self._paths.pending_dir)
         check_only_child(self._upper, self._lower)
         files = inspect(self._upper).files
         return max((file.size_bytes for file in files[2:]), default=0)
@@ -243,6 +245,25 @@ class MergeWorker:
         for path in (self._result_file, self._identity_file, self._control_path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _check_complete(path: str, pending_dir: str) -> None:
+    """Is all that was acknowledged of a frozen layer in its file? Raises: ConflictError while a log says otherwise.
+
+    A provider that was killed when a child had just been put on top leaves such a log; the next one carries it out.
+    """
+    status = os.stat(path)
+    suffix = f"-{status.st_dev:x}-{status.st_ino:x}"  # vhd.pending.log_path
+    try:
+        logs = [name for name in os.listdir(pending_dir) if name.endswith(suffix)]
+    except FileNotFoundError:
+        return
+    if logs:
+        raise ConflictError(
+            f"{path} lacks what a provider that was killed had acknowledged: {pending_dir}/{logs[0]} has it",
+            remedy="It is carried out when the partition's provider starts again: start the partition.",
+            path=path,
+        )
 
 
 async def end_worker(name: str, paths: PartitionPaths) -> None:
