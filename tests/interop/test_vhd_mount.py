@@ -255,6 +255,7 @@ def test_in_the_foreground_it_stays_until_a_signal(home: Path, number: signal.Si
         (("base.vhd", "no/mnt"), 3, "there is no folder"),
         (("base.vhd", "child.vhd"), 5, "is not a folder"),
         (("base.vhd", "."), 4, "is not empty"),
+        (("base.vhd", "nowhere"), 5, "is a link to"),
         (("broken.vhd", "mnt"), 8, "no valid footer"),
     ],
 )
@@ -262,6 +263,7 @@ def test_a_mount_that_fails_says_why_and_leaves_nothing(
     home: Path, words: tuple[str, ...], status: int, what: str
 ) -> None:
     (home / "broken.vhd").write_bytes(b"conectix" + bytes(5000))
+    (home / "nowhere").symlink_to("not-there")
     before = sorted(os.listdir(home))
     refused = vhd(home, "mount", *words)
     assert refused.returncode == status, refused.stderr

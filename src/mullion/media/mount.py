@@ -85,6 +85,20 @@ def plan_views(device: BlockDevice) -> tuple[list[View], list[str]]:
     return views, list(table.problems)
 
 
+def resolve_mountpoint(path: str) -> str:
+    """The folder that a path means, with all links resolved.
+
+    Raises: InvalidError for a link that leads nowhere: a folder would be made where nobody asked for one.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise InvalidError(
+            f"{path} is a link to {os.readlink(path)}, which is not there",
+            remedy="Make that folder, or choose another mount point.",
+            path=path,
+        )
+    return os.path.realpath(path)
+
+
 def prepare_mountpoint(mountpoint: str) -> bool:
     """See that something can be mounted there; make the folder when it is missing, and say whether that was done.
 

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable
 
 from mullion.base import log as logs
-from mullion.base.errors import MullionError, OperationFailedError
+from mullion.base.errors import MullionError
 from mullion.base.process import ProcessIdentity
 from mullion.media.mount import MountSpec, plan_views
 from mullion.media.source import open_disk
 from mullion.vhd.geometry import SizeFrom
+from mullion.vhd.storage import storage_explained
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +78,13 @@ def main(ready_fd: int, log_path: str, spec: MountSpec) -> int:
         answer(b"\n")
 
     try:
-        serve_mount(spec, ready)
+        with storage_explained(spec.path):
+            serve_mount(spec, ready)
     except MullionError as error:
         log.error("%s", error)
         with contextlib.suppress(OSError):  # the pipe is closed when the mount was there already
             answer(json.dumps(error.to_wire()).encode() + b"\n")
         return error.exit_code
-    except OSError as error:
-        log.error("%s: %s", spec.path, error)
-        return OperationFailedError.exit_code
     except RuntimeError:
         return 1  # libfuse has said why
     with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
-from mullion.base.errors import MullionError, TooLargeError
+from mullion.base.errors import DeniedError, MullionError, TooLargeError
 from mullion.vhd.check import FileReport, add_finding, chain_finding, check_disk, check_open_file, compare_with_parent
 from mullion.vhd.findings import Finding, Kind
 from mullion.vhd.image import Image, open_file
@@ -35,6 +35,8 @@ class Node:
     report: FileReport
     file_bytes: int
     children: list[Node] = field(default_factory=list)
+    is_denied: bool = False
+    """May we not read it? What is in it is not known then."""
 
     def walk(self) -> Iterator[Node]:
         """This disk and all below it, without recursion: a chain may be deep."""
@@ -131,7 +133,8 @@ def _look_at(path: str, allowed_dirs: Sequence[str] | None) -> _Found | None:
         if not is_named_so:
             return None
         failed = Finding(Kind.NOT_VHD, f"cannot be read: {error.message}", 0, error.remedy)
-        return _Found(Node(check_open_file([failed], path), 0), (0, hash(path)), None, None)
+        node = Node(check_open_file([failed], path), 0, is_denied=isinstance(error, DeniedError))
+        return _Found(node, (0, hash(path)), None, None)
     try:
         examined = examine(fd, path)
         if not isinstance(examined, Image) and examined[-1].kind is Kind.NOT_VHD and not is_named_so:

@@ -74,7 +74,7 @@ def rebase(
                 copied = _copy_differences(chain, new, progress) if needs_old else 0
                 chain.settle()
                 set_parent(chain.images[0], parent, new.unique_id, file_io)
-        except ParentNotFoundError as error:
+        except (ParentNotFoundError, ChainCycleError) as error:
             error.remedy = (
                 f"{error.remedy} If it is gone for good, and {parent} has the same content: --unsafe, which changes "
                 f"the name alone."

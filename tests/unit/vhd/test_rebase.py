@@ -15,6 +15,8 @@ from tests.unit.vhd.power_cut import RecordingIO
 from mullion.base.errors import InvalidError, NotFoundError
 from mullion.vhd import create_differencing, create_dynamic, create_fixed, inspect_chain, open_chain
 from mullion.vhd.errors import ChainCycleError, DiskBusyError, ParentNotFoundError, VhdError
+from mullion.vhd.fileio import SYSTEM
+from mullion.vhd.parent_header import set_parent
 from mullion.vhd.rebase import rebase
 
 pytestmark = pytest.mark.unit
@@ -145,6 +147,22 @@ def test_many_times_does_not_grow_the_file(tmp_path: Path) -> None:
     for parent in (new, old, new, old):
         rebase(child, parent)
     assert os.path.getsize(child) <= size
+
+
+def test_a_cycle_is_opened_by_an_unsafe_rebase(tmp_path: Path) -> None:
+    _, new, child = family(tmp_path)
+    grandchild = str(tmp_path / "grandchild.vhd")
+    create_differencing(grandchild, child)
+    with open_chain(grandchild, read_only=True) as chain:
+        unique_id = chain.unique_id
+    with open_chain(child) as chain:
+        set_parent(chain.images[0], grandchild, unique_id, SYSTEM)
+    with pytest.raises(ChainCycleError) as caught:
+        rebase(child, new)
+    assert "--unsafe" in caught.value.remedy
+    rebase(child, new, unsafe=True)
+    with open_chain(grandchild, read_only=True) as chain:
+        assert new in chain.paths
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def mount(
     Examples:
       mullion vhd mount child.vhd mnt && cmp mnt/disk.raw mnt/disk.raw && mullion vhd unmount mnt
     """
-    from mullion.media.mount import MountSpec, start_mount
+    from mullion.media.mount import MountSpec, resolve_mountpoint, start_mount
 
-    folder = os.path.realpath(mountpoint)
+    folder = resolve_mountpoint(mountpoint)
     allowed = allowed_dirs(path, allow)
     folders = None if allowed is None else tuple(allowed)
     spec = MountSpec(os.path.abspath(path), folder, writable, allow_other, folders, size_source)
@@ -74,6 +74,7 @@ def _stay(face: Face, spec: MountSpec) -> None:
     from mullion.base.errors import UnavailableError
     from mullion.media.mount import fuse_remedy, prepare_mountpoint
     from mullion.media.mount_process import serve_mount
+    from mullion.vhd.storage import storage_explained
 
     def ready(warnings: list[str]) -> None:
         for warning in warnings:
@@ -83,7 +84,8 @@ def _stay(face: Face, spec: MountSpec) -> None:
     log.set_up("warning")
     prepare_mountpoint(spec.mountpoint)
     try:
-        serve_mount(spec, ready)
+        with storage_explained(spec.path):
+            serve_mount(spec, ready)
     except RuntimeError as error:
         raise UnavailableError(
             f"{spec.path} could not be mounted on {spec.mountpoint}", remedy=fuse_remedy(), path=spec.path

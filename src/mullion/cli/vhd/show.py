@@ -71,8 +71,8 @@ def tree(face: Face, *, path: str, allow: Sequence[str]) -> None:
     Of a file its chain is drawn, of a folder every disk in it. Missing parents, mismatched ids, damage and who has a
     disk open are said below the disk. Where the locale has no line-drawing characters, plain ones are used.
 
-    With --format json: a list of disks, each with `path`, `type`, `size_bytes`, `file_bytes`, `verdict`, `holder`,
-    `problems` as those of `mullion vhd check`, and `children`.
+    With --format json: a list of disks, each with `path`, `type`, `size_bytes`, `file_bytes`, `verdict` (null where the
+    file may not be read), `holder`, `problems` as those of `mullion vhd check`, and `children`.
 
     \b
     Examples:
@@ -243,7 +243,8 @@ def _tree_lines(face: Face, root: Node, *, boxes: Sequence[str], base: str | Non
         node, lead, below, depth = left.pop()
         yield lead + _node_text(face, node, base)
         stem = below + (through if node.children else blank)
-        yield from _problem_lines(face, node.report, stem)
+        if not node.is_denied:
+            yield from _problem_lines(face, node.report, stem)
         for number, child in enumerate(reversed(node.children)):
             is_last = number == 0
             if depth < _INDENT_LIMIT:
@@ -267,7 +268,9 @@ def _node_text(face: Face, node: Node, base: str | None) -> str:
         words += [report.type, format_size(report.size_bytes), f"file {format_size(node.file_bytes)}"]
     if report.facts is not None and report.facts.holder is not None:
         words.append(f"held by {printable(report.facts.holder)}")
-    if report.verdict.value != "sound":
+    if node.is_denied:
+        words.append(face.style("may not be read", "yellow"))
+    elif report.verdict.value != "sound":
         words.append(face.style(report.verdict.value, "red"))
     return "  ".join(words)
 
@@ -289,7 +292,7 @@ def _plain_disk(node: Node) -> dict[str, object]:
         "type": report.type,
         "size_bytes": report.size_bytes,
         "file_bytes": node.file_bytes,
-        "verdict": report.verdict.value,
+        "verdict": None if node.is_denied else report.verdict.value,
         "holder": report.facts.holder if report.facts is not None else None,
         "problems": [dataclasses.asdict(problem) for problem in report.problems],
         "children": [],
