@@ -68,7 +68,8 @@ class Root(LazyGroup):
             face.print_error(_usage_fault(error, face))
             return USAGE_EXIT_CODE
         except (KeyboardInterrupt, click.Abort):
-            click.echo("", err=True)
+            click.echo("", err=True)  # ^C stands on the line
+            face.note(f"{' '.join(_command_words(arguments))} was interrupted")
             return INTERRUPTED_EXIT_CODE
         except BrokenPipeError:
             return _reader_is_gone()
@@ -86,6 +87,18 @@ class Root(LazyGroup):
 def _wants_json(arguments: Sequence[str]) -> bool:
     """What --format would have said, had the command line been right up to there."""
     return "--format=json" in arguments or ("--format", "json") in itertools.pairwise(arguments)
+
+
+def _command_words(arguments: list[str]) -> list[str]:
+    """The command that was asked for, without what it was given."""
+    words: list[str] = []
+    command: click.Command | None = root
+    for word in arguments:
+        command = command.get_command(click.Context(command), word) if isinstance(command, click.Group) else None
+        if command is None:
+            break
+        words.append(word)
+    return words or ["mullion"]
 
 
 def _usage_fault(error: click.ClickException, face: Face) -> UsageFault:
