@@ -3,18 +3,21 @@
 Two disks: 4 GiB with 250 MB of data in 480 places, and 2 GiB full of data. Both sides end with an fsync of the new file
 (qemu-img syncs nothing by itself), in turns; the sources are in the page cache. Ours is the function behind the
 command, in this process; a row without a bar has the whole command, the start of Python included. On a disk the device
-sets the pace of both; the same in memory shows the work alone.
+sets the pace of both: the row "the disk's floor" is what it takes for nothing but writing as many bytes, out of memory,
+around the page cache, into room that is reserved. The same in memory shows the work alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,6 +38,8 @@ TO_FIXED_BAR: Final = 1 / 2
 TO_PIPE_BAR: Final = 1.0
 _PIECE_BYTES: Final = 512 * KIB
 _PIECES: Final = 480
+_FLOOR_BYTES: Final = MIB
+_FLOOR_THREADS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,8 @@ def run(scale: Scale) -> list[Row]:
     rows = []
     with scratch_folder(disk_folder()) as folder:
         for sample in make_samples(folder, scale):
-            rows += [*_to_dynamic(sample, folder, scale), *_to_fixed(sample, folder, scale), *_to_pipe(sample, scale)]
+            rows += [*_to_dynamic(sample, folder, scale), _floor(sample, folder, scale)]
+            rows += [*_to_fixed(sample, folder, scale), *_to_pipe(sample, scale)]
     with scratch_folder(MEMORY) as folder:
         for sample in make_samples(folder, scale):
             rows += [*_to_dynamic(sample, folder, scale, in_memory=True)]
@@ -93,9 +99,7 @@ def _to_dynamic(sample: Sample, folder: str, scale: Scale, *, in_memory: bool = 
             copy_disk(source, target, TargetKind.DYNAMIC)
 
     def peer() -> None:
-        options = "subformat=dynamic,force_size=on"
-        run_program("qemu-img", "convert", "-f", "raw", "-O", "vpc", "-o", options, sample.raw, target)
-        sync_file(target)
+        _qemu_to_dynamic(sample, target)
 
     what = f"raw to dynamic, {sample.name}"
     rows = [_row(what, ours, peer, target, scale, None if in_memory else TO_DYNAMIC_BAR, in_memory=in_memory)]
@@ -103,6 +107,35 @@ def _to_dynamic(sample: Sample, folder: str, scale: Scale, *, in_memory: bool = 
         command = ("vhd", "convert", sample.raw, f"{target}.vhd")
         rows.append(_row(f"{what}, the command", lambda: run_program(MULLION, *command), peer, target, scale, None))
     return rows
+
+
+def _qemu_to_dynamic(sample: Sample, target: str) -> None:
+    options = "subformat=dynamic,force_size=on"
+    run_program("qemu-img", "convert", "-f", "raw", "-O", "vpc", "-o", options, sample.raw, target)
+    sync_file(target)
+
+
+def _floor(sample: Sample, folder: str, scale: Scale) -> Row:
+    """As many bytes as the sample's data, with nothing to read and nothing to look for."""
+    target = f"{folder}/target"
+    length = os.stat(sample.raw).st_blocks * 512 // _FLOOR_BYTES * _FLOOR_BYTES
+    piece = mmap.mmap(-1, _FLOOR_BYTES)
+    piece[:] = random.Random(4).randbytes(_FLOOR_BYTES)
+
+    def floor() -> None:
+        fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, length)
+            with ThreadPoolExecutor(_FLOOR_THREADS) as pool:
+                written = pool.map(lambda at: os.pwrite(fd, piece, at), range(0, length, _FLOOR_BYTES))
+                if sum(written) != length:
+                    raise BenchFault("the disk took only a part of a write")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    what = f"the disk's floor for {sample.name}"
+    return _row(what, floor, lambda: _qemu_to_dynamic(sample, target), target, scale, None)
 
 
 def _to_fixed(sample: Sample, folder: str, scale: Scale, *, in_memory: bool = False) -> list[Row]:
