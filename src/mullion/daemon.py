@@ -33,9 +33,11 @@ from mullion.model.definition import Accelerator
 from mullion.model.views import CheckView, StatusView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operations
+from mullion.parent.schedules import Schedules
 from mullion.parent.store import SqliteStore, Store
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.checkpoint.keeper import MergeSlots
+from mullion.services.checkpoint.schedules import CheckpointSchedules
 from mullion.services.disk.controller import DiskController
 from mullion.services.files.controller import FilesController
 from mullion.services.image.controller import ImageController
@@ -82,6 +84,7 @@ class Daemon:
             stack.push_async_callback(events.close)
             operations = Operations(store, events)
             await operations.open()
+            schedules = Schedules(store, events)
             images = ImageController(paths)
             fleet = ProviderFleet(paths.log)
             stack.push_async_callback(fleet.close)
@@ -118,18 +121,23 @@ class Daemon:
             )
             await checkpoints.open()
             stack.push_async_callback(checkpoints.close)
+            checkpoint_schedules = CheckpointSchedules(schedules, checkpoints, partitions, operations)
+            checkpoint_schedules.register()
             files = FilesController(checkpoints)
             stack.push_async_callback(files.close)
             log.info("partitions are adopted %.3f s after the start", time.monotonic() - self._begun_s)
             await operations.recover()
             stack.push_async_callback(operations.close)
             await fleet.open()
+            await schedules.open()
+            stack.push_async_callback(schedules.close)
             server = await self._serve_api(
                 store=store,
                 operations=operations,
                 events=events,
                 partitions=partitions,
                 checkpoints=checkpoints,
+                checkpoint_schedules=checkpoint_schedules,
                 files=files,
                 disks=disks,
                 images=images,
@@ -149,12 +157,14 @@ class Daemon:
         events: Events,
         partitions: PartitionController,
         checkpoints: CheckpointController,
+        checkpoint_schedules: CheckpointSchedules,
         files: FilesController,
         disks: DiskController,
         images: ImageController,
     ) -> ApiServer:
         from mullion.parent import api
         from mullion.services.checkpoint import routes as checkpoint_routes
+        from mullion.services.checkpoint import schedule_routes
         from mullion.services.disk import routes as disk_routes
         from mullion.services.files import routes as files_routes
         from mullion.services.image import routes as image_routes
@@ -172,6 +182,7 @@ class Daemon:
                 *system_routes.ROUTES,
                 *partition_routes.ROUTES,
                 *checkpoint_routes.ROUTES,
+                *schedule_routes.ROUTES,
                 *files_routes.ROUTES,
                 *disk_routes.ROUTES,
                 *image_routes.ROUTES,
@@ -179,6 +190,7 @@ class Daemon:
             services={
                 "partitions": partitions,
                 "checkpoints": checkpoints,
+                "schedules": checkpoint_schedules,
                 "files": files,
                 "disks": disks,
                 "images": images,

@@ -31,8 +31,8 @@ from mullion.base.errors import AlreadyExistsError, InvalidError, MullionError, 
 from mullion.media.confined import channel, jail
 from mullion.media.errors import FilesystemError, ReaderDiedError, VolumeChoiceError
 from mullion.media.filesystems import reader
-from mullion.media.filesystems.extract import extract
 from mullion.media.filesystems.entries import FileEntry, Hole
+from mullion.media.filesystems.extract import extract
 from mullion.media.filesystems.reader import VolumeReader, open_volume
 from mullion.media.filesystems.volumes import choose_volume, list_volumes
 from mullion.media.foreign import open_foreign

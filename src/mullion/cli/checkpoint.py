@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mullion.cli import complete
+from mullion.cli.checkpoint_schedule import schedule
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
 from mullion.cli.progress import conclude, wait_option
@@ -136,6 +137,9 @@ def delete_checkpoint(face: Face, partition: str, name: str, wait: bool) -> None
     """
     begun = face.client.delete_checkpoint(partition, name)
     conclude(face, begun, wait=wait, sentence=lambda _: f"checkpoint {name} deleted")
+
+
+checkpoint.add_command(schedule)
 
 
 def _ask(face: Face, question: str) -> None:

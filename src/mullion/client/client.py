@@ -25,6 +25,7 @@ from mullion.client.transport import Answer, Body, Transport
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
 from mullion.model.views import (
+    CheckpointScheduleView,
     CheckpointTreeView,
     CheckpointView,
     DiskView,
@@ -150,6 +151,30 @@ class Client:
         """It is gone at once; the operation lasts until its layers are merged."""
         answer = self._ask("DELETE", f"/partitions/{_part(partition)}/checkpoints/{_part(name)}", None, {})
         return _decoded(answer, OperationView)
+
+    def checkpoint_schedules(self, partition: str) -> list[CheckpointScheduleView]:
+        return self._get(f"/partitions/{_part(partition)}/checkpoint-schedules", list[CheckpointScheduleView])
+
+    def set_checkpoint_schedule(
+        self,
+        partition: str,
+        name: str,
+        rule: str,
+        *,
+        keep: int | None = None,
+        keep_for_s: int | None = None,
+        consistent: bool = False,
+        etag: str = "*",
+    ) -> CheckpointScheduleView:
+        """Make or change one; `rule` as `model.schedule` reads it."""
+        path = f"/partitions/{_part(partition)}/checkpoint-schedules/{_part(name)}"
+        fields = {"rule": rule, "keep": keep, "keep_for_s": keep_for_s, "consistent": consistent}
+        return _decoded(self._ask("PUT", path, fields, {"If-Match": _quoted(etag)}), CheckpointScheduleView)
+
+    def remove_checkpoint_schedule(self, partition: str, name: str, *, etag: str = "*") -> None:
+        """Forget one; what it made stays."""
+        path = f"/partitions/{_part(partition)}/checkpoint-schedules/{_part(name)}"
+        self._ask("DELETE", path, None, {"If-Match": _quoted(etag)})
 
     # Files inside disks
 

@@ -168,6 +168,22 @@ class CheckpointTreeView(Struct, frozen=True):
     merges: tuple[MergeView, ...] = ()
 
 
+class CheckpointScheduleView(Struct, frozen=True):
+    """Checkpoints that are made again and again; `last_error` is why the last run failed, if it did."""
+
+    name: str
+    partition: str
+    rule: str
+    keep: int | None
+    keep_for_s: int | None
+    consistent: bool
+    next_at: str
+    last_at: str | None
+    last_result: str
+    last_error: ErrorView | None
+    etag: str
+
+
 class FileVolumeView(Struct, frozen=True):
     """A volume of a partition's disk and what it holds; `remedy` says what to do with one that cannot be read."""
 

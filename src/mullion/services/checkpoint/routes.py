@@ -14,7 +14,8 @@ from mullion.services.checkpoint.controller import CheckpointController
 
 _TAGS: Final = ["checkpoints"]
 _Checkpoint = Annotated[str, PathParameter(description="the checkpoint's name or id", max_length=64)]
-_Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(?!\n)$")]
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(?!\n)$"
+_Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 
 
 class NewCheckpoint(Struct, frozen=True, forbid_unknown_fields=True):

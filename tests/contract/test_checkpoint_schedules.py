@@ -1,0 +1,145 @@
+"""Schedules of checkpoints through the real service: what they make, what they keep, what they leave alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from tests.framework.service import Service
+
+from mullion.parent.schedules import ScheduleRecord
+from mullion.parent.store import Put, SqliteStore
+from mullion.vhd import inspect_chain
+
+pytestmark = pytest.mark.contract
+
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def service(short_tmp: Path) -> Iterator[Service]:
+    """A service with a stopped partition `web`."""
+    made = Service(str(short_tmp))
+    made.start()
+    try:
+        made.cli("partition", "create", "web", "--memory", "128M", "--disk", "web,size=64M")
+        yield made
+    finally:
+        made.end()
+
+
+def rewrite(service: Service, change: Callable[[ScheduleRecord], ScheduleRecord]) -> None:
+    """Change all schedules in the store of a service that does not run."""
+
+    async def main() -> None:
+        store = await SqliteStore.open(service.paths.database)
+        for entry in await store.list("schedules/"):
+            record = change(msgspec.json.decode(entry.value, type=ScheduleRecord))
+            await store.transact((), [Put(entry.key, msgspec.json.encode(record))])
+        await store.close()
+
+    asyncio.run(main())
+
+
+def miss_runs(service: Service) -> None:
+    """Stop the service, and start it a day later as far as its schedules know."""
+    service.end()
+    rewrite(
+        service,
+        lambda record: msgspec.structs.replace(record, begun_s=record.begun_s - 86_400, last_s=None, last_result=""),
+    )
+    service.start()
+
+
+def outcome(service: Service) -> str:
+    """How the run of the only schedule went, once it has ended."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        (view,) = service.cli("checkpoint", "schedule", "list", "web", "--format", "json").json
+        if view["last_error"] is not None:
+            return f"failed: {view['last_error']['message']}"
+        if view["last_result"]:
+            return str(view["last_result"])
+        assert time.monotonic() < deadline_s, "the run does not end"
+        time.sleep(0.05)
+
+
+def checkpoints(service: Service) -> list[tuple[str, str]]:
+    """Name and schedule of each, oldest first."""
+    with service.client() as client:
+        return [(view.name, view.schedule) for view in client.checkpoints("web").checkpoints]
+
+
+def write(service: Service, text: bytes) -> None:
+    """What the guest would do: write into the disk's head."""
+    files = [str(path) for path in Path(service.paths.disks).glob("web*.*vhd")]
+    head = max(files, key=lambda path: len(inspect_chain(path).paths))
+    service.cli("vhd", "write", head, "--offset", "0", stdin=text.ljust(512, b"."))
+
+
+def test_missed_runs_are_one_and_only_what_the_schedule_made_goes(service: Service) -> None:
+    service.cli("checkpoint", "create", "web", "by-hand")
+    service.cli("checkpoint", "schedule", "set", "web", "--every", "1h", "--keep", "1")
+    write(service, b"one")
+    miss_runs(service)
+    assert outcome(service).startswith("made ")
+    ((_, _), (first, schedule)) = checkpoints(service)
+    assert schedule == "default"
+
+    miss_runs(service)  # and nothing was written
+    assert outcome(service) == f"nothing was written since {first}"
+
+    write(service, b"two")
+    miss_runs(service)
+    made = outcome(service)
+    assert made.endswith(f", deleted {first}"), made
+    assert [name for name, _ in checkpoints(service)] == ["by-hand", made.split()[1].rstrip(",")]
+    kinds = [event["kind"] for event in map(msgspec.json.decode, service.cli(
+        "events", "--format", "json").stdout.splitlines())]  # fmt: skip
+    assert {"schedule.set", "checkpoint.created", "checkpoint.deleted"} <= set(kinds)
+
+
+def test_a_run_that_fails_says_why(service: Service) -> None:
+    service.cli("checkpoint", "schedule", "set", "web", "nightly", "--daily", "02:30", "--keep-for", "30d")
+    service.end()
+    Path(service.paths.disks, "web.vhd").rename(Path(service.home, "web.vhd"))
+    rewrite(service, lambda record: msgspec.structs.replace(record, begun_s=record.begun_s - 2 * 86_400))
+    service.start()
+    assert "web.vhd" in outcome(service)
+    shown = service.cli("checkpoint", "schedule", "list", "web").stdout
+    assert "failed: " in shown
+    events = service.cli("events", "--format", "json").stdout
+    assert '"schedule.failed"' in events
+    assert checkpoints(service) == []
+    Path(service.home, "web.vhd").rename(Path(service.paths.disks, "web.vhd"))
+    service.cli("checkpoint", "schedule", "remove", "web", "nightly")
+    assert service.cli("checkpoint", "schedule", "remove", "web", "nightly", check=False).status == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--keep", "3"),
+        ("--every", "1h"),
+        ("--every", "1h", "--daily", "02:30", "--keep", "3"),
+        ("--every", "5s", "--keep", "3"),
+        ("--keep", "0", "--every", "1h"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(service: Service, words: tuple[str, ...]) -> None:
+    assert service.cli("checkpoint", "schedule", "set", "web", *words, check=False).status == 2
+
+
+def test_schedules_go_with_their_partition(service: Service) -> None:
+    service.cli("checkpoint", "schedule", "set", "web", "--weekly", "sun 03:00", "--keep", "4")
+    assert (
+        service.cli("checkpoint", "schedule", "set", "web", "x", "--daily", "25:00", "--keep", "4", check=False).status
+        == 5
+    )
+    service.cli("partition", "delete", "web", "--yes")
+    service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web")
+    assert service.cli("checkpoint", "schedule", "list", "web", "--format", "json").json == []
