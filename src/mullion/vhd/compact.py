@@ -43,7 +43,7 @@ from mullion.vhd.create import DATA_ALIGNMENT, footer_place
 from mullion.vhd.fileio import SYSTEM, FileIO
 from mullion.vhd.freemap import FreeMap
 from mullion.vhd.header_switch import Piece, end_file, is_away, switch_header
-from mullion.vhd.image import Image
+from mullion.vhd.image import Image, open_file
 from mullion.vhd.layout import DiskType
 from mullion.vhd.offline import open_for_change
 from mullion.vhd.structures import bat_end
@@ -89,6 +89,7 @@ def compact(
     needs `force` then. Raises: ConflictError; what opening for writing raises, of the parents only with `find_free` and
     `against_parent`; what `find_free` raises; OSError.
     """
+    before = _status(path)  # opening gives back what an interrupted write had taken
     with open_for_change(
         path,
         holder="mullion vhd compact",
@@ -104,7 +105,6 @@ def compact(
                 remedy="Compact the child; or this disk without --free-space, which changes no content.",
                 path=path,
             )
-        before = os.fstat(image.fd)
         if image.header is None:
             removed, moved = 0, 0
             _punch(image, unused, progress, file_io)
@@ -121,6 +121,14 @@ def compact(
             removed,
             moved,
         )
+
+
+def _status(path: str) -> os.stat_result:
+    fd = open_file(path)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _parent_of(images: list[Image]) -> Chain | None:

@@ -68,6 +68,18 @@ def test_zero_blocks_go_and_the_file_gets_shorter(zeroed: range, tmp_path: Path)
     assert (again.blocks_removed, again.blocks_moved, again.file_bytes) == (0, 0, done.file_bytes)
 
 
+def test_what_an_interrupted_write_took_counts(tmp_path: Path) -> None:
+    path = str(tmp_path / "disk.vhd")
+    create_dynamic(path, 64 * MIB)
+    chain = open_chain(path)
+    chain.pwrite(0, bytes(512))
+    chain.abandon()
+    taken = os.path.getsize(path)
+    done = compact(path)
+    assert (done.old_file_bytes, done.file_bytes) == (taken, os.path.getsize(path))
+    assert done.file_bytes < taken - 32 * MIB
+
+
 def test_data_stays_where_it_can_be_written(tmp_path: Path) -> None:
     path = str(tmp_path / "d.vhd")
     create_dynamic(path, SIZE, block_bytes=BLOCK)
