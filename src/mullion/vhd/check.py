@@ -37,6 +37,7 @@ from mullion.vhd.errors import (
 from mullion.vhd.facts import Facts, describe
 from mullion.vhd.findings import Finding, Kind, Verdict, verdict_of
 from mullion.vhd.image import Image, open_file
+from mullion.vhd.layer_journal import check_whole
 from mullion.vhd.layout import HEADER_BYTES, LOCATORS, DiskType
 from mullion.vhd.locking import is_locked_for_writing, read_holder
 from mullion.vhd.parents import CHAIN_LIMIT, has_changed, parent_names, real_path, walk_parents
@@ -137,6 +138,7 @@ def check_disk(
         if azure:
             top.findings += find_azure_obstacles(top)
         judge = _judge_and_describe if facts else _judge
+        top.findings += merge_findings(top, None)
         files = _check_chain(top, judge, allowed_dirs, limit) if parents else [judge(top)]
         return Report(tuple(files))
     finally:
@@ -163,6 +165,7 @@ def _check_chain(
             for parent in walk_parents(top, allowed_dirs=allowed_dirs, limit=limit, load=load):
                 images.append(parent)
                 compare_with_parent(images[-2], parent)
+                parent.findings += merge_findings(parent, images[-2])
         except MullionError as error:
             images[-1].findings.append(chain_finding(images[-1], error))
             path = getattr(error, "path", None)
@@ -172,6 +175,15 @@ def _check_chain(
     finally:
         for image in images[1:]:
             image.close()
+
+
+def merge_findings(image: Image, child: Image | None) -> list[Finding]:
+    """Is this file, read through `child` or as a top, a mixture because another layer is being merged into it?"""
+    try:
+        check_whole(image, child)
+    except MullionError as error:
+        return [Finding(Kind.HALF_MERGED, error.message, 0, error.remedy)]
+    return []
 
 
 def chain_finding(child: Image, error: MullionError) -> Finding:

@@ -89,6 +89,7 @@ class Kind(Enum):
     SIZES_DIFFER = "sizes-differ", "chain", Cure.NOTHING
     CHAIN_CYCLE = "chain-cycle", "chain", Cure.NONE
     CHAIN_TOO_DEEP = "chain-too-deep", "chain", Cure.NONE
+    HALF_MERGED = "half-merged", "merge journal", Cure.COMMAND
     IN_USE = "in-use", "file", Cure.NOTHING
     AZURE_TYPE = "azure-type", "footer", Cure.COMMAND
     AZURE_SIZE = "azure-size", "footer", Cure.COMMAND

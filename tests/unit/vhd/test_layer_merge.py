@@ -16,8 +16,10 @@ from tests.unit.vhd.test_merge import SIZE, content, make, scribble
 from mullion.base.errors import ConflictError, InvalidError, MullionError, NoSpaceError
 from mullion.base.units import KIB
 from mullion.vhd import DiskBusyError, create_differencing, create_dynamic, inspect_chain, open_chain
+from mullion.vhd.check import check_disk
 from mullion.vhd.errors import HalfMergedError, ParentMismatchError, VhdDamagedError
 from mullion.vhd.fileio import SYSTEM, FileIO
+from mullion.vhd.findings import Verdict
 from mullion.vhd.layer_journal import forget_layer_merge, layer_journal_path, read_mark
 from mullion.vhd.layer_merge import LayerFiles, LayerMerged, check_only_child, merge_layer
 from mullion.vhd.merge import merge
@@ -211,6 +213,16 @@ def test_a_mixture_is_merged_nowhere_else(tmp_path: Path) -> None:
     merge(top, from_path=upper, into_path=base)
     assert content(top) == expected
     assert sorted(os.listdir(tmp_path)) == ["0.vhd", "3.vhd"]
+
+
+def test_a_check_says_so(tmp_path: Path) -> None:
+    lower, upper, top = interrupted(tmp_path)
+    (found,) = [problem for problem in check_disk(lower).problems if problem.code == "half-merged"]
+    assert f"mullion vhd merge {upper} --into {lower}" in found.remedy
+    assert check_disk(lower).verdict is Verdict.REPAIRABLE
+    assert "half-merged" not in [problem.code for problem in check_disk(top).problems]
+    merge_files(upper, lower)
+    assert "half-merged" not in [problem.code for problem in check_disk(lower).problems]
 
 
 def test_another_layer_waits_for_the_one_that_was_begun(tmp_path: Path) -> None:
