@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -142,8 +142,10 @@ class Control:
         self.socket.connect(path)
         self.lines = self.socket.makefile("rb")
 
-    def ask(self, command: str) -> dict[str, Any]:
-        self.socket.sendall(encode({"command": command}))
+    def ask(self, command: str, fds: Sequence[int] = (), **fields: object) -> dict[str, Any]:
+        line = encode({"command": command, "fds": len(fds), **fields})
+        sent = socket.send_fds(self.socket, [line], list(fds)) if fds else 0
+        self.socket.sendall(line[sent:])
         return self.receive()
 
     def receive(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mullion.provider.blk import BlkDevice
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.memory import GuestMemory
 from mullion.provider.ring import Drained, Ring
+from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user import MemoryRegion
 from mullion.wire.vhost_user.client import GUEST_BASE, USER_BASE
 from mullion.wire.vhost_user.driver import VirtqueueDriver
@@ -135,6 +136,7 @@ class GuestSide:
         address = VringAddress(
             0, 0, USER_BASE + place.descriptor, USER_BASE + place.used, USER_BASE + place.available, 0
         )
+        self.turnstile = Turnstile("disk")
         self.ring = Ring(
             BlkDevice(self.disk, "disk", "SERIAL-1"),
             self.guest_memory,
@@ -143,6 +145,7 @@ class GuestSide:
             features=self.features,
             inflight=self.inflight.queue(0, self.queue_size) if with_inflight else None,
             barrier=threading.Lock(),
+            turnstile=self.turnstile,
         )
         return self.ring
 

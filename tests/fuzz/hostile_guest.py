@@ -29,6 +29,7 @@ from tests.framework.virtqueue import ALL_FEATURES, GranuleDisk, GuestSide
 from mullion.provider.blk import BlkDevice
 from mullion.provider.memory import GuestFault
 from mullion.provider.space import SpaceGate
+from mullion.provider.turnstile import Turnstile
 from mullion.provider.vhost_export import VhostExport
 from mullion.wire.nbd import Export, Handshake, NbdProtocolError
 from mullion.wire.nbd.session import HandshakeState
@@ -212,7 +213,7 @@ class VhostAttack:
         listener = socket.socket(socket.AF_UNIX)  # nobody connects: what one would say comes from us
         self._disk = CheckedDisk(_DISK_BYTES)
         blk = BlkDevice(self._disk, "disk", "SERIAL-1")
-        self._export = VhostExport(listener, blk, SpaceGate(lambda *_: None), lambda *_: None)
+        self._export = VhostExport(listener, blk, SpaceGate(lambda *_: None), Turnstile("disk"), lambda *_: None)
         self._session = Session(self._export)
         self._script = self._good_start() if self._rng.random() < 0.8 else []
 

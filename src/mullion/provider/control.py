@@ -1,32 +1,48 @@
 """The control socket of a provider: answers commands, tells subscribers what happens. Runs in the main thread.
 
 Commands and their answers (`control_client` has the framing): `status` → partition, pid, uptime and every disk;
-`flush` → every disk is durable; `retry` → writers that wait for space try again; `subscribe` → events from now on;
-`quit` → the provider flushes, closes and ends, after the answer.
+`flush` → every disk is durable; `retry` → writers that wait for space try again; `switch` → other files beneath disks
+(`exchanging`); `subscribe` → events from now on; `quit` → the provider flushes, closes and ends, after the answer.
 Events: `no_space`, `space`, `broken`, `connected`, `disconnected`, each with `disk`, and `reason` where there is one.
 
-Limits: 16 clients, lines of 64 KiB; who does not read its answers is disconnected at 256 KiB.
+Limits: 16 clients, lines of 1 MiB, 253 descriptors with one; what no command asked for is closed at once. Who does not
+read its answers is disconnected at 4 MiB.
 """
 
 from __future__ import annotations
 
+import array
 import collections
 import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
-from mullion.base.errors import InvalidError, MullionError
-from mullion.provider.control_client import COMMANDS, LineDecoder, encode
+from mullion.base.errors import InvalidError, MullionError, TooLargeError
+from mullion.provider.control_client import COMMANDS, FDS_LIMIT, LineDecoder, descriptors_of, encode
 
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS: Final = 16
-OUTPUT_LIMIT_BYTES: Final = 256 * 1024
+OUTPUT_LIMIT_BYTES: Final = 4 * 1024 * 1024
 _READ_BYTES: Final = 16 * 1024
+_FD_BYTES: Final = array.array("i").itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a client asks: the fields of its line, and the descriptors that are the command's now."""
+
+    fields: Mapping[str, object]
+    fds: list[int]
+
+
+Action = Callable[[Command], Mapping[str, object]]
+"""Answers a command; it closes the descriptors, or keeps them. Raises: MullionError."""
 
 
 class _Client:
@@ -35,9 +51,30 @@ class _Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.decoder = LineDecoder()
+        self.fds: list[int] = []  # that came with the line which is not complete yet
         self.output = bytearray()
         self.is_subscribed = False
         self.is_ending = False  # closed as soon as the output is sent
+
+    def take_fds(self, count: object) -> list[int]:
+        """The descriptors of the line that says it has so many. Raises: InvalidError."""
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= len(self.fds):
+            raise InvalidError(
+                f"fds: {count!r}, and {len(self.fds)} descriptors came along",
+                remedy="Send the descriptors in the message that has the first byte of the command's line.",
+            )
+        taken, self.fds = self.fds[:count], self.fds[count:]
+        return taken
+
+    def close_fds(self) -> None:
+        """Close what came and no command wants."""
+        close_all(self.fds)
+        self.fds.clear()
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class ControlServer:
@@ -46,10 +83,10 @@ class ControlServer:
     def __init__(
         self,
         listener: socket.socket,
-        actions: Mapping[str, Callable[[], Mapping[str, object]]],
+        actions: Mapping[str, Action],
         quit_fd: int,
     ) -> None:
-        """`actions` answer `status`, `flush` and `retry`; `run` returns when `quit_fd` becomes readable."""
+        """`actions` answer what is not the socket's own; `run` returns when `quit_fd` becomes readable."""
         self._listener = listener
         self._actions = actions
         self._quit_fd = quit_fd
@@ -118,32 +155,42 @@ class ControlServer:
         if not events & ~select.EPOLLOUT or client.is_ending:
             return
         try:
-            data = client.connection.recv(_READ_BYTES)
+            data, ancillary, flags, _address = client.connection.recvmsg(
+                _READ_BYTES, socket.CMSG_SPACE(FDS_LIMIT * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError:
-            data = b""  # reset by the peer: the same as the end
+            data, ancillary, flags = b"", [], 0  # reset by the peer: the same as the end
+        client.fds += descriptors_of(ancillary)
         if not data:
             self._drop(client)
             return
         try:
+            if flags & socket.MSG_CTRUNC or len(client.fds) > FDS_LIMIT:
+                raise TooLargeError(f"more than {FDS_LIMIT} descriptors with one command")
             for message in client.decoder.feed(data):
                 self._send(client, self._answer(client, message))
         except MullionError as error:
             client.is_ending = True
             self._send(client, _failure(error))
+        if client.is_ending or not client.decoder.is_within_line:
+            client.close_fds()
 
     def _answer(self, client: _Client, message: Mapping[str, object]) -> Mapping[str, object]:
         tag = {"id": message["id"]} if "id" in message else {}
         try:
-            return tag | self._act(client, message.get("command"))
+            return tag | self._act(client, message)
         except MullionError as error:
             return tag | _failure(error)
 
-    def _act(self, client: _Client, command: object) -> dict[str, object]:
+    def _act(self, client: _Client, message: Mapping[str, object]) -> dict[str, object]:
+        command = message.get("command")
+        fds = client.take_fds(message.get("fds", 0))
         action = self._actions.get(command) if isinstance(command, str) else None
         if action is not None:
-            return dict(action())
+            return dict(action(Command(message, fds)))
+        close_all(fds)
         if command == "subscribe":
             client.is_subscribed = True
             return {"subscribed": True}
@@ -189,6 +236,7 @@ class ControlServer:
             return
         self._epoll.unregister(fd)
         del self._clients[fd]
+        client.close_fds()
         client.connection.close()
 
 

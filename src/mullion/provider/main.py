@@ -20,25 +20,31 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from mullion.base.errors import MullionError, NoSpaceError, OperationFailedError
 from mullion.base.listener import bind_listener
 from mullion.provider.blk import BlkDevice
-from mullion.provider.control import ControlServer
+from mullion.provider.control import Action, Command, ControlServer, close_all
 from mullion.provider.control_client import encode
+from mullion.provider.exchanging import Exchangeable, exchange_chains
 from mullion.provider.space import Shortage, SpaceGate, is_no_space
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.startup import (
     PROCESS_NAME,
     drop_privileges,
-    give_top_file,
+    give_file,
+    has_log,
     open_chain_files,
     set_process_name,
 )
+from mullion.provider.turnstile import HeldDevice, Turnstile
 from mullion.provider.vhost_export import Served, VhostExport
 from mullion.vhd import Chain
+from mullion.vhd.pending import log_path
+from mullion.vhd.recovery import recover_layer
 from mullion.wire.nbd import NbdExport
 
 log = logging.getLogger(__name__)
@@ -52,6 +58,7 @@ class _Disk:
 
     spec: DiskSpec
     chain: Chain
+    turnstile: Turnstile
     vhost: VhostExport | None = None
     nbd: NbdExport | None = None
 
@@ -73,17 +80,18 @@ class Provider:
         files: list[list[int]] = []
         sockets: dict[str, socket.socket] = {}
         try:
-            files.extend(open_chain_files(disk) for disk in spec.disks)
+            files.extend(open_chain_files(disk, spec.pending_dir) for disk in spec.disks)
             for path in _socket_paths(spec):
                 sockets[path] = bind_listener(path, uid=spec.uid, gid=spec.gid)
             if spec.pending_dir is not None:
                 _make_folder(spec.pending_dir, spec.uid, spec.gid)
             for disk, fds in zip(spec.disks, files, strict=True):
-                if not disk.read_only:
-                    give_top_file(fds[0], disk.chain[0], spec.uid, spec.gid)
+                for number in self._written(disk, fds):
+                    give_file(fds[number], disk.chain[number], spec.uid, spec.gid)
             drop_privileges(spec.uid, spec.gid)
             for disk in spec.disks:
-                self._disks.append(_Disk(disk, self._load(disk, files.pop(0))))
+                self._recover(disk, files[0])
+                self._disks.append(_Disk(disk, self._load(disk, files.pop(0)), Turnstile(disk.id)))
             self._control = ControlServer(sockets.pop(spec.control), self._actions(), self._quit_read_fd)
             for served in self._disks:
                 self._serve(served, sockets)
@@ -94,10 +102,24 @@ class Provider:
             _close_sockets(sockets)
             raise
 
+    def _written(self, disk: DiskSpec, fds: Sequence[int]) -> list[int]:
+        """Which files of a chain are written: the top, and a layer that a provider was killed on top of."""
+        if disk.read_only:
+            return []
+        return [number for number, fd in enumerate(fds) if not number or has_log(self._spec.pending_dir, disk.id, fd)]
+
+    def _recover(self, disk: DiskSpec, fds: Sequence[int]) -> None:
+        """Finish the layers whose writer was killed before it knew of the files that are above them now."""
+        for number in reversed(self._written(disk, fds)[1:]):
+            pending = log_path(str(self._spec.pending_dir), disk.id, fds[number])
+            holder = self._spec.partition
+            for said in recover_layer(fds[number], disk.chain[number], pending_path=pending, holder=holder):
+                log.warning("disk %s: %s", disk.id, said)
+
     def _load(self, disk: DiskSpec, fds: list[int]) -> Chain:
         pending = None
         if self._spec.pending_dir is not None and not disk.read_only:
-            pending = f"{self._spec.pending_dir}/{disk.id}"
+            pending = log_path(self._spec.pending_dir, disk.id, fds[0])
         chain = Chain.from_descriptors(
             fds, disk.chain, read_only=disk.read_only, pending_path=pending, holder=self._spec.partition
         )
@@ -110,12 +132,12 @@ class Provider:
         self._gate.register(disk.id, disk.chain[0])
         if disk.vhost_user is not None:
             blk = BlkDevice(chain, disk.id, disk.serial or disk.id)
-            served.vhost = VhostExport(sockets.pop(disk.vhost_user), blk, self._gate, self._notify)
+            served.vhost = VhostExport(sockets.pop(disk.vhost_user), blk, self._gate, served.turnstile, self._notify)
             served.vhost.start()
         if disk.nbd is not None:
             served.nbd = NbdExport(
                 disk.nbd,
-                chain,
+                HeldDevice(chain, served.turnstile),
                 name=disk.id,
                 read_only=disk.read_only,
                 # It answers ENOSPC, and QEMU stops the guest itself. A request that we held would hang its `stop`.
@@ -181,8 +203,9 @@ class Provider:
 
     # What the control socket asks.
 
-    def _actions(self) -> Mapping[str, Callable[[], Mapping[str, object]]]:
-        return {"status": self.status, "flush": self._flush, "retry": self._retry}
+    def _actions(self) -> Mapping[str, Action]:
+        plain = {"status": self.status, "flush": self._flush, "retry": self._retry}
+        return {name: partial(_without_fds, action) for name, action in plain.items()} | {"switch": self._switch}
 
     def status(self) -> Mapping[str, object]:
         """The provider and its disks as JSON values."""
@@ -209,6 +232,7 @@ class Provider:
             "size_bytes": served.chain.size_bytes,
             "read_only": served.chain.read_only,
             "path": disk.chain[0],
+            "chain": list(served.chain.paths),
             "chain_files": len(disk.chain),
             "vhost_user": None,
             "nbd": None,
@@ -235,6 +259,29 @@ class Provider:
                     raise NoSpaceError(where, disk=served.spec.id) from error
                 raise OperationFailedError(where, remedy="Look after the storage below it.") from error
         return {"flushed": [served.spec.id for served in self._disks]}
+
+    def _switch(self, command: Command) -> Mapping[str, object]:
+        spec = self._spec
+        disks = {
+            served.spec.id: Exchangeable(
+                served.spec.id,
+                served.chain,
+                served.turnstile,
+                None if spec.pending_dir is None else partial(log_path, spec.pending_dir, served.spec.id),
+                spec.partition,
+            )
+            for served in self._disks
+        }
+        try:
+            stall_ms = exchange_chains(disks, command)
+        finally:
+            for served in self._disks:
+                served.spec = replace(served.spec, chain=served.chain.paths)
+                self._gate.register(served.spec.id, served.spec.chain[0])
+        return {
+            "stall_ms": round(stall_ms, 3),
+            "disks": [{"id": served.spec.id, "chain": list(served.spec.chain)} for served in self._disks],
+        }
 
     def _retry(self) -> Mapping[str, object]:
         self._gate.retry()
@@ -296,6 +343,11 @@ def _report(fd: int, message: Mapping[str, object]) -> None:
     """Nobody may wait for it any more, which is no reason to end."""
     with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as file:
         file.write(encode(message))
+
+
+def _without_fds(action: Callable[[], Mapping[str, object]], command: Command) -> Mapping[str, object]:
+    close_all(command.fds)
+    return action()
 
 
 def _socket_paths(spec: ProviderSpec) -> list[str]:

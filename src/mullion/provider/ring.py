@@ -32,6 +32,7 @@ from mullion.base.errors import MullionError
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.memory import GuestFault, GuestMemory
+from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user.messages import DeviceFeature, VringAddress
 from mullion.wire.vhost_user.virtio_blk import DescriptorFlag
 
@@ -68,7 +69,7 @@ class Drained(enum.Enum):
     """How a call of `drain` ended."""
 
     IDLE = "idle"  # nothing left; the driver will kick
-    BUSY = "busy"  # the budget is spent, there is more
+    BUSY = "busy"  # the budget is spent or the disk is held, there is more
     STALLED = "stalled"  # a write waits for space
 
 
@@ -85,6 +86,7 @@ class Ring:
         features: int,
         inflight: InflightQueue | None,
         barrier: threading.Lock,
+        turnstile: Turnstile,
     ) -> None:
         """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
         self.requests = 0
@@ -94,6 +96,7 @@ class Ring:
         self._memory = memory
         self._size = size
         self._barrier = barrier
+        self._turnstile = turnstile
         self._event_idx = bool(features & _EVENT_IDX)
         if address.descriptor % 16 or address.available % 2 or address.used % 4:
             raise GuestFault(f"vring {address.index} is not aligned")
@@ -125,7 +128,7 @@ class Ring:
                 if count:
                     if count > size:
                         raise GuestFault(f"available index {limit} is {count} ahead of {index}, the ring has {size}")
-                    if spent >= BUDGET_REQUESTS:
+                    if spent >= BUDGET_REQUESTS or self._turnstile.is_held:
                         return Drained.BUSY
                     if not self._event_idx:
                         self._used[0] = _NO_NOTIFY

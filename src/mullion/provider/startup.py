@@ -16,19 +16,25 @@ from typing import Final
 from mullion.base.errors import DeniedError, InvalidError, MullionError, NotFoundError
 from mullion.provider.spec import DiskSpec
 from mullion.vhd.locking import lock_file
+from mullion.vhd.pending import log_path
 
 PROCESS_NAME: Final = "mullion-prov"
 
 
-def open_chain_files(disk: DiskSpec) -> list[int]:
+def open_chain_files(disk: DiskSpec, pending_dir: str | None = None) -> list[int]:
     """Descriptors of a disk's files, top first: the top for writing unless the disk is read-only.
 
+    A file below it is opened for writing when a pending log of it is there: its writer was killed.
     Raises: NotFoundError, DeniedError, InvalidError; whatever was opened is closed again then.
     """
     fds: list[int] = []
     try:
         for number, path in enumerate(disk.chain):
             fds.append(_open_file(path, writable=number == 0 and not disk.read_only))
+            if number and not disk.read_only and has_log(pending_dir, disk.id, fds[-1]):
+                read_only_fd = fds.pop()
+                os.close(read_only_fd)
+                fds.append(_open_file(path, writable=True))
     except BaseException:
         for fd in fds:
             os.close(fd)
@@ -36,7 +42,12 @@ def open_chain_files(disk: DiskSpec) -> list[int]:
     return fds
 
 
-def give_top_file(fd: int, path: str, uid: int | None, gid: int | None) -> None:
+def has_log(pending_dir: str | None, disk_id: str, fd: int) -> bool:
+    """Is there a pending log of that file, from a writer that was killed?"""
+    return pending_dir is not None and os.path.exists(log_path(pending_dir, disk_id, fd))
+
+
+def give_file(fd: int, path: str, uid: int | None, gid: int | None) -> None:
     """Make the partition's user the owner of the file that it writes, once it is locked against everybody else.
 
     The chain keeps its session and its holder in `user.` attributes, which take the rights of the caller (xattr(7)),

@@ -4,6 +4,8 @@ The thread sleeps in epoll over the listening socket, the connection, the kick d
 wake-up descriptor. Kicks are edge-triggered and never read: a write to an eventfd is an event even if its counter was
 not zero, and the ring's own index says what there is to do.
 
+The thread passes the disk's turnstile before it serves what has come, and is held there while files are exchanged.
+
 Invariants: everything but the counters and the state belongs to the thread. A ring that breaks stops, alone; the
 process, the connection and the other rings go on. The state stays `broken` until a front-end starts that ring anew.
 """
@@ -25,10 +27,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from mullion.provider.blk import BlkDevice
+from mullion.provider.control_client import descriptors_of
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.ring import Drained, Ring
 from mullion.provider.space import RETRY_INTERVAL_S, SpaceGate
+from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user import Inflight, MemoryRegion, ProtocolError, Session, Vring
 from mullion.wire.vhost_user.messages import MAX_FDS, DeviceFeature
 from mullion.wire.vhost_user.virtio_blk import MAX_QUEUES, SECTOR_BYTES, BlkFeature, ConfigSpace
@@ -76,12 +80,15 @@ class VhostExport:
         listener: socket.socket,
         blk: BlkDevice,
         gate: SpaceGate,
+        turnstile: Turnstile,
         notify: Callable[[str, str, str], None],
     ) -> None:
         """`notify(event, disk, reason)` hears of `connected`, `disconnected` and `broken`, from the thread."""
         self._listener = listener
         self._blk = blk
         self._gate = gate
+        self._turnstile = turnstile
+        self._seat = turnstile.seat()
         self._notify = notify
         self._rings: dict[int, Ring] = {}
         self._kicks: dict[int, int] = {}  # descriptor → index of the running ring
@@ -159,6 +166,12 @@ class VhostExport:
         """Wait for something to do, and do it."""
         timeout_s = 0 if self._busy else -1 if not self._stalled else RETRY_INTERVAL_S
         events = self._epoll.poll(timeout_s, _EVENTS)
+        if self._turnstile.is_held:
+            self._turnstile.give_way()
+        with self._seat:
+            self._serve(events)
+
+    def _serve(self, events: Sequence[tuple[int, int]]) -> None:
         kicks, stalled = self._kicks, self._stalled
         for fd, _event in events:
             index = kicks.get(fd)
@@ -242,7 +255,7 @@ class VhostExport:
                 data, ancillary, flags, _address = connection.recvmsg(
                     session.wanted_bytes, socket.CMSG_SPACE(MAX_FDS * _FD), socket.MSG_CMSG_CLOEXEC
                 )
-                fds = _descriptors(ancillary)
+                fds = descriptors_of(ancillary)
                 if not data:
                     self._disconnect("the front-end has closed the connection")
                     return
@@ -321,6 +334,7 @@ class VhostExport:
                 features=features,
                 inflight=inflight,
                 barrier=self._barrier,
+                turnstile=self._turnstile,
             )
         except GuestFault as fault:
             raise ProtocolError(str(fault)) from fault
@@ -386,14 +400,6 @@ def _replace_fd(table: dict[int, int], index: int, fd: int | None) -> None:
         os.close(old)
     if fd is not None:
         table[index] = fd
-
-
-def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % _FD])
-    return fds.tolist()
 
 
 def _send(connection: socket.socket, data: bytes, fds: tuple[int, ...]) -> None:

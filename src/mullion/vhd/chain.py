@@ -4,6 +4,9 @@ Threads: everything may be called from several threads, and `direct_read` and `d
 without a lock (see `mapping`). Requests that change nothing but data take no lock; a write that changes metadata and a
 flush wait for each other. Whoever uses the direct tables must have stopped before `close`.
 
+The files beneath a chain can be exchanged while it is used (`switching`). What an exchange leaves to be made durable,
+a top that is frozen or a file that was emptied, is done before the next flush returns: until then it is not promised.
+
 Durability: see `top` (order of writing) and `pending` (death of the process without a power cut).
 """
 
@@ -15,7 +18,7 @@ import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.base.errors import InvalidError, StateError
@@ -33,6 +36,17 @@ from mullion.vhd.parents import CHAIN_LIMIT, check_parent, load_parent, open_par
 from mullion.vhd.pending import end_session
 from mullion.vhd.recovery import open_top
 from mullion.vhd.top import TopWriter
+
+
+class Unfinished(Protocol):
+    """What is to be made durable below the top before a flush of the disk may return."""
+
+    image: Image
+    writer: TopWriter | None
+
+    def complete(self) -> None:
+        """Do it; it may be called again after an error. Raises: OSError."""
+        ...
 
 
 class Chain:
@@ -58,17 +72,24 @@ class Chain:
         self._io = file_io
         self._is_closed = False
         self._write_lock = threading.Lock()
+        self._unfinished: list[Unfinished] = []
+        self._finish_lock = threading.Lock()
+        self._make_map()
+        self.warnings: list[str] = [f"{self._top.path}: {text}" for text in said]
+        for image in images:
+            self.warnings.extend(f"{image.path}: {text}" for text in (*image.warnings, *image.damage))
+
+    def _make_map(self) -> None:
+        """Begin with empty tables."""
         self._size = self._top.size_bytes
-        self._map = Mapping(images, self._writer, read_only=read_only)
+        lower = {one.image.fd: one.writer for one in self._unfinished if one.writer is not None}
+        self._map = Mapping(self._images, self._writer, read_only=self._read_only, lower_writers=lower)
         self._mask = self._map.granule_bytes - 1
         self.block_shift: int = self._map.shift
         self.direct_read: dict[int, tuple[int, int]] = self._map.direct_read
         self.direct_write: dict[int, tuple[int, int]] = self._map.direct_write
         self.mixed_read = self._map.mixed
         self.mixed_used = self._map.used
-        self.warnings: list[str] = [f"{self._top.path}: {text}" for text in said]
-        for image in images:
-            self.warnings.extend(f"{image.path}: {text}" for text in (*image.warnings, *image.damage))
 
     @classmethod
     def from_descriptors(
@@ -139,24 +160,65 @@ class Chain:
         """An offset at or behind this one before which no file has anything; for this package."""
         return min(self._size, self._map.next_used(offset))
 
+    @property
+    def writer(self) -> TopWriter | None:
+        """Of the top; for this package."""
+        return self._writer
+
+    @property
+    def file_io(self) -> FileIO:
+        """Through which the files are changed; for this package."""
+        return self._io
+
     def settle(self) -> None:
         """Write everything and give back the room that was taken ahead: the file is as its structures say."""
+        with self.settled():
+            pass
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Settle, and have the top's structures to oneself; meanwhile data is read, and overwritten in place.
+
+        The blocks of the top must stay where they are. What a reader sees must stay the same, unless nobody reads.
+        """
+        self.complete()
         with self._write_lock:
+            self._check_open()
             self._flush()
             if self._writer is not None:
                 self._writer.close_gap()
+            try:
+                yield
+            finally:
+                if self._writer is not None:
+                    self._writer.restart()
 
     def renew(self) -> None:
-        """Go on after the structures of the top were changed, between `settle` and now; not for a pending log."""
+        """Go on after the structures of the top were changed, between `settle` and now; nobody reads or writes."""
         with self._write_lock:
             if self._writer is not None:
-                self._writer = TopWriter(self._top, self._io, None)
-            self._size = self._top.size_bytes
-            self._map = Mapping(self._images, self._writer, read_only=self._read_only)
-            self._mask = self._map.granule_bytes - 1
-            self.block_shift = self._map.shift
-            self.direct_read, self.direct_write = self._map.direct_read, self._map.direct_write
-            self.mixed_read, self.mixed_used = self._map.mixed, self._map.used
+                self._writer.restart()
+            self._make_map()
+
+    def exchange(self, images: list[Image], writer: TopWriter | None, unfinished: Sequence[Unfinished] = ()) -> None:
+        """Stand on other files from now on, which read the same; nobody reads or writes meanwhile. It cannot fail.
+
+        `writer` is that of the new top. The files that are in the chain no more stay open, and are the caller's.
+        """
+        with self._write_lock:
+            self._images, self._top, self._writer = images, images[0], writer
+            self._unfinished.extend(unfinished)
+            self._make_map()
+
+    def complete(self) -> None:
+        """Make durable what exchanges have left. May be repeated after an error. Raises: OSError."""
+        if not self._unfinished:
+            return
+        with self._finish_lock:
+            while self._unfinished:
+                self._unfinished[0].complete()
+                self._map.forget_writer(self._unfinished[0].image.fd)
+                del self._unfinished[0]
 
     # ------------------------------------------------------------------ reading
 
@@ -317,6 +379,7 @@ class Chain:
         if self._read_only:
             self._check_open()
             return
+        self.complete()
         with self._write_lock:
             self._check_open()
             self._flush()
@@ -425,6 +488,7 @@ class Chain:
         is_clean = False
         try:
             if not self._read_only:
+                self.complete()
                 with self._write_lock:
                     self._flush()
                     if self._writer is not None:
@@ -443,15 +507,17 @@ class Chain:
                 return
             self._is_closed = True
             self._map.clear()
-            if self._writer is not None:
-                self._writer.close_log(remove=is_clean)
+            for writer in (self._writer, *(one.writer for one in self._unfinished)):
+                if writer is not None:
+                    writer.close_log(remove=is_clean)
             if is_clean:
                 write_holder(self._top.fd, "")
                 end_session(self._top.fd)
-            for image in self._images:
-                with contextlib.suppress(OSError):
-                    unlock_file(image.fd)
-                image.close()
+            for image in (*self._images, *(one.image for one in self._unfinished)):
+                if image.fd >= 0:
+                    with contextlib.suppress(OSError):
+                        unlock_file(image.fd)
+                    image.close()
 
     def __enter__(self) -> Self:
         return self

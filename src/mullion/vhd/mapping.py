@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping as Table
 from typing import Final
 
 from mullion.base.units import MIB, SECTOR_BYTES
@@ -47,9 +48,19 @@ A second level has what the first says nobody owns; it exists only where a granu
 
 
 class Mapping:
-    """The map of a chain of open files, top first; `writer` when the top can be written and has blocks."""
+    """The map of a chain of open files, top first; `writer` when the top can be written and has blocks.
 
-    def __init__(self, images: list[Image], writer: TopWriter | None, *, read_only: bool) -> None:
+    `lower_writers` are those of other files, by descriptor, whose bitmaps are not all in the file yet.
+    """
+
+    def __init__(
+        self,
+        images: list[Image],
+        writer: TopWriter | None,
+        *,
+        read_only: bool,
+        lower_writers: Table[int, TopWriter] | None = None,
+    ) -> None:
         blocks = [image.block_bytes for image in images if image.header is not None]
         self.shift = min([FIXED_GRANULE_BYTES, *blocks]).bit_length() - 1
         self.granule_bytes = 1 << self.shift
@@ -63,7 +74,9 @@ class Mapping:
         self._images = images
         self._top = images[0]
         self._size = images[0].size_bytes
-        self._writer = writer
+        self._writers = dict(lower_writers or {})
+        if writer is not None:
+            self._writers[images[0].fd] = writer
         self._read_only = read_only
         self._lock = threading.Lock()
 
@@ -147,6 +160,11 @@ class Mapping:
                 del self.mixed[granule]
                 self.used.discard(granule)
 
+    def forget_writer(self, fd: int) -> None:
+        """All of that lower file is in the file now."""
+        with self._lock:
+            self._writers.pop(fd, None)
+
     def next_used(self, offset: int) -> int:
         """A granule's start at or behind `offset` before which no file has anything; for chains without a fixed disk.
 
@@ -193,9 +211,10 @@ class Mapping:
                 break
             if at is None:
                 continue
-            if self._writer is not None and image is self._top:
+            writer = self._writers.get(image.fd)
+            if writer is not None:
                 whole = image.header.block_bytes // SECTOR_BYTES
-                bits = self._writer.bits(block) >> (whole - within // SECTOR_BYTES - sectors) & left
+                bits = writer.bits(block) >> (whole - within // SECTOR_BYTES - sectors) & left
             else:
                 bits = image.read_bits(at, within // SECTOR_BYTES, sectors) & left
             if bits:

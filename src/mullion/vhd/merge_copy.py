@@ -26,10 +26,13 @@ from mullion.vhd.top import TopWriter
 
 
 class UpperLayers:
-    """The layers to be merged, top first, seen as one: open, and not written by anybody."""
+    """The layers to be merged, top first, seen as one: open, and not written by anybody.
 
-    def __init__(self, images: Sequence[Image]) -> None:
-        self._map = Mapping(list(images), None, read_only=True)
+    `writer` is that of the first, when not all that it holds is in the file yet.
+    """
+
+    def __init__(self, images: Sequence[Image], writer: TopWriter | None = None) -> None:
+        self._map = Mapping(list(images), writer, read_only=True)
         self.size_bytes = images[0].size_bytes
         self.opaque_from = min(image.size_bytes for image in images)
         """From this byte on what they do not hold reads zero, and not what lies below."""

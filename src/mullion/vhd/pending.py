@@ -69,6 +69,15 @@ class Record(NamedTuple):
     length: int
 
 
+def log_path(folder: str, disk_id: str, top_fd: int) -> str:
+    """Where the log of a disk's top is kept: each file has one of its own, so that an exchange of tops mixes nothing.
+
+    The name is made of what the file is and not of what it says, so whoever opens it knows whether there is a log.
+    """
+    status = os.fstat(top_fd)
+    return f"{folder}/{disk_id}-{status.st_dev:x}-{status.st_ino:x}"
+
+
 def start_session(top_fd: int) -> None:
     """Mark the file with a new session: best effort, since not every file system keeps attributes."""
     with contextlib.suppress(OSError):

@@ -9,9 +9,9 @@ damage is refused for writing and stays readable. Each step may be repeated afte
 from __future__ import annotations
 
 from mullion.vhd.errors import VhdDamagedError
-from mullion.vhd.fileio import FileIO
-from mullion.vhd.image import Image
-from mullion.vhd.locking import write_holder
+from mullion.vhd.fileio import SYSTEM, FileIO
+from mullion.vhd.image import Image, load_image
+from mullion.vhd.locking import lock_file, write_holder
 from mullion.vhd.pending import PendingLog, end_session, has_session, start_session
 from mullion.vhd.top import TopWriter
 
@@ -45,6 +45,20 @@ def open_top(
             log.close(remove=False)
         raise
     return writer, said
+
+
+def recover_layer(fd: int, path: str, *, pending_path: str, holder: str, file_io: FileIO = SYSTEM) -> list[str]:
+    """End what a killed writer has begun in a file that is no top any more; what was done.
+
+    Its provider died after a child was put on top and before it heard of it. The file, open for writing, is locked for
+    reading afterwards. Raises: DiskBusyError; VhdError; OSError.
+    """
+    lock_file(fd, path, for_writing=True)
+    image = load_image(fd, path)
+    writer, said = open_top(image, pending_path=pending_path, holder=holder, file_io=file_io)
+    end_top(image, writer, file_io)
+    lock_file(fd, path, for_writing=False)
+    return [f"{path}: {text}" for text in said]
 
 
 def end_top(top: Image, writer: TopWriter | None, file_io: FileIO) -> None:

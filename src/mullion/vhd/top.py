@@ -73,6 +73,13 @@ class TopWriter:
         self._clean_limit = max(4, _CACHED_BITMAP_BYTES // self._bitmap_bytes)
         self._dirty_limit = max(4, _DIRTY_BITMAP_BYTES // self._bitmap_bytes)
 
+    def restart(self) -> None:
+        """The structures of the file were changed by somebody else, while nothing was pending and no room taken."""
+        assert not self.has_pending
+        self._next = self.image.footer_offset
+        with self._state:
+            self._clean_bits.clear()
+
     @property
     def is_full(self) -> bool:
         """Too much waits: flush before the next write."""

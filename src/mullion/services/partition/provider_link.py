@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from mullion.base.errors import DeadlineError, MullionError, UnavailableError
@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 _START_DEADLINE_S: Final = 120.0
 """A provider is up in milliseconds, unless the storage below keeps its first sync waiting: seen for half a minute."""
 _ANSWER_DEADLINE_S: Final = 30.0
+_SEND_RETRY_S: Final = 0.01
 _GIVE_UP_S: Final = 5.0
-_LINE_LIMIT_BYTES: Final = 256 * 1024
+_LINE_LIMIT_BYTES: Final = 8 * 1024 * 1024
 
 
 class ProviderError(MullionError):
@@ -159,6 +160,17 @@ def _end_unwanted(pid: int) -> ProcessIdentity | None:
     return identity
 
 
+async def _connect(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 class ProviderLink:
     """A connection to one provider's control socket. `on_event` gets its events, and None when the socket closes."""
 
@@ -167,6 +179,8 @@ class ProviderLink:
         self._on_event = on_event
         self._answers: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
         self._turn = asyncio.Lock()
+        self._numbers = itertools.count(1)
+        self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -176,7 +190,8 @@ class ProviderLink:
         Raises: UnavailableError when nobody listens.
         """
         try:
-            reader, self._writer = await asyncio.open_unix_connection(self._path, limit=_LINE_LIMIT_BYTES)
+            self._socket = await _connect(self._path)
+            reader, self._writer = await asyncio.open_connection(sock=self._socket, limit=_LINE_LIMIT_BYTES)
         except OSError as error:
             raise UnavailableError(
                 f"the provider does not listen at {self._path}: {os.strerror(error.errno or 0)}"
@@ -195,8 +210,10 @@ class ProviderLink:
         self._answers.put_nowait({"error": "the provider closed its control socket"})
         self._on_event(None)
 
-    async def request(self, command: str, **arguments: object) -> Mapping[str, Any]:
-        """Ask one thing.
+    async def request(
+        self, command: str, *, fds: Sequence[int] = (), deadline_s: float = _ANSWER_DEADLINE_S, **arguments: object
+    ) -> Mapping[str, Any]:
+        """Ask one thing; `fds` go along, and stay the caller's.
 
         Raises: the error that the provider reports; DeadlineError; UnavailableError when it is gone.
         """
@@ -204,20 +221,39 @@ class ProviderLink:
             if self._writer is None:
                 raise UnavailableError("the provider's control socket is closed")
             try:
-                self._writer.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
-                await self._writer.drain()
-                async with asyncio.timeout(_ANSWER_DEADLINE_S):
-                    answer = await self._answers.get()
+                number = next(self._numbers)
+                line = json.dumps({"command": command, "id": number, "fds": len(fds), **arguments}).encode() + b"\n"
+                async with asyncio.timeout(deadline_s):
+                    await self._send(self._writer, line, fds)
+                    answer = await self._answer(number)
             except TimeoutError as error:
                 await self.close()
-                raise DeadlineError(
-                    f"the provider did not answer {command!r} within {_ANSWER_DEADLINE_S:g} s"
-                ) from error
+                raise DeadlineError(f"the provider did not answer {command!r} within {deadline_s:g} s") from error
             except ConnectionError as error:
                 raise UnavailableError(f"the provider went away during {command!r}") from error
         if "error" in answer:
             raise _error_from(answer)
         return answer
+
+    async def _send(self, writer: asyncio.StreamWriter, line: bytes, fds: Sequence[int]) -> None:
+        if fds:
+            assert self._socket is not None, "connected, since there is a writer"
+            sent = 0
+            while not sent:
+                try:
+                    sent = socket.send_fds(self._socket, [line], list(fds))
+                except BlockingIOError:  # earlier requests have not been read yet
+                    await asyncio.sleep(_SEND_RETRY_S)
+            line = line[sent:]
+        writer.write(line)
+        await writer.drain()
+
+    async def _answer(self, number: int) -> Mapping[str, Any]:
+        """The answer to our request: one whose request was given up may come before it."""
+        while True:
+            answer = await self._answers.get()
+            if answer.get("id", number) == number:
+                return answer
 
     async def close(self) -> None:
         if self._writer is not None:
