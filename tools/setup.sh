@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 level=${1:?usage: tools/setup.sh runtime|dev}
 
 # docs/dependencies.md says what each is for.
-packages="python3-venv qemu-system-x86 qemu-utils ovmf syslinux mtools dosfstools e2fsprogs util-linux fuse3"
+packages="python3-venv qemu-system-x86 qemu-utils ovmf swtpm syslinux mtools dosfstools e2fsprogs util-linux fuse3"
 lock=requirements/runtime.lock
 case $level in
 runtime) ;;

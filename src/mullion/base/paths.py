@@ -116,6 +116,10 @@ class PartitionPaths:
         return f"{self.run}/tpm.pid"
 
     @property
+    def tpm_log(self) -> str:
+        return f"{self.data}/tpm.log"
+
+    @property
     def tpm(self) -> str:
         """The TPM's control socket, which QEMU connects to."""
         return self._socket("tpm.sock")

@@ -44,6 +44,7 @@ PACKAGES: Final[Mapping[str, str]] = {
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "setpriv": "util-linux",
+    "swtpm": "swtpm",
     "fusermount3": "fuse3",
     "umount": "mount",
 }

@@ -24,6 +24,7 @@ def definition_document(name: str, disks: Sequence[DiskSpec], given: Mapping[str
         ("memory", "memory_bytes"),
         ("machine", "machine"),
         ("firmware", "firmware"),
+        ("tpm", "tpm"),
         ("accelerator", "accelerator"),
         ("description", "description"),
     ):

@@ -35,6 +35,7 @@ def partition() -> None:
 @click.option("--disk", "disks", type=DiskType(), multiple=True, metavar="SPEC", help=f"A disk: {DISK_SYNTAX}.")
 @click.option("--machine", type=click.Choice([m.value for m in Machine]), help="Default: q35; pc for old guests.")
 @click.option("--firmware", type=click.Choice([f.value for f in Firmware]), help="Default: bios.")
+@click.option("--tpm", is_flag=True, default=None, help="Give it a TPM 2.0.")
 @click.option("--accelerator", type=click.Choice([a.value for a in Accelerator]), help="Default: auto.")
 @click.option("--kernel", metavar="PATH", help="Boot this kernel of the host instead of the disk's boot loader.")
 @click.option("--initrd", metavar="PATH", help="The initial file system for --kernel.")

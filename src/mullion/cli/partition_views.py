@@ -56,7 +56,7 @@ def details(face: Face, view: PartitionView) -> str:
             (
                 "machine",
                 f"{wanted.vcpus} vCPU, {format_size(wanted.memory_bytes)}, "
-                f"{wanted.machine.value}, {wanted.firmware.value}",
+                f"{wanted.machine.value}, {wanted.firmware.value}{', TPM' if wanted.tpm else ''}",
             ),
             ("kernel", f"{boot.kernel} {boot.command_line}".rstrip() if boot else ""),
             ("disks", disks),

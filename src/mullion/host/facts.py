@@ -52,6 +52,7 @@ def host_checks(
         check_cgroups(),
         check_users(isolation),
         check_uefi(),
+        check_tpm(),
         check_image_tools(),
         CheckView("system", OK, f"{_distribution()}, Linux {platform.release()}, Python {platform.python_version()}"),
     ]
@@ -139,6 +140,15 @@ def check_uefi(pairs: Sequence[tuple[str, str]] = OVMF_PAIRS) -> CheckView:
     if found is not None:
         return CheckView("uefi", OK, found[0])
     return CheckView("uefi", NOTE, "no UEFI firmware: partitions boot by BIOS only", "apt-get install ovmf")
+
+
+def check_tpm() -> CheckView:
+    try:
+        return CheckView("tpm", OK, find_program("swtpm"))
+    except MissingToolError as error:
+        return CheckView(
+            "tpm", NOTE, "no swtpm: partitions cannot have a TPM", error.remedy.removeprefix("Install it: ")
+        )
 
 
 def check_image_tools() -> CheckView:

@@ -134,6 +134,10 @@ def _arguments(spec: MachineSpec, listeners: Mapping[str, int] | None) -> Iterat
     yield from _listening("agent", paths.agent, listeners)
     yield from _device("virtio-serial-pci", id="serial", bus=bus, addr="03")
     yield from _device("virtserialport", bus="serial.0", nr="1", chardev="agent", name="org.qemu.guest_agent.0")
+    if definition.tpm:
+        yield from ("-chardev", _options("socket", id="tpm", path=paths.tpm), "-tpmdev", "emulator,id=tpm,chardev=tpm")
+        # SeaBIOS and Linux know both; Windows wants the newer interface, which exists with UEFI only.
+        yield from _device("tpm-crb" if definition.firmware is Firmware.UEFI else "tpm-tis", tpmdev="tpm")
     yield from ("-object", "rng-builtin,id=random")
     yield from _device("virtio-rng-pci", rng="random", bus=bus, addr="04")
     yield from _device("i6300esb", id="watchdog", bus=bus, addr="05")

@@ -21,7 +21,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -140,11 +140,17 @@ def _listeners(spec: MachineSpec) -> Iterator[dict[str, socket.socket]]:
 
 def _become(spec: MachineSpec) -> list[str]:
     """The command that gives up root before QEMU starts (setpriv(1), util-linux)."""
-    if spec.run_as is None:
+    return drop_rights(
+        spec.run_as, (*spec.extra_groups, *(kvm_groups() if spec.accelerator is Accelerator.KVM else ()))
+    )
+
+
+def drop_rights(run_as: tuple[int, int] | None, members: Collection[int] = ()) -> list[str]:
+    """What to put before a command so that it runs under this user and group, and can never be more than that."""
+    if run_as is None:
         return []
-    uid, gid = spec.run_as
-    members = {*spec.extra_groups, *(kvm_groups() if spec.accelerator is Accelerator.KVM else ())}
-    groups = f"--groups={','.join(map(str, sorted(members)))}" if members else "--clear-groups"
+    uid, gid = run_as
+    groups = f"--groups={','.join(map(str, sorted(set(members))))}" if members else "--clear-groups"
     return [
         find_program("setpriv"),
         f"--reuid={uid}",

@@ -106,6 +106,7 @@ class PartitionDefinition(Struct, frozen=True, forbid_unknown_fields=True):
     memory_bytes: MemoryBytes = 512 * 1024 * 1024
     machine: Machine = Machine.Q35
     firmware: Firmware = Firmware.BIOS
+    tpm: bool = False
     accelerator: Accelerator = Accelerator.AUTO
     disks: Annotated[tuple[DiskAttachment, ...], Meta(max_length=16)] = ()
     direct_boot: DirectBoot | None = None

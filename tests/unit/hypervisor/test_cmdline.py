@@ -57,6 +57,13 @@ CASES = {
         accelerator=Accelerator.KVM,
         firmware=FirmwareFiles("/usr/share/OVMF/OVMF_CODE_4M.fd", "/d/web/firmware-vars.fd"),
     ),
+    "q35-tpm": spec_of(PartitionDefinition("keys", tpm=True)),
+    "q35-uefi-tpm-saved": replace(
+        spec_of(PartitionDefinition("win", firmware=Firmware.UEFI, tpm=True)),
+        firmware=FirmwareFiles("/usr/share/OVMF/OVMF_CODE_4M.fd", "/d/web/firmware-vars.fd"),
+        machine_type="pc-q35-7.2",
+        loads_state=True,
+    ),
     "q35-direct-boot": spec_of(
         PartitionDefinition("kern", direct_boot=DirectBoot("/k/vmlinuz", "/k/initrd", "console=ttyS0 quiet")),
         virtio("d0"),

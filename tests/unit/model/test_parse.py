@@ -241,6 +241,7 @@ FIELDS: dict[str, st.SearchStrategy[object]] = {
     "memory_bytes": st.integers(16, 1 << 24).map(lambda mib: mib * MIB),
     "machine": st.sampled_from(Machine),
     "firmware": st.sampled_from(Firmware),
+    "tpm": st.booleans(),
     "accelerator": st.sampled_from(Accelerator),
     "disks": st.lists(
         st.builds(DiskAttachment, **DISK_FIELDS),

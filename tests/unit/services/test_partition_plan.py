@@ -19,6 +19,8 @@ observations = st.builds(
     provider_alive=st.booleans(),
     needs_provider=st.booleans(),
     is_stalled=st.booleans(),
+    tpm_alive=st.booleans(),
+    needs_tpm=st.booleans(),
 )
 
 
@@ -31,6 +33,8 @@ def result_of(step: Step, observed: Observed) -> Observed:
         Step.RESUME: {"guest": GuestStatus.RUNNING},
         Step.PAUSE: {"guest": GuestStatus.PAUSED},
         Step.QUIT_QEMU: {"guest": GuestStatus.ABSENT},
+        Step.START_TPM: {"tpm_alive": True},
+        Step.STOP_TPM: {"tpm_alive": False},
         Step.STOP_PROVIDER: {"provider_alive": False, "is_stalled": False},
     }
     return msgspec.structs.replace(observed, **changes.get(step, {}))
@@ -97,6 +101,18 @@ def test_a_guest_never_runs_on_without_its_provider(observed: Observed) -> None:
     steps = plan_steps(PowerState.RUNNING, observed, is_failed=False)
     if Step.RESUME in steps and observed.needs_provider and not observed.provider_alive:
         assert steps.index(Step.START_PROVIDER) < steps.index(Step.RESUME)
+
+
+@given(st.sampled_from(PowerState), observations, st.sampled_from(SavedPhase))
+def test_a_guest_is_started_with_its_tpm_or_not_at_all(
+    desired: PowerState, observed: Observed, saved: SavedPhase
+) -> None:
+    for step in plan_steps(desired, observed, is_failed=False, saved=saved):
+        if step in (Step.START_QEMU, Step.LOAD_STATE):
+            assert observed.tpm_alive is observed.needs_tpm
+        if step is Step.STOP_TPM:
+            assert observed.guest is GuestStatus.ABSENT
+        observed = result_of(step, observed)
 
 
 def test_no_room_pauses_and_room_resumes() -> None:

@@ -14,7 +14,7 @@ import msgspec
 from mullion.base.errors import DeadlineError, MullionError, StateError
 from mullion.base.process import boot_id
 from mullion.base.units import utc_now
-from mullion.host import prepare_partition_folders
+from mullion.host import make_folder, prepare_partition_folders
 from mullion.hypervisor import ExitReport
 from mullion.hypervisor.accel import AcceleratorChoice
 from mullion.hypervisor.console import ConsoleHub
@@ -126,7 +126,7 @@ class Partition:
         return self.record.definition.name
 
     def has_processes(self) -> bool:
-        return self.runtime.has_machine or self.runtime.provider is not None
+        return self.runtime.has_machine or self.runtime.provider is not None or self.runtime.tpm is not None
 
     @property
     def surroundings(self) -> Surroundings:
@@ -429,6 +429,11 @@ class Partition:
             case Step.START_QEMU:
                 assert runtime.started_with is not None, "prepared in an earlier step"
                 await runtime.start_machine(machine_spec(record, runtime.paths, runtime.started_with))
+            case Step.START_TPM:
+                make_folder(runtime.paths.tpm_state, 0o700, owner=record.run_as)
+                await runtime.start_tpm(record.run_as)
+            case Step.STOP_TPM:
+                await runtime.stop_tpm()
             case Step.LOAD_STATE:
                 await load_saved(self)
                 self._watch_guest()
@@ -506,6 +511,7 @@ class Partition:
 
     async def _end_processes(self) -> None:
         await self.runtime.quit_machine()
+        await self.runtime.stop_tpm()
         await self._stop_provider()
         self.runtime.clean()
         self._observed = await self.runtime.observe(self._definition())

@@ -2,6 +2,7 @@
 
 Invariants: planning on the result of all steps gives no steps; every step may be repeated after a crash; a partition
 without its provider is never let go on (its disks would stall), and a failed one is never started without being asked.
+A TPM is started before QEMU, which connects to it once; one that dies later cannot be replaced.
 A saved state is restored instead of a boot, and forgotten as soon as the guest has run again, before anything else: it
 belongs to disks that are not there any more.
 """
@@ -22,6 +23,7 @@ class Step(enum.Enum):
     CLEAN = "remove stale files"
     PREPARE = "check disks and make the folders"
     START_PROVIDER = "start the provider"
+    START_TPM = "start the TPM"
     START_QEMU = "start QEMU"
     LOAD_STATE = "load the saved state"
     FORGET_STATE = "remove the saved state"
@@ -29,6 +31,7 @@ class Step(enum.Enum):
     RESUME = "let the guest run"
     PAUSE = "pause the guest"
     QUIT_QEMU = "end QEMU"
+    STOP_TPM = "end the TPM"
     STOP_PROVIDER = "flush and end the provider"
 
 
@@ -71,6 +74,8 @@ def _plan_provider(observed: Observed) -> tuple[Step, ...]:
 
 def _plan_start(desired: PowerState, observed: Observed, saved: SavedPhase) -> tuple[Step, ...]:
     steps = []
+    if observed.tpm_alive:
+        steps.append(Step.STOP_TPM)
     if observed.provider_alive:  # left over from a QEMU that died: its chain may not be the one that is wanted now
         steps.append(Step.STOP_PROVIDER)
     if saved is SavedPhase.UNSTAMPED:
@@ -78,6 +83,8 @@ def _plan_start(desired: PowerState, observed: Observed, saved: SavedPhase) -> t
     steps += [Step.CLEAN, Step.PREPARE]
     if observed.needs_provider:
         steps.append(Step.START_PROVIDER)
+    if observed.needs_tpm:
+        steps.append(Step.START_TPM)
     steps.append(Step.START_QEMU if saved is SavedPhase.NONE else Step.LOAD_STATE)
     if desired is PowerState.RUNNING:
         steps += _let_go(saved)
@@ -88,10 +95,12 @@ def _plan_stop(observed: Observed, saved: SavedPhase) -> tuple[Step, ...]:
     steps = []
     if observed.guest is not GuestStatus.ABSENT:
         steps.append(Step.QUIT_QEMU)
+    if observed.tpm_alive:
+        steps.append(Step.STOP_TPM)
     if observed.provider_alive:
         steps.append(Step.STOP_PROVIDER)
     if saved is SavedPhase.UNSTAMPED:
         steps.append(Step.STAMP_DISKS)
-    if observed.guest is not GuestStatus.ABSENT or observed.provider_alive:
+    if observed.guest is not GuestStatus.ABSENT or observed.provider_alive or observed.tpm_alive:
         steps.append(Step.CLEAN)
     return tuple(steps)

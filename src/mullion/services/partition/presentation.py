@@ -29,6 +29,9 @@ def present(
         reason, remedy = f"its disks are not served: {runtime.trouble.message}", runtime.trouble.remedy
     elif runtime.unreachable is not None:
         reason, remedy = f"QEMU does not answer: {runtime.unreachable.message}", runtime.unreachable.remedy
+    elif is_tpm_lost(runtime):
+        reason = "its TPM has ended: the guest gets no answer from it any more"
+        remedy = f"Read {runtime.paths.tpm_log}; stop and start the partition: its TPM keeps what it knows."
     machine, provider, run = runtime.machine, runtime.provider, runtime.started_with
     is_up = runtime.has_machine
     return PartitionView(
@@ -70,6 +73,12 @@ def present(
         if record.saved is not None
         else None,
     )
+
+
+def is_tpm_lost(runtime: Runtime) -> bool:
+    """Whether the guest was started with a TPM that has died: QEMU does not take another."""
+    run = runtime.started_with
+    return runtime.machine is not None and runtime.tpm is None and bool(run and run.definition and run.definition.tpm)
 
 
 def stall_reason(runtime: Runtime) -> str | None:

@@ -155,6 +155,8 @@ class Observed(msgspec.Struct, frozen=True):
     provider_alive: bool = False
     needs_provider: bool = False
     is_stalled: bool = False  # a disk cannot go on: no room, or errors
+    tpm_alive: bool = False
+    needs_tpm: bool = False
 
 
 def key_of(name: str) -> str:

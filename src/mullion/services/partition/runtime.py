@@ -22,10 +22,11 @@ from mullion.base.errors import MullionError, UnavailableError
 from mullion.base.paths import PartitionPaths
 from mullion.base.peer import peer_of
 from mullion.base.pidfd import wait_process
-from mullion.base.process import ProcessIdentity, read_identity, write_identity
+from mullion.base.process import ProcessIdentity, Spawned, read_identity, write_identity
 from mullion.hypervisor import ExitReport, Machine, MachineSpec
 from mullion.hypervisor.errors import MachineGoneError
 from mullion.hypervisor.launch import log_excerpt, read_exit_status
+from mullion.hypervisor.tpm import start_tpm
 from mullion.model.definition import PartitionDefinition, Transport
 from mullion.model.states import PartitionState
 from mullion.services.disk.holders import lock_holders
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 _KILL_DEADLINE_S: Final = 10.0
 _FLUSH_DEADLINE_S: Final = 120.0
 _LINK_RETRY_S: Final = 0.2
+_TPM_END_S: Final = 1.0
 _REACH_S: Final = 2.0
 _RECONNECT_S: Final = 5.0
 _ADOPT_LINK_S: Final = 1.0
@@ -63,6 +65,7 @@ class Runtime:
     wake: Callable[[], None] = lambda: None
     machine: Machine | None = None
     provider: ProcessIdentity | None = None
+    tpm: ProcessIdentity | None = None
     link: ProviderLink | None = None
     started_with: Run | None = None
     trouble: MullionError | None = None
@@ -97,6 +100,8 @@ class Runtime:
             provider_alive=self.provider is not None and self.provider.is_alive,
             needs_provider=bool(definition.disks),
             is_stalled=self.stalls.hold_guest,
+            tpm_alive=self.tpm is not None and self.tpm.is_alive,
+            needs_tpm=definition.tpm,
         )
 
     async def _guest_status(self) -> GuestStatus:
@@ -128,6 +133,9 @@ class Runtime:
         Answers with how QEMU ended when it ran once and does not any more.
         """
         self.started_with = read_run(self.paths)
+        tpm = read_identity(self.paths.tpm_identity)
+        if tpm is not None and tpm.is_alive:
+            self._hold_tpm(tpm, None)
         report = await self._adopt_machine(uuid)
         provider = read_identity(self.paths.provider_identity)
         if provider is None or not provider.is_alive:
@@ -281,6 +289,39 @@ class Runtime:
                 identity.send_signal(signal.SIGKILL)
                 async with asyncio.timeout(_KILL_DEADLINE_S):
                     await wait_process(identity)
+
+    # -- the TPM -------------------------------------------------------------------------------------------------------
+
+    async def start_tpm(self, run_as: tuple[int, int] | None) -> None:
+        """Start the TPM that QEMU will connect to. Raises: as `mullion.hypervisor.tpm.start_tpm`."""
+        self._hold_tpm(*await asyncio.to_thread(start_tpm, self.paths, run_as))
+
+    def _hold_tpm(self, identity: ProcessIdentity, child: Spawned | None) -> None:
+        self.tpm = identity
+        self.run(self._watch_tpm(identity, child), "TPM's end")
+
+    async def _watch_tpm(self, identity: ProcessIdentity, child: Spawned | None) -> None:
+        await wait_process(identity)
+        if child is not None:
+            await asyncio.to_thread(child.wait)  # it has ended: this only takes its status
+        if self.tpm == identity:
+            self.tpm = None
+            self.wake()
+
+    async def stop_tpm(self) -> None:
+        """End the TPM, which writes what it must keep when that changes: it ends with QEMU, or is told to."""
+        identity, self.tpm = self.tpm, None
+        if identity is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                async with asyncio.timeout(_TPM_END_S):
+                    await wait_process(identity)
+                return
+            except TimeoutError:
+                identity.send_signal(number)
+        async with asyncio.timeout(_KILL_DEADLINE_S):
+            await wait_process(identity)
 
     # -- QEMU ----------------------------------------------------------------------------------------------------------
 
