@@ -15,6 +15,7 @@ STATE_COLORS: Final = {
     "succeeded": "green",
     "ok": "green",
     "paused": "yellow",
+    "saved": "yellow",
     "starting": "yellow",
     "stopping": "yellow",
     "note": "yellow",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -285,6 +286,11 @@ class Partition:
                 say("ending QEMU and the provider", None)
                 await self._end_processes()
                 await self._converge(lambda _: None)
+        except BaseException:
+            self._is_saving = False
+            with contextlib.suppress(MullionError):  # the first error is the one to tell; the reconciler repeats it
+                await self.reconcile()  # here, not later: the guest goes on also when the service is ending
+            raise
         finally:
             self._is_saving = False
             self._dirty.set()

@@ -46,6 +46,8 @@ Say = Callable[[str, float | None], None]
 
 _PREFIX: Final = "saved-"
 _SUFFIX: Final = ".state"
+_FLUSH_S: Final = 600.0
+"""A bound against hanging: what a guest has written and not flushed may be gigabytes, on slow storage."""
 _WRITE_PART: Final = 0.9
 """What part of saving is writing the state, for progress."""
 
@@ -131,7 +133,7 @@ async def flush_disks(partition: Partition) -> None:
     """Have all that the guest has written so far be durable. Raises: what the provider reports."""
     link = partition.runtime.link
     if link is not None:
-        await link.request("flush")
+        await link.request("flush", deadline_s=_FLUSH_S)
     elif partition.runtime.disks:
         raise UnavailableError(
             f"partition {partition.name} has no provider that could flush its disks", remedy="Try again in a moment."
