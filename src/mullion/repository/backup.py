@@ -145,7 +145,7 @@ class BackupWriter:
             runs = [(0, chunks_of(device.size_bytes))]
         else:
             runs = changed_runs([*changed, *_resized(before.size_bytes, device.size_bytes)], device.size_bytes)
-        pieces = DevicePieces(device, runs, with_zeros=before is not None, progress=progress)
+        pieces = DevicePieces(device, runs, self._writer.piece_rooms, with_zeros=before is not None, progress=progress)
         builder = TreeBuilder(
             device.size_bytes,
             self._reader.load_node,

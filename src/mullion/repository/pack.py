@@ -68,8 +68,9 @@ class PackKey:
         self.pack_id = pack_id
         self._cipher = AESGCM(blake3(pack_id, key=keys.pack).digest())
 
-    def encrypt(self, offset: int, payload: Buffer, authenticated: bytes) -> bytes:
-        return self._cipher.encrypt(offset.to_bytes(12), payload, authenticated)
+    def encrypt(self, offset: int, payload: Buffer, authenticated: bytes, into: memoryview) -> None:
+        """Encrypt, with the tag behind, into a buffer that is exactly so long."""
+        self._cipher.encrypt_into(offset.to_bytes(12), payload, authenticated, into)
 
     def decrypt(self, offset: int, stored: Buffer, authenticated: bytes) -> bytes:
         """Raises: InvalidTag."""
@@ -77,22 +78,30 @@ class PackKey:
 
 
 class PackBuilder:
-    """A pack being filled, in memory."""
+    """A pack being filled."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, room: memoryview) -> None:
+        """In memory that is the pack's until it was put; `is_full` says when no more is sure to fit."""
         self.pack_id = os.urandom(PACK_ID_BYTES)
         self._key = PackKey(self.pack_id, keys)
-        self.buffers: list[Buffer] = [MAGIC + self.pack_id]
+        self._view = room
+        self._view[:HEADER_BYTES] = MAGIC + self.pack_id
         self.size_bytes = HEADER_BYTES
         self.entries: list[PackEntry] = []
 
+    @property
+    def is_full(self) -> bool:
+        return self.size_bytes + STORED_LIMIT_BYTES > len(self._view)
+
     def add(self, chunk_id: bytes, payload: Buffer, raw_bytes: int, flags: int) -> PackEntry:
-        """Encrypt a chunk into the pack."""
-        stored = self._key.encrypt(self.size_bytes, payload, _authenticated(chunk_id, raw_bytes, flags))
-        entry = PackEntry(chunk_id, self.size_bytes, len(stored), raw_bytes, flags)
-        self.buffers.append(stored)
+        """Encrypt a chunk into the pack, which must not be full."""
+        entry = PackEntry(chunk_id, self.size_bytes, len(payload) + TAG_BYTES, raw_bytes, flags)
+        end = self.size_bytes + entry.stored_bytes
+        self._key.encrypt(
+            self.size_bytes, payload, _authenticated(chunk_id, raw_bytes, flags), self._view[self.size_bytes : end]
+        )
         self.entries.append(entry)
-        self.size_bytes += len(stored)
+        self.size_bytes = end
         return entry
 
     def close(self) -> Sequence[Buffer]:
@@ -101,9 +110,14 @@ class PackBuilder:
             ENTRY.pack(entry.chunk_id, entry.stored_bytes, entry.raw_bytes, entry.flags) for entry in self.entries
         )
         trailer = TRAILER.pack(END_MAGIC, len(self.entries))
-        self.buffers.append(self._key.encrypt(self.size_bytes, directory, _directory_authenticated(trailer)))
-        self.buffers.append(trailer)
-        return self.buffers
+        sealed = bytearray(len(directory) + TAG_BYTES)
+        self._key.encrypt(self.size_bytes, directory, _directory_authenticated(trailer), memoryview(sealed))
+        return [self._view[: self.size_bytes], sealed, trailer]
+
+    @property
+    def room(self) -> memoryview:
+        """The memory, for others after the pack was put."""
+        return self._view
 
 
 def pack_name(pack_id: bytes) -> str:

@@ -9,6 +9,7 @@ from mullion.base.block import BlockDevice, ExtentKind
 from mullion.base.errors import InvalidError
 from mullion.base.progress import Progress
 from mullion.repository.keys import CHUNK_BYTES
+from mullion.repository.rooms import Rooms
 from mullion.repository.stream import PIECE_BYTES, Piece
 from mullion.repository.tree import chunks_of
 
@@ -41,10 +42,13 @@ def changed_runs(ranges: Iterable[Range], size_bytes: int) -> list[Run]:
 class DevicePieces:
     """The pieces of a device's runs; iterate once. `read_bytes` counts what was read."""
 
-    def __init__(self, device: BlockDevice, runs: Sequence[Run], *, with_zeros: bool, progress: Progress) -> None:
+    def __init__(
+        self, device: BlockDevice, runs: Sequence[Run], rooms: Rooms, *, with_zeros: bool, progress: Progress
+    ) -> None:
         """`with_zeros`: give pieces without content for what is known to be zeros, too."""
         self._device = device
         self._runs = runs
+        self._rooms = rooms
         self._with_zeros = with_zeros
         self._progress = progress
         self._total_bytes = sum(end - first for first, end in runs) * CHUNK_BYTES
@@ -65,10 +69,11 @@ class DevicePieces:
     def _read(self, first: int, end: int) -> Iterator[Piece]:
         for begin in range(first, end, _PIECE_CHUNKS):
             count = min(_PIECE_CHUNKS, end - begin)
-            content = bytearray(count * CHUNK_BYTES)
+            content = self._rooms.take()[: count * CHUNK_BYTES]
             offset = begin * CHUNK_BYTES
-            length = min(len(content), self._device.size_bytes - offset)  # the last chunk is filled up with zeros
-            self._device.pread(offset, memoryview(content)[:length])
+            length = min(len(content), self._device.size_bytes - offset)
+            self._device.pread(offset, content[:length])
+            content[length:] = bytes(len(content) - length)  # the last chunk is filled up with zeros
             self.read_bytes += length
             yield Piece(begin, count, content)
             self._done(count)

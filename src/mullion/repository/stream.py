@@ -27,7 +27,8 @@ from mullion.repository import sealing
 from mullion.repository.backend import Backend
 from mullion.repository.index import Index, build_segment
 from mullion.repository.keys import CHUNK_BYTES, Keys
-from mullion.repository.pack import ZSTD_FLAG, PackBuilder, PackEntry, pack_name
+from mullion.repository.pack import STORED_LIMIT_BYTES, ZSTD_FLAG, PackBuilder, PackEntry, pack_name
+from mullion.repository.rooms import Rooms
 from mullion.repository.tree import ZERO_ID
 
 PIECE_BYTES: Final = MIB
@@ -35,6 +36,8 @@ LEVEL: Final = 3
 PACKS_PER_SEGMENT: Final = 32
 """After so many packs their index is put too, so that a backup that is interrupted is soon taken up again."""
 _ZERO_CHUNK: Final = bytes(CHUNK_BYTES)
+_PEEK_BYTES: Final = 64
+_ZERO_PEEK: Final = bytes(_PEEK_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class ChunkWriter:
         self._workers = ThreadPoolExecutor(self._threads, "repository-digest")
         self._putter = ThreadPoolExecutor(1, "repository-put")
         self._local = threading.local()
+        self._pack_rooms = Rooms(backend.pack_bytes + STORED_LIMIT_BYTES)
+        self.piece_rooms = Rooms(PIECE_BYTES)
         self._pack: PackBuilder | None = None
         self._pending: set[bytes] = set()
         self._puts: deque[tuple[PackBuilder, Future[None]]] = deque()
@@ -97,13 +102,13 @@ class ChunkWriter:
         """Store a node of a tree; its id."""
         node_id = blake3(node, key=self._keys.node_id).digest()
         if not self._is_stored(node_id):
-            payload, flags = self._compress(node)
+            payload, flags = _smaller(self._compressor().compress(node), node)
             self._add(node_id, payload, len(node), flags)
         return node_id
 
     def add_chunk(self, chunk_id: bytes, content: bytes) -> None:
         """Store a chunk or node whose id is known, wherever else it is: for repacking."""
-        payload, flags = self._compress(content)
+        payload, flags = _smaller(self._compressor().compress(content), content)
         self._add(chunk_id, payload, len(content), flags)
 
     def finish(self) -> None:
@@ -128,24 +133,22 @@ class ChunkWriter:
 
     def _digest(self, content: Buffer) -> list[_Digested]:
         view = memoryview(content)
-        return [self._digest_chunk(view[offset : offset + CHUNK_BYTES]) for offset in range(0, len(view), CHUNK_BYTES)]
+        return [self._digest_chunk(view[begin : begin + CHUNK_BYTES]) for begin in range(0, len(view), CHUNK_BYTES)]
 
-    def _digest_chunk(self, view: memoryview) -> _Digested:
-        chunk = bytes(view)  # a copy costs 5 µs, and comparing a memoryview 200
-        if chunk == _ZERO_CHUNK:
+    def _digest_chunk(self, chunk: memoryview) -> _Digested:
+        if _is_zero(chunk):
             return _Digested(ZERO_ID, None, 0)
         chunk_id = blake3(chunk, key=self._keys.chunk_id).digest()
         if self._is_stored(chunk_id):
             return _Digested(chunk_id, None, 0)
-        return _Digested(chunk_id, *self._compress(chunk))
+        return _Digested(chunk_id, *_smaller(self._compressor().compress(chunk), chunk))
 
-    def _compress(self, content: bytes) -> tuple[Buffer, int]:
-        """The content compressed, or as it is when that is not smaller."""
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        """This thread's own: they must not be shared."""
         compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
         if compressor is None:
             compressor = self._local.compressor = zstandard.ZstdCompressor(level=LEVEL)
-        compressed = compressor.compress(content)
-        return (compressed, ZSTD_FLAG) if len(compressed) < len(content) else (content, 0)
+        return compressor
 
     def _is_stored(self, chunk_id: bytes) -> bool:
         return chunk_id in self._pending or chunk_id in self._index
@@ -160,13 +163,14 @@ class ChunkWriter:
             if digested.payload is not None and not self._is_stored(digested.chunk_id):
                 self._add(digested.chunk_id, digested.payload, CHUNK_BYTES, digested.flags)
             yield number, digested.chunk_id
+        self.piece_rooms.give(piece.content)
 
     def _add(self, chunk_id: bytes, payload: Buffer, raw_bytes: int, flags: int) -> None:
         if self._pack is None:
-            self._pack = PackBuilder(self._keys)
+            self._pack = PackBuilder(self._keys, self._pack_rooms.take())
         self._pending.add(chunk_id)
         self.new_bytes += self._pack.add(chunk_id, payload, raw_bytes, flags).stored_bytes
-        if self._pack.size_bytes >= self._backend.pack_bytes:
+        if self._pack.is_full:
             self._put_pack()
 
     def _put_pack(self) -> None:
@@ -181,6 +185,7 @@ class ChunkWriter:
     def _await_put(self) -> None:
         pack, future = self._puts.popleft()
         future.result()
+        self._pack_rooms.give(pack.room)
         self._index.add(pack.pack_id, pack.entries)
         self._unindexed[pack.pack_id] = pack.entries
         self._pending.difference_update(entry.chunk_id for entry in pack.entries)
@@ -191,6 +196,16 @@ class ChunkWriter:
         if self._unindexed:
             put_segment(self._backend, self._keys, build_segment(self._unindexed))
             self._unindexed = {}
+
+
+def _smaller(compressed: Buffer, content: Buffer) -> tuple[Buffer, int]:
+    """What is stored of a chunk, and its flags: as it is when compressing gains nothing."""
+    return (compressed, ZSTD_FLAG) if len(compressed) < len(content) else (content, 0)
+
+
+def _is_zero(chunk: memoryview) -> bool:
+    """Comparing views is slow, so most chunks are judged by their first bytes, and the others are copied (5 µs)."""
+    return bytes(chunk[:_PEEK_BYTES]) == _ZERO_PEEK and bytes(chunk) == _ZERO_CHUNK
 
 
 def put_segment(backend: Backend, keys: Keys, payload: bytes) -> str:
