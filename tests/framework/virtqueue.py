@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.provider.blk import BlkDevice
 from mullion.provider.inflight import InflightRegion, create_inflight
+from mullion.provider.layers import Throttle
 from mullion.provider.memory import GuestMemory
 from mullion.provider.ring import Drained, Ring
 from mullion.provider.turnstile import Turnstile
@@ -128,6 +129,7 @@ class GuestSide:
         inflight, self._inflight_fd = create_inflight(1, queue_size)
         self.inflight = InflightRegion(inflight, self._inflight_fd)
         self.notifications = 0
+        self.throttle = Throttle()
         self.ring = self.new_ring()
 
     def new_ring(self, *, with_inflight: bool = True) -> Ring:
@@ -145,6 +147,7 @@ class GuestSide:
             features=self.features,
             inflight=self.inflight.queue(0, self.queue_size) if with_inflight else None,
             barrier=threading.Lock(),
+            turn=self.throttle.lane("disk").turn(),
             turnstile=self.turnstile,
         )
         return self.ring

@@ -27,6 +27,7 @@ from tests.framework.devices import MemoryDevice
 from tests.framework.virtqueue import ALL_FEATURES, GranuleDisk, GuestSide
 
 from mullion.provider.blk import BlkDevice
+from mullion.provider.layers import Throttle
 from mullion.provider.memory import GuestFault
 from mullion.provider.space import SpaceGate
 from mullion.provider.turnstile import Turnstile
@@ -213,7 +214,9 @@ class VhostAttack:
         listener = socket.socket(socket.AF_UNIX)  # nobody connects: what one would say comes from us
         self._disk = CheckedDisk(_DISK_BYTES)
         blk = BlkDevice(self._disk, "disk", "SERIAL-1")
-        self._export = VhostExport(listener, blk, SpaceGate(lambda *_: None), Turnstile("disk"), lambda *_: None)
+        self._export = VhostExport(
+            listener, blk, SpaceGate(lambda *_: None), Turnstile("disk"), lambda *_: None, lane=Throttle().lane("disk")
+        )
         self._session = Session(self._export)
         self._script = self._good_start() if self._rng.random() < 0.8 else []
 
@@ -373,10 +376,11 @@ class NbdAttack:
     def _ask(self) -> str:
         rng = self._rng
         sent: list[int] = []
+        export = Export("disk", self._device, rng.random() < 0.2)
         transmission = Transmission(
-            Export("disk", self._device, rng.random() < 0.2),
+            export,
             is_structured=rng.random() < 0.5,
-            has_allocation=rng.random() < 0.5,
+            contexts=list(enumerate(export.contexts, 1)) if rng.random() < 0.5 else [],
             send=lambda data: sent.append(len(data)),
         )
         stream = bytearray()

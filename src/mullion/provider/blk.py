@@ -157,6 +157,17 @@ class BlkDevice:
         return BlkStatus.OK
 
 
+def cost_of(readable: Segments, writable: Segments) -> tuple[bool, int] | None:
+    """What a request counts for where rates are capped: whether it changes data, and its bytes; None for nothing."""
+    header, payload = _split(readable, _HEADER.size)
+    kind = int.from_bytes(b"".join(header)[:4], "little")
+    if kind == BlkRequest.IN:
+        return False, max(sum(map(len, writable)) - 1, 0)
+    if kind == BlkRequest.OUT:
+        return True, sum(map(len, payload))
+    return (True, 0) if kind in (BlkRequest.DISCARD, BlkRequest.WRITE_ZEROES) else None
+
+
 def _split(segments: Segments, at: int) -> tuple[Segments, Segments]:
     """Pieces up to a byte count, and the rest."""
     before: Segments = []

@@ -29,7 +29,9 @@ from mullion.base.listener import bind_listener
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control import Action, Command, ControlServer, close_all
 from mullion.provider.control_client import encode
+from mullion.provider.device import DirectDevice
 from mullion.provider.exchanging import Exchangeable, exchange_chains
+from mullion.provider.layers.commands import Handler, LayerControl
 from mullion.provider.space import Shortage, SpaceGate, is_no_space
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.startup import (
@@ -59,6 +61,7 @@ class _Disk:
     spec: DiskSpec
     chain: Chain
     turnstile: Turnstile
+    blk: BlkDevice | None = None
     vhost: VhostExport | None = None
     nbd: NbdExport | None = None
 
@@ -71,6 +74,8 @@ class Provider:
         self._started_s = time.monotonic()
         self._disks: list[_Disk] = []
         self._gate = SpaceGate(self._space_changed)
+        self._layers = LayerControl(allow_faults=spec.allow_faults)
+        self._layers.limit_partition(spec.limits)
         self._quit_read_fd, self.quit_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._control: ControlServer | None = None
 
@@ -130,9 +135,13 @@ class Provider:
     def _serve(self, served: _Disk, sockets: dict[str, socket.socket]) -> None:
         disk, chain = served.spec, served.chain
         self._gate.register(disk.id, disk.chain[0])
+        self._layers.add(disk.id, chain, disk.limits, partial(_use, served))
+        lane = self._layers.lane(disk.id)
         if disk.vhost_user is not None:
-            blk = BlkDevice(chain, disk.id, disk.serial or disk.id)
-            served.vhost = VhostExport(sockets.pop(disk.vhost_user), blk, self._gate, served.turnstile, self._notify)
+            blk = served.blk = BlkDevice(chain, disk.id, disk.serial or disk.id)
+            listener = sockets.pop(disk.vhost_user)
+            served.vhost = VhostExport(listener, blk, self._gate, served.turnstile, self._notify, lane=lane)
+            self._layers.add_waker(served.vhost.wake)
             served.vhost.start()
         if disk.nbd is not None:
             served.nbd = NbdExport(
@@ -142,6 +151,7 @@ class Provider:
                 read_only=disk.read_only,
                 # It answers ENOSPC, and QEMU stops the guest itself. A request that we held would hang its `stop`.
                 listener=sockets.pop(disk.nbd),
+                new_gate=lane.turn,
             )
             served.nbd.start()
 
@@ -182,6 +192,7 @@ class Provider:
 
     def _stop_exports(self) -> list[Exception]:
         errors: list[Exception] = []
+        self._layers.open()  # what has been asked for is finished, without waiting
         for served in self._disks:
             for export in (served.vhost, served.nbd):
                 if export is not None:
@@ -205,7 +216,10 @@ class Provider:
 
     def _actions(self) -> Mapping[str, Action]:
         plain = {"status": self.status, "flush": self._flush, "retry": self._retry}
-        return {name: partial(_without_fds, action) for name, action in plain.items()} | {"switch": self._switch}
+        return {name: partial(_without_fds, action) for name, action in plain.items()} | {
+            "switch": self._switch,
+            **{name: partial(_with_fields, handler) for name, handler in self._layers.handlers().items()},
+        }
 
     def status(self) -> Mapping[str, object]:
         """The provider and its disks as JSON values."""
@@ -213,6 +227,7 @@ class Provider:
             "partition": self._spec.partition,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started_s, 3),
+            **self._layers.partition_status(),
             "disks": [self._disk_status(served) for served in self._disks],
         }
 
@@ -234,6 +249,7 @@ class Provider:
             "path": disk.chain[0],
             "chain": list(served.chain.paths),
             "chain_files": len(disk.chain),
+            **self._layers.disk_status(disk.id),
             "vhost_user": None,
             "nbd": None,
         }
@@ -348,6 +364,19 @@ def _report(fd: int, message: Mapping[str, object]) -> None:
 def _without_fds(action: Callable[[], Mapping[str, object]], command: Command) -> Mapping[str, object]:
     close_all(command.fds)
     return action()
+
+
+def _with_fields(handler: Handler, command: Command) -> Mapping[str, object]:
+    close_all(command.fds)
+    return handler(command.fields)
+
+
+def _use(served: _Disk, device: DirectDevice) -> None:
+    """Have a disk's exports serve another device: the chain, or layers over it."""
+    if served.blk is not None:
+        served.blk.device = device
+    if served.nbd is not None:
+        served.nbd.use(HeldDevice(device, served.turnstile))
 
 
 def _socket_paths(spec: ProviderSpec) -> list[str]:

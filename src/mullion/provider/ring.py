@@ -29,8 +29,9 @@ from struct import error as StructError  # noqa: N812
 from typing import Final
 
 from mullion.base.errors import MullionError
-from mullion.provider.blk import BlkDevice, OutOfSpace, Segments
+from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of
 from mullion.provider.inflight import InflightQueue
+from mullion.provider.layers.throttle import Turn
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user.messages import DeviceFeature, VringAddress
@@ -71,6 +72,7 @@ class Drained(enum.Enum):
     IDLE = "idle"  # nothing left; the driver will kick
     BUSY = "busy"  # the budget is spent or the disk is held, there is more
     STALLED = "stalled"  # a write waits for space
+    CAPPED = "capped"  # the next request has to wait, for `Ring.wait_s`
 
 
 class Ring:
@@ -86,16 +88,22 @@ class Ring:
         features: int,
         inflight: InflightQueue | None,
         barrier: threading.Lock,
+        turn: Turn,
         turnstile: Turnstile,
     ) -> None:
         """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
         self.requests = 0
         self.bytes = 0
         self.stall: OSError | None = None
+        self.wait_s = 0.0
         self._blk = blk
         self._memory = memory
         self._size = size
         self._barrier = barrier
+        self._turn = turn
+        self._admitted = 0  # requests that may be served without asking the turn again
+        self._paid_bytes = 0  # of `bytes`, while a cap is on
+        self._paid_requests = 0
         self._turnstile = turnstile
         self._event_idx = bool(features & _EVENT_IDX)
         if address.descriptor % 16 or address.available % 2 or address.used % 4:
@@ -132,7 +140,15 @@ class Ring:
                         return Drained.BUSY
                     if not self._event_idx:
                         self._used[0] = _NO_NOTIFY
-                    self._run(min(count, size - (index & (size - 1)), ANNOUNCE_REQUESTS))
+                    count = min(count, size - (index & (size - 1)), ANNOUNCE_REQUESTS)
+                    if self._turn.is_limited or self._admitted:
+                        count = self._admit(count)
+                        if not count:
+                            return Drained.CAPPED
+                        self._run(count)
+                        self._paid_requests = self.requests
+                    else:
+                        self._run(count)
                     spent += (self.next_index - index) & 0xFFFF
                     self._announce(notify)
                     continue
@@ -248,8 +264,39 @@ class Ring:
                     break
         finally:
             self.next_index = index
-            self.requests += (index - first) & 0xFFFF
+            served = (index - first) & 0xFFFF
+            self.requests += served
+            if self._admitted:
+                self._admitted -= served
             self.bytes += moved
+
+    def _admit(self, count: int) -> int:
+        """How many of the next requests may go ahead now; with none, `wait_s` says when to ask. Raises: GuestFault."""
+        if self._paid_requests != self.requests:  # some were served without a cap
+            self._paid_bytes, self._paid_requests = self.bytes, self.requests
+        slot = self.next_index & (self._size - 1)
+        heads = self._available[2 + slot : 2 + slot + count].tolist()
+        while self._admitted < count:
+            try:
+                cost = cost_of(*self._walk(heads[self._admitted]))
+            except GuestFault:
+                if self._admitted:  # those before it are served first
+                    break
+                raise
+            if cost is not None:
+                is_write, size_bytes = cost
+                # A guest may have made a request longer after its cost was found: that is paid with the next one.
+                size_bytes += max(self.bytes - self._paid_bytes, 0)
+                self.wait_s = self._turn.ask(is_write, size_bytes)
+                if self.wait_s:
+                    break
+                self._paid_bytes += size_bytes
+            self._admitted += 1
+        return min(self._admitted, count)
+
+    def leave(self) -> None:
+        """The ring ends: its next request is not waited for."""
+        self._turn.leave()
 
     def _serve_inflight(self) -> None:
         """Serve again what an earlier process had taken and not answered (inflight.py)."""

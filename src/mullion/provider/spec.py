@@ -2,7 +2,8 @@
 
 JSON: `{"partition": name, "control": socket path, "log": file, "pending_dir": folder or null, "uid": number or null,
 "gid": number or null, "disks": [{"id": name, "chain": [paths, top first], "read_only": false, "serial": text,
-"vhost_user": socket path or null, "nbd": socket path or null}, …]}`.
+"vhost_user": socket path or null, "nbd": socket path or null, "limits": {caps of `layers.limits`}}, …], "limits": {caps
+of all disks together}, "allow_faults": false}`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final, Self
 
 from mullion.base.errors import InvalidError
 from mullion.base.paths import SOCKET_PATH_LIMIT
+from mullion.provider.layers.limits import NO_LIMITS, Limits
 from mullion.vhd.parents import CHAIN_LIMIT
 
 MAX_DISKS: Final = 64
@@ -29,6 +31,7 @@ class DiskSpec:
     vhost_user: str | None = None
     nbd: str | None = None
     serial: str = ""
+    limits: Limits = NO_LIMITS
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object], where: str) -> Self:
@@ -44,6 +47,7 @@ class DiskSpec:
             vhost_user=_socket(fields, "vhost_user", where),
             nbd=_socket(fields, "nbd", where),
             serial=_text(fields, "serial", where, ""),
+            limits=Limits.from_fields(fields.get("limits", {}), f"{where}.limits"),
         )
 
 
@@ -58,6 +62,8 @@ class ProviderSpec:
     pending_dir: str | None = None
     uid: int | None = None
     gid: int | None = None
+    limits: Limits = NO_LIMITS
+    allow_faults: bool = False
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object]) -> Self:
@@ -82,6 +88,8 @@ class ProviderSpec:
             pending_dir=None if pending_dir is None else _absolute(pending_dir, f"{where}.pending_dir"),
             uid=_number(fields, "uid", where),
             gid=_number(fields, "gid", where),
+            limits=Limits.from_fields(fields.get("limits", {}), f"{where}.limits"),
+            allow_faults=_flag(fields, "allow_faults", where),
         )
         names = [disk.id for disk in spec.disks]
         if len(set(names)) != len(names):

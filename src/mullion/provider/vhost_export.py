@@ -29,6 +29,7 @@ from typing import Final
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control_client import descriptors_of
 from mullion.provider.inflight import InflightRegion, create_inflight
+from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.ring import Drained, Ring
 from mullion.provider.space import RETRY_INTERVAL_S, SpaceGate
@@ -82,11 +83,14 @@ class VhostExport:
         gate: SpaceGate,
         turnstile: Turnstile,
         notify: Callable[[str, str, str], None],
+        *,
+        lane: Lane,
     ) -> None:
         """`notify(event, disk, reason)` hears of `connected`, `disconnected` and `broken`, from the thread."""
         self._listener = listener
         self._blk = blk
         self._gate = gate
+        self._lane = lane
         self._turnstile = turnstile
         self._seat = turnstile.seat()
         self._notify = notify
@@ -104,6 +108,7 @@ class VhostExport:
         self._busy: set[int] = set()
         self._stalled: set[int] = set()
         self._retry_at_s = 0.0
+        self._capped: dict[int, float] = {}  # rings whose next request has to wait, and until when
         self._is_stopping = False
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -164,7 +169,10 @@ class VhostExport:
 
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
-        timeout_s = 0 if self._busy else -1 if not self._stalled else RETRY_INTERVAL_S
+        timeout_s: float = 0 if self._busy else -1 if not self._stalled else RETRY_INTERVAL_S
+        if self._capped and timeout_s:
+            until_s = max(min(self._capped.values()) - time.monotonic(), 0.0)
+            timeout_s = until_s if timeout_s < 0 else min(timeout_s, until_s)
         events = self._epoll.poll(timeout_s, _EVENTS)
         if self._turnstile.is_held:
             self._turnstile.give_way()
@@ -182,6 +190,7 @@ class VhostExport:
                 with suppress(BlockingIOError):
                     os.eventfd_read(fd)
                 self._busy |= stalled
+                self._busy.update(self._capped)
             elif fd == self._listener.fileno():
                 self._accept()
             else:
@@ -189,6 +198,9 @@ class VhostExport:
         if stalled and time.monotonic() >= self._retry_at_s:
             self._retry_at_s = time.monotonic() + RETRY_INTERVAL_S
             self._busy |= stalled
+        if self._capped:
+            now_s = time.monotonic()
+            self._busy.update(index for index, until_s in self._capped.items() if until_s <= now_s)
         for index in tuple(self._busy):
             if not self._drain(index):
                 self._busy.discard(index)
@@ -204,6 +216,10 @@ class VhostExport:
         except (GuestFault, OSError) as error:
             self._break_ring(index, str(error))
             return False
+        if drained is Drained.CAPPED:
+            self._capped[index] = time.monotonic() + ring.wait_s
+        elif self._capped:
+            self._capped.pop(index, None)
         if drained is Drained.IDLE and not self._stalled:
             return False
         if drained is Drained.STALLED:
@@ -291,6 +307,8 @@ class VhostExport:
         ring = self._rings.pop(index, None)
         if ring is not None:
             self._finished = Counters(self._finished.requests + ring.requests, self._finished.bytes + ring.bytes)
+            ring.leave()
+            self._capped.pop(index, None)
             kick = next(fd for fd, owner in self._kicks.items() if owner == index)
             del self._kicks[kick]
             self._epoll.unregister(kick)
@@ -334,6 +352,7 @@ class VhostExport:
                 features=features,
                 inflight=inflight,
                 barrier=self._barrier,
+                turn=self._lane.turn(),
                 turnstile=self._turnstile,
             )
         except GuestFault as fault:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 
 from mullion.base.block import BlockDevice
 from mullion.base.listener import bind_listener
 from mullion.wire.nbd.server import MAX_CONNECTIONS, Counters, NbdServer
-from mullion.wire.nbd.session import Export
+from mullion.wire.nbd.session import Export, Gate
 
 
 class NbdExport:
@@ -33,9 +34,10 @@ class NbdExport:
         read_only: bool,
         listener: socket.socket | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        new_gate: Callable[[], Gate] | None = None,
     ) -> None:
         self.path = socket_path
-        self._export = Export(name, device, read_only)
+        self._export = Export(name, device, read_only, new_gate)
         self._listener = listener
         self._max_connections = max_connections
         self._bound: tuple[int, int] | None = None
@@ -71,6 +73,10 @@ class NbdExport:
             server.stop()
         finally:
             self._past = server.counters
+
+    def use(self, device: BlockDevice) -> None:
+        """Serve this one from now on, of the same size; requests that are under way end on the other."""
+        self._export.device = device
 
     @property
     def counters(self) -> Counters:

@@ -85,6 +85,8 @@ class _Connection:
             log.exception("closed a client's connection because of a fault in the export")
             self._server.count_protocol_error()
         finally:
+            if self._transmission is not None:
+                self._transmission.close()
             with self._lock:
                 self._is_closed = True
                 self._socket.close()
@@ -119,8 +121,14 @@ class _Connection:
                 is_structured=handshake.is_structured,
                 has_allocation=handshake.has_allocation,
                 send=client.sendall,
+                is_gone=self._is_gone,
             )
         return handshake.export
+
+    def _is_gone(self) -> bool:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def _transmit(self, transmission: Transmission) -> None:
         receive_into = self._socket.recv_into

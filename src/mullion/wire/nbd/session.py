@@ -21,7 +21,7 @@ import enum
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from mullion.base.block import BlockDevice
 from mullion.wire.nbd.messages import (
@@ -55,13 +55,36 @@ _SERVER_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 ALLOCATION_CONTEXT_ID: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
+class Gate(Protocol):
+    """Who is asked, by one connection, before it takes a request that reads or changes data."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has to be asked at all."""
+        ...
+
+    def ask(self, is_write: bool, size_bytes: int) -> float:
+        """0.0 to go ahead, else the seconds that it will take at most."""
+        ...
+
+    def wait(self, is_write: bool, size_bytes: int, is_gone: Callable[[], bool]) -> bool:
+        """Sleep until that request may go ahead; False when `is_gone` said so meanwhile."""
+        ...
+
+    def leave(self) -> None:
+        """The connection has ended."""
+        ...
+
+
+@dataclass(slots=True)
 class Export:
     """A block device under a name. The empty name, the protocol's default export, means the first one of a server."""
 
     name: str
     device: BlockDevice
     read_only: bool = False
+    new_gate: Callable[[], Gate] | None = None
+    """Makes the gate of a connection; `device` may be replaced by one of the same size at any time."""
 
     @property
     def is_read_only(self) -> bool:

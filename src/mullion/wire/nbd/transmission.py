@@ -85,6 +85,7 @@ _FLUSH: Final = int(Command.FLUSH)
 _TRIM: Final = int(Command.TRIM)
 _WRITE_ZEROES: Final = int(Command.WRITE_ZEROES)
 _BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
+_CAPPED: Final = frozenset({_READ, _WRITE, _TRIM, _WRITE_ZEROES})
 _FUA: Final = int(CommandFlag.FUA)
 _DF: Final = int(CommandFlag.DF)
 _REQ_ONE: Final = int(CommandFlag.REQ_ONE)
@@ -115,8 +116,12 @@ class Transmission:
         is_structured: bool,
         has_allocation: bool,
         send: Callable[[memoryview], None],
+        is_gone: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`is_gone` says whether the client went away; it is asked when a request has to wait for long."""
         self._export = export
+        self._gate = None if export.new_gate is None else export.new_gate()
+        self._is_gone = is_gone
         self._device = export.device
         self._size_bytes = export.device.size_bytes
         self._is_read_only = export.is_read_only
@@ -150,13 +155,18 @@ class Transmission:
         unpack_request = REQUEST.unpack_from
         pack_chunk = OFFSET_CHUNK.pack_into
         reply, reply_view = self._reply, self._reply_view
+        self._device = self._export.device
         pread, size_bytes, is_structured = self._device.pread, self._size_bytes, self._is_structured
+        gate = self._gate
+        is_limited = gate is not None and gate.is_limited
         if self._payload_left:
             start = self._take_payload(view, start, end)
         while end - start >= 28 and not self._payload_left:
             magic, flags, command, cookie, offset, length = unpack_request(view, start)
             if magic != REQUEST_MAGIC:
                 raise NbdProtocolError(f"a request began with {magic:#010x}")
+            if is_limited and (command != _WRITE or length > PIECE_BYTES or start + 28 + length <= end):
+                self._admit(command, length)
             if (
                 command == _READ
                 and is_structured
@@ -208,6 +218,22 @@ class Transmission:
                 self.send_replies()
         self.wanted = self._next_wanted(view, start, end)
         return start
+
+    def _admit(self, command: int, length: int) -> None:
+        """Wait until the request may go ahead. Raises: ConnectionError when the client went away meanwhile."""
+        gate, is_write = self._gate, command != _READ
+        if gate is None or command not in _CAPPED:
+            return
+        size_bytes = min(length, PAYLOAD_LIMIT_BYTES) if command in (_READ, _WRITE) else 0
+        if gate.ask(is_write, size_bytes) > 0.0:
+            self.send_replies()  # what is finished does not wait for it
+            if not gate.wait(is_write, size_bytes, self._is_gone):
+                raise ConnectionResetError("the client went away while its request waited for the disk's cap")
+
+    def close(self) -> None:
+        """The connection has ended."""
+        if self._gate is not None:
+            self._gate.leave()
 
     def send_replies(self) -> None:
         """Send what is ready. The owner calls it before it waits for more input."""
