@@ -85,7 +85,10 @@ class Pump:
         self.sent = bytearray()
         self.sends = 0
         self.transmission = Transmission(
-            export, is_structured=is_structured, has_allocation=has_allocation, send=self._send
+            export,
+            is_structured=is_structured,
+            contexts=list(enumerate(export.contexts, 1)) if has_allocation else [],
+            send=self._send,
         )
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._start = self._end = 0

@@ -69,7 +69,7 @@ def test_go_opens_the_export_and_says_its_size_and_flags(handshake: Handshake, e
     assert handshake.state is HandshakeState.READY
     assert handshake.export is exports[0]
     assert not handshake.is_structured
-    assert not handshake.has_allocation
+    assert not handshake.contexts
     assert TransmissionFlag.READ_ONLY not in flags
     assert TransmissionFlag.CAN_MULTI_CONN | TransmissionFlag.SEND_FUA | TransmissionFlag.SEND_TRIM in flags
 
@@ -135,7 +135,7 @@ def test_the_allocation_context_is_listed_and_set(handshake: Handshake) -> None:
     assert chosen == [(OptionReply.META_CONTEXT, b"\0\0\0\1base:allocation"), ack]
     ask(handshake, Option.GO, named(b"", b"\0\0"))  # the same export under the default name
     assert handshake.is_structured
-    assert handshake.has_allocation
+    assert [(number, context.name) for number, context in handshake.contexts] == [(1, "base:allocation")]
 
 
 @pytest.mark.parametrize("undo", [meta_context(b"system"), meta_context(b"other", b"base:allocation"), b"\xff"])
@@ -146,14 +146,14 @@ def test_a_second_choice_of_contexts_replaces_the_first_even_when_it_is_refused(
     ask(handshake, Option.SET_META_CONTEXT, meta_context(b"system", b"base:allocation"))
     ask(handshake, Option.SET_META_CONTEXT, undo)
     ask(handshake, Option.GO, named(b"system", b"\0\0"))
-    assert not handshake.has_allocation
+    assert not handshake.contexts
 
 
 def test_contexts_of_one_export_are_not_those_of_another(handshake: Handshake) -> None:
     ask(handshake, Option.STRUCTURED_REPLY)
     ask(handshake, Option.SET_META_CONTEXT, meta_context(b"system", b"base:allocation"))
     ask(handshake, Option.GO, named("ünicode".encode(), b"\0\0"))
-    assert not handshake.has_allocation
+    assert not handshake.contexts
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The numbers and structures of the Network Block Device protocol.
 
 Spec: "The NBD protocol", doc/proto.md of the NetworkBlockDevice project: fixed newstyle negotiation, structured
-replies, the `base:allocation` metadata context. Integers are big-endian.
+replies, metadata contexts (`contexts`), TLS (`tls`). Integers are big-endian.
 
 Request (28 bytes)                       Structured reply chunk (20 bytes, then its payload)
     0   4  u32  magic 0x25609513             0   4  u32  magic 0x668E33EF
@@ -21,7 +21,7 @@ Option (16 bytes, then its data)             4   4  u32  error
 
 Invariants: no structure has padding; a name is UTF-8 of at most 4096 bytes; an error is 0 or a value of `NbdError`.
 Durability: none here; FLUSH and FUA are the session's business.
-Not handled: oldstyle negotiation, TLS, extended headers (64-bit lengths), contexts other than `base:allocation`.
+Not handled: oldstyle negotiation, extended headers (64-bit lengths).
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ PAYLOAD_LIMIT_BYTES: Final = 32 * MIB
 """Longest READ and WRITE: what a client may assume that was told no block size (section "Block size constraints")."""
 PREFERRED_BLOCK_BYTES: Final = 4096
 ALLOCATION_CONTEXT: Final = "base:allocation"
+DIRTY_BITMAP_PREFIX: Final = "qemu:dirty-bitmap:"
 
 
 class HandshakeFlag(enum.IntFlag):
@@ -164,6 +165,12 @@ class BlockState(enum.IntFlag):
 
     HOLE = 1
     ZERO = 2
+
+
+class DirtyState(enum.IntFlag):
+    """Bits of an extent in a context `qemu:dirty-bitmap:NAME`."""
+
+    DIRTY = 1
 
 
 class NbdError(enum.IntEnum):

@@ -5,8 +5,9 @@ Invariants:
   answered in one piece), and MAX_CONNECTIONS bounds them; a client over that is hung up on at once. A negotiation has
   a deadline as a whole.
 - No thread outlives `stop`: requests that have arrived are finished and answered, then the connections close.
+- With `tls` every client has to begin with STARTTLS and a certificate that the context accepts.
 - A client's mistake or death ends its connection, and nothing else.
-Not handled: TCP and TLS; access is the business of the socket's mode and folder.
+Without `tls` access is the business of the socket's mode and folder: a TCP listener is to have it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Sequence
@@ -62,7 +64,8 @@ class _Connection:
         with self._lock:
             if not self._is_closed:
                 with contextlib.suppress(OSError):  # the client may be gone
-                    self._socket.shutdown(socket.SHUT_RDWR if at_once else socket.SHUT_RD)
+                    # Not the method of SSLSocket, which would turn the connection back to plain bytes.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR if at_once else socket.SHUT_RD)
 
     @property
     def transmission(self) -> Transmission | None:
@@ -79,6 +82,9 @@ class _Connection:
         except TimeoutError:
             log.warning("closed a client's connection: its negotiation took too long")
             self._server.count_protocol_error()
+        except ssl.SSLError as error:
+            log.warning("closed a client's connection: TLS: %s", error)
+            self._server.count_protocol_error()
         except OSError as error:
             log.debug("a client's connection broke: %s", error)
         except Exception:  # the root of the thread: a fault of ours ends this connection only, and is not quiet
@@ -93,9 +99,10 @@ class _Connection:
             self._server.forget(self)
 
     def _negotiate(self) -> Export | None:
+        tls = self._server.tls
         client = self._socket
         deadline = time.monotonic() + self._server.handshake_timeout_s
-        handshake = Handshake(self._server.exports)
+        handshake = Handshake(self._server.exports, offers_tls=tls is not None, requires_tls=tls is not None)
         reply = handshake.greeting
         while True:
             if reply:
@@ -105,6 +112,10 @@ class _Connection:
                 break
             if handshake.state is HandshakeState.CLOSED:
                 return None
+            if handshake.state is HandshakeState.TLS:
+                assert tls is not None, "offered"
+                client = self._encrypt(tls, deadline)
+                handshake.tls_started()
             data = bytearray()
             while len(data) < handshake.wanted:
                 client.settimeout(_time_left_s(deadline))
@@ -119,11 +130,20 @@ class _Connection:
             self._transmission = Transmission(
                 handshake.export,
                 is_structured=handshake.is_structured,
-                has_allocation=handshake.has_allocation,
+                contexts=handshake.contexts,
                 send=client.sendall,
                 is_gone=self._is_gone,
             )
         return handshake.export
+
+    def _encrypt(self, tls: ssl.SSLContext, deadline: float) -> ssl.SSLSocket:
+        """Raises: ssl.SSLError when the client has no certificate that is good enough; TimeoutError."""
+        with self._lock:
+            client = tls.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+            self._socket = client
+        client.settimeout(_time_left_s(deadline))
+        client.do_handshake()
+        return client
 
     def _is_gone(self) -> bool:
         poller = select.poll()
@@ -169,7 +189,9 @@ class NbdServer:
         *,
         max_connections: int = MAX_CONNECTIONS,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self.tls = tls
         self.exports = tuple(exports)
         self.handshake_timeout_s = handshake_timeout_s
         self._listener = listener
@@ -256,7 +278,11 @@ class NbdServer:
             self._served += 1
             connection = _Connection(self, client, self._served)
             self._connections.add(connection)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+        if client.family == socket.AF_UNIX:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+        else:  # the kernel sizes TCP's own buffers better, and short replies are not to wait for company
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         try:
             connection.thread.start()
         except RuntimeError as error:  # the host allows no more threads

@@ -8,11 +8,16 @@ The owner sends `greeting`, then reads exactly `wanted` bytes, gives them to `re
     state     wants                         then
     FLAGS     client flags (4 bytes)        HEADER
     HEADER    option header (16 bytes)      DATA, or as below when the option has no data
-    DATA      the option's data             HEADER; READY after GO or EXPORT_NAME; CLOSED after ABORT
+    DATA      the option's data             HEADER; READY after GO or EXPORT_NAME; CLOSED after ABORT; TLS
+                                            after STARTTLS
+    TLS       `tls_started`, when the       HEADER; what was agreed before is forgotten
+              owner has sent the reply
+              and done TLS's handshake
 
 Invariants: what a client makes us keep is bounded by OPTION_LIMIT_BYTES; a wrong magic, an unknown client flag and a
 too long option raise, every other mistake is answered with an error reply and the negotiation goes on.
-Not handled: TLS, extended headers (both answered "unsupported", as the specification asks).
+With `requires_tls` nothing but STARTTLS and ABORT is answered before TLS: neither names nor sizes leave unencrypted.
+Not handled: extended headers (answered "unsupported", as the specification asks).
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from mullion.base.block import BlockDevice
+from mullion.wire.nbd.contexts import Context, DirtyBitmap, contexts_of, matching
 from mullion.wire.nbd.messages import (
-    ALLOCATION_CONTEXT,
     CLIENT_FLAGS,
     EXPORT_NAME_PADDING,
     EXPORT_NAME_REPLY,
@@ -52,7 +57,6 @@ from mullion.wire.nbd.messages import (
 )
 
 _SERVER_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
-ALLOCATION_CONTEXT_ID: Final = 1
 
 
 class Gate(Protocol):
@@ -85,6 +89,15 @@ class Export:
     read_only: bool = False
     new_gate: Callable[[], Gate] | None = None
     """Makes the gate of a connection; `device` may be replaced by one of the same size at any time."""
+    bitmaps: Mapping[str, DirtyBitmap] = field(default_factory=dict)
+    """What `qemu:dirty-bitmap:NAME` tells, by NAME."""
+    description: str = ""
+    """For people, when a client asks for it."""
+
+    @property
+    def contexts(self) -> tuple[Context, ...]:
+        """What BLOCK_STATUS can tell; the id of a context is its place here, from 1."""
+        return contexts_of(lambda: self.device, self.bitmaps)
 
     @property
     def is_read_only(self) -> bool:
@@ -104,6 +117,7 @@ class HandshakeState(enum.Enum):
     FLAGS = "flags"
     HEADER = "header"
     DATA = "data"
+    TLS = "tls"
     READY = "ready"
     CLOSED = "closed"
 
@@ -119,12 +133,17 @@ class _RefusedError(Exception):
 class Handshake:
     """One client's negotiation."""
 
-    def __init__(self, exports: Sequence[Export]) -> None:
+    def __init__(self, exports: Sequence[Export], *, offers_tls: bool = False, requires_tls: bool = False) -> None:
+        assert offers_tls or not requires_tls
+        self._offers_tls = offers_tls
+        self._requires_tls = requires_tls
+        self._is_encrypted = False
         self._exports = tuple(exports)
         self._by_name = {export.name: export for export in reversed(self._exports)}
         self._option = 0
         self._flags = HandshakeFlag(0)
         self._context_export: Export | None = None
+        self._contexts: tuple[tuple[int, Context], ...] = ()
         self.state = HandshakeState.FLAGS
         self.wanted = CLIENT_FLAGS.size
         self.export: Export | None = None
@@ -137,9 +156,17 @@ class Handshake:
         return GREETING.pack(NBD_MAGIC, OPTION_MAGIC, _SERVER_FLAGS)
 
     @property
-    def has_allocation(self) -> bool:
-        """The client chose the context `base:allocation` of the export that it opened."""
-        return self.export is not None and self._context_export is self.export
+    def contexts(self) -> tuple[tuple[int, Context], ...]:
+        """The contexts that the client chose of the export that it opened, each with its id."""
+        return self._contexts if self.export is not None and self._context_export is self.export else ()
+
+    def tls_started(self) -> None:
+        """The connection is encrypted from here on; the client has to agree on everything anew (section "STARTTLS")."""
+        assert self.state is HandshakeState.TLS
+        self._is_encrypted = True
+        self.is_structured = False
+        self._context_export, self._contexts = None, ()
+        self._expect_header()
 
     def receive(self, data: bytes) -> bytes:
         """Take exactly `wanted` bytes and return the reply, often empty.
@@ -180,7 +207,10 @@ class Handshake:
 
     def _receive_option(self, data: bytes) -> bytes:
         self._expect_header()
+        is_locked = self._requires_tls and not self._is_encrypted
         if self._option == Option.EXPORT_NAME:  # the one option without an option reply
+            if is_locked:
+                raise NbdProtocolError("the client wants an export without TLS", remedy="Use the client's TLS options.")
             return self._export_name(data)
         if HandshakeFlag.FIXED_NEWSTYLE not in self._flags:
             raise NbdProtocolError(f"option {self._option} from a client that does not speak fixed newstyle")
@@ -188,6 +218,8 @@ class Handshake:
         try:
             if handler is None:
                 raise _RefusedError(OptionReply.ERR_UNSUP, "unsupported option")
+            if is_locked and self._option not in (Option.STARTTLS, Option.ABORT):
+                raise _RefusedError(OptionReply.ERR_TLS_REQD, "TLS comes first")
             return handler(self, data)
         except _RefusedError as refused:
             return self._reply(refused.reply, str(refused).encode())
@@ -237,6 +269,8 @@ class Handshake:
         replies = [self._reply(OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, export.device.size_bytes, export.flags))]
         if Info.NAME in wishes:
             replies.append(self._reply(OptionReply.INFO, U16.pack(Info.NAME) + export.name.encode()))
+        if Info.DESCRIPTION in wishes and export.description:
+            replies.append(self._reply(OptionReply.INFO, U16.pack(Info.DESCRIPTION) + export.description.encode()))
         if Info.BLOCK_SIZE in wishes:
             sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, 1, PREFERRED_BLOCK_BYTES, PAYLOAD_LIMIT_BYTES)
             replies.append(self._reply(OptionReply.INFO, sizes))
@@ -254,7 +288,7 @@ class Handshake:
     def _meta_context(self, data: bytes) -> bytes:
         choosing = self._option == Option.SET_META_CONTEXT
         if choosing:
-            self._context_export = None  # a refused choice leaves nothing chosen
+            self._context_export, self._contexts = None, ()  # a refused choice leaves nothing chosen
         if not self.is_structured:
             raise _RefusedError(OptionReply.ERR_INVALID, "structured replies come first")
         name, position = _take_name(data)
@@ -262,19 +296,33 @@ class Handshake:
         export = self._find(name)
         if export is None:
             raise _RefusedError(OptionReply.ERR_UNKNOWN, "no such export")
-        wanted = ALLOCATION_CONTEXT.encode()
-        # Only a LIST may ask for all contexts or all of a namespace; a SET names each of them.
-        matches = wanted in queries or (not choosing and (not queries or b"base:" in queries))
-        if not matches:
-            return self._reply(OptionReply.ACK)
-        if choosing:
+        contexts = export.contexts
+        places = matching(contexts, queries, may_use_wildcards=not choosing)
+        if choosing and places:
             self._context_export = export
-        context = U32.pack(ALLOCATION_CONTEXT_ID if choosing else 0) + wanted
-        return self._reply(OptionReply.META_CONTEXT, context) + self._reply(OptionReply.ACK)
+            self._contexts = tuple((place + 1, contexts[place]) for place in places)
+        # The specification wants 0 as the id of a context that is only listed.
+        replies = [
+            self._reply(
+                OptionReply.META_CONTEXT, U32.pack(place + 1 if choosing else 0) + contexts[place].name.encode()
+            )
+            for place in places
+        ]
+        return b"".join([*replies, self._reply(OptionReply.ACK)])
+
+    def _start_tls(self, data: bytes) -> bytes:
+        if not self._offers_tls:
+            raise _RefusedError(OptionReply.ERR_UNSUP, "no TLS here")
+        if data or self._is_encrypted:
+            raise _RefusedError(OptionReply.ERR_INVALID, "STARTTLS takes no data, and comes once")
+        self.state = HandshakeState.TLS
+        self.wanted = 0
+        return self._reply(OptionReply.ACK)
 
     _HANDLERS: Final[Mapping[int, Callable[[Handshake, bytes], bytes]]] = {
         Option.ABORT: _abort,
         Option.LIST: _list,
+        Option.STARTTLS: _start_tls,
         Option.INFO: _info,
         Option.GO: _info,
         Option.STRUCTURED_REPLY: _structured_reply,

@@ -25,12 +25,12 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from mullion.base.block import ExtentKind
 from mullion.base.errors import InvalidError, MullionError, NoSpaceError
 from mullion.base.units import KIB, MIB
+from mullion.wire.nbd.contexts import Context, longest_runs
 from mullion.wire.nbd.messages import (
     CHUNK,
     CHUNK_ERROR,
@@ -43,7 +43,6 @@ from mullion.wire.nbd.messages import (
     SIMPLE_REPLY_MAGIC,
     U32,
     U64,
-    BlockState,
     Chunk,
     ChunkFlag,
     Command,
@@ -51,7 +50,7 @@ from mullion.wire.nbd.messages import (
     NbdError,
     NbdProtocolError,
 )
-from mullion.wire.nbd.session import ALLOCATION_CONTEXT_ID, Export
+from mullion.wire.nbd.session import Export
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +69,6 @@ _NBD_ERRORS: Final = {
     errno.ENOSPC: NbdError.ENOSPC,
     errno.EDQUOT: NbdError.ENOSPC,
     errno.EFBIG: NbdError.ENOSPC,
-}
-_EXTENT_STATES: Final = {
-    ExtentKind.DATA: BlockState(0),
-    ExtentKind.ZERO: BlockState.ZERO,
-    ExtentKind.HOLE: BlockState.HOLE | BlockState.ZERO,
 }
 
 # Plain ints: comparing with a member of an IntEnum costs a look-up in the class each time.
@@ -114,7 +108,7 @@ class Transmission:
         export: Export,
         *,
         is_structured: bool,
-        has_allocation: bool,
+        contexts: Sequence[tuple[int, Context]],
         send: Callable[[memoryview], None],
         is_gone: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -126,7 +120,7 @@ class Transmission:
         self._size_bytes = export.device.size_bytes
         self._is_read_only = export.is_read_only
         self._is_structured = is_structured
-        self._has_allocation = has_allocation
+        self._contexts = contexts
         self._send = send
         self._reply = untouched(_REPLY_BUFFER_BYTES)
         self._reply_view = self._reply
@@ -309,7 +303,7 @@ class Transmission:
         elif offset + length > self._size_bytes:
             error = NbdError.ENOSPC if command in (_WRITE, _WRITE_ZEROES) else NbdError.EINVAL
         elif (command == _READ and length > PAYLOAD_LIMIT_BYTES) or (
-            command == _BLOCK_STATUS and not (self._has_allocation and length)
+            command == _BLOCK_STATUS and not (self._contexts and length)
         ):
             error = NbdError.EINVAL
         else:
@@ -361,23 +355,17 @@ class Transmission:
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
         limit = 1 if flags & _REQ_ONE else _EXTENTS_PER_REPLY
-        runs: list[list[int]] = []
+        chunks: list[bytes] = []
         try:
-            for extent in self._device.extents(offset, length):
-                state = int(_EXTENT_STATES[extent.kind])
-                if runs and runs[-1][1] == state:
-                    runs[-1][0] += extent.length
-                elif len(runs) == limit:
-                    break
-                else:
-                    runs.append([extent.length, state])
+            for number, context in self._contexts:
+                runs = longest_runs(context, offset, length, limit)
+                chunks.append(U32.pack(number) + b"".join([U64.pack(size << 32 | state) for size, state in runs]))
         except (OSError, MullionError) as error:
             self._finish(cookie, self._failed(error, "look up extents", offset))
             return
-        payload = U32.pack(ALLOCATION_CONTEXT_ID) + b"".join(
-            U64.pack(run_bytes << 32 | state) for run_bytes, state in runs
-        )
-        self._put(CHUNK.pack(CHUNK_MAGIC, _DONE, Chunk.BLOCK_STATUS, cookie, len(payload)) + payload)
+        for payload in chunks:
+            done = _DONE if payload is chunks[-1] else 0
+            self._put(CHUNK.pack(CHUNK_MAGIC, done, Chunk.BLOCK_STATUS, cookie, len(payload)) + payload)
 
     def _flush(self) -> int:
         self.send_replies()  # a flush takes long: what is finished does not wait for it
