@@ -95,23 +95,26 @@ def verify(
     part: tuple[int, int] = (0, 1),
     progress: Progress = no_progress,
 ) -> Report:
-    """Look at everything, and mark backups that have lost something (no backup builds on a marked one).
+    """Look at everything, and mark backups that have lost something: no backup builds on a marked one.
 
     `read_data=False` reads directories instead of packs. `part` (number, of how many) reads the data of that share of
     the packs only: one part a day is a scrub. Other processes may back up meanwhile. Raises: RepositoryBusyError while
     somebody prunes; what the storage raises.
     """
     report = Report()
+    _check_leases(repository, report)  # first, because whoever takes a lease takes damaged ones away
     with Lease(repository.backend, repository.keys, "verification"):
         names = _check_names(repository, report)
         _check_keys(repository, names, report)
         index = Index(_check_segments(repository, names, report))
         bad = _check_packs(repository, names, index, report, read_data=read_data, part=part, progress=progress)
-        _check_leases(repository, names, report)
         _check_backups(repository, names, _Soundness(repository, index, bad), report)
         for backup_id in report.damaged:
-            if is_backup_id(backup_id):
-                repository.backend.put(mark_name(backup_id), [])
+            repository.backend.put(mark_name(backup_id), [])
+        if read_data and part[1] == 1:  # what was lost may have been stored again since
+            for name in names:
+                if name.startswith("damaged/") and name.removeprefix("damaged/") not in report.damaged:
+                    repository.backend.delete(name)
     return report
 
 
@@ -145,7 +148,7 @@ def _check_names(repository: Repository, report: Report) -> dict[str, int]:
 
     What refers is listed before what it refers to, so that a backup that is made meanwhile does not look incomplete.
     """
-    referring = {name for folder in (BACKUPS, "index") for name in repository.object_names(folder)}
+    referring = {listed.name for folder in (BACKUPS, "index") for listed in repository.backend.list(folder)}
     names = {}
     for listed in sorted(repository.backend.list("")):
         if listed.name.startswith((f"{BACKUPS}/", "index/")) and listed.name not in referring:
@@ -314,19 +317,18 @@ def _read_pack(repository: Repository, pack_id: bytes, name: str, scanned: _Scan
             scanned.errors.append(error)
 
 
-def _check_leases(repository: Repository, names: Iterable[str], report: Report) -> None:
-    for name in names:
-        if name.startswith(f"{LEASES}/"):
-            try:
-                found = repository.backend.get(name)
-                payload = sealing.unseal(sealing.Kind.LEASE, name, found, repository.keys, repository.location)
-                msgspec.msgpack.decode(payload, type=Holder)
-            except RepositoryDamagedError as error:
-                report.add(error, name)
-            except msgspec.DecodeError as error:
-                report.say(name, f"{repository.location}: {name} is no lease: {error}")
-            except ObjectMissingError:
-                continue  # given back since
+def _check_leases(repository: Repository, report: Report) -> None:
+    for name in repository.object_names(LEASES):
+        try:
+            found = repository.backend.get(name)
+            payload = sealing.unseal(sealing.Kind.LEASE, name, found, repository.keys, repository.location)
+            msgspec.msgpack.decode(payload, type=Holder)
+        except RepositoryDamagedError as error:
+            report.add(error, name)
+        except msgspec.DecodeError as error:
+            report.say(name, f"{repository.location}: {name} is no lease: {error}")
+        except ObjectMissingError:
+            continue  # given back since
 
 
 class _Soundness:
