@@ -77,7 +77,7 @@ def _choice_options(command: _Callback) -> _Callback:
 
 @click.group(cls=Group, short_help="List and fetch files inside partitions, running or not.")
 def files() -> None:
-    """List and fetch files inside partitions, running or not, and inside their checkpoints.
+    """List and fetch files inside partitions, running or not.
 
     PARTITION@CHECKPOINT is a checkpoint; PARTITION alone is what its disks hold at this instant, also while it runs:
     the guest needs no agent and notices nothing. NTFS, FAT, exFAT, ext2, ext3, ext4 and ISO 9660 are read.

@@ -12,6 +12,7 @@ Invariants: disks are opened for reading only; memory is bounded by a few frames
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -65,9 +66,6 @@ def answer(command: FilesCommand, fd: int) -> None:
                     channel.send(fd, channel.ENTRY, msgspec.json.encode(_found(disk, volume)))
             return
         disk, volume = _chosen_volume(command, disks)
-        for note in (*disks[disk].problems, volume.holds.warning):
-            if note:
-                channel.send(fd, channel.NOTE, f"{command.label}: {disk}: {note}".encode())
         label = f"{command.label}: {disk}" if len(command.chains) > 1 else command.label
         reader = stack.enter_context(open_volume(disks[disk].device, volume, label, LISTER))
         pieces: Iterator[Piece]
@@ -80,7 +78,10 @@ def answer(command: FilesCommand, fd: int) -> None:
                 pieces = reader.tree(command.path)
             case other:
                 raise InvalidError(f"there is no operation {other!r}")
-        for piece in pieces:
+        first = next(pieces, None)
+        for note in (*disks[disk].problems, *reader.notes):
+            channel.send(fd, channel.NOTE, f"{command.label}: {disk}: {note}".encode())
+        for piece in pieces if first is None else itertools.chain((first,), pieces):
             _send_piece(fd, piece)
 
 
@@ -152,7 +153,6 @@ def _found(disk: str, volume: Volume) -> FileVolumeView:
         size_bytes=volume.length,
         readable=volume.holds.kind is not None,
         remedy=volume.holds.remedy,
-        warning=volume.holds.warning,
     )
 
 

@@ -164,10 +164,10 @@ def _opened(
         for problem in problems:
             face.note(f"{path}: partition table: {problem}")
         chosen = choose_volume(path, volumes, number)
-        if chosen.holds.warning:
-            face.note(f"{path}: {chosen.holds.title}: {chosen.holds.warning}")
         with open_volume(source.device, chosen, path) as reader:
             yield reader
+            for note in reader.notes:
+                face.note(f"{path}: {note}")
 
 
 def _split(disk: str, volume: int | None) -> tuple[str, int | None]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytsk3
 
 from mullion.base.units import MIB
-from mullion.media.confined import channel, jail
+from mullion.media.confined import channel, jail, journal
 
 DEPTH_LIMIT: Final = 256
 ENTRY_LIMIT: Final = 5_000_000
@@ -38,6 +38,8 @@ _IGNORES_CASE: Final = ("ntfs", "fat", "exfat", "iso")
 _NTFS_FIRST_USER_INODE: Final = 24
 _NTFS_ROOT_INODE: Final = 5
 _EXFAT_TABLES: Final = (b"$ALLOC_BITMAP", b"$UPCASE_TABLE", b"$VOLUME_GUID", b"$TEX_FAT", b"$ACT")
+_EXT_SUPERBLOCK: Final = 1024
+_EXT_RECOVER: Final = 0x4
 _LABEL_SUFFIX: Final = b" (Volume Label Entry)"
 
 _REPARSE_ATTRIBUTE: Final = 0xC0
@@ -96,13 +98,51 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
         return b"".join(parts)
 
 
+class _Replayed(_Image):
+    """The volume as it is once the journal has been replayed; nothing is written."""
+
+    def __init__(self, fd: int, size_bytes: int, log: journal.Journal, newer: dict[int, journal.Place]) -> None:
+        self._log = log
+        self._newer = newer
+        super().__init__(fd, size_bytes)
+
+    def read(self, offset: int, size: int) -> bytes:
+        raw = super().read(offset, size)
+        width = self._log.block_bytes
+        blocks = range(offset // width, -(-(offset + len(raw)) // width))
+        touched = [block for block in blocks if block in self._newer]
+        if not touched:
+            return raw
+        whole = bytearray(raw)
+        for block in touched:
+            new = journal.content(self._log, self._newer[block])
+            start = block * width - offset
+            new = new[max(0, -start) : len(whole) - start]
+            whole[max(0, start) : max(0, start) + len(new)] = new
+        return bytes(whole)
+
+
 class Filesystem:
     """A filesystem that the library opened, seen through paths of `/` and names."""
 
-    def __init__(self, image: _Image, kind: str) -> None:
+    def __init__(self, fd: int, size_bytes: int, kind: str) -> None:
         self._kind = kind
-        self._fs = pytsk3.FS_Info(image, offset=0, type=_TYPES[kind])
         self._count = 0
+        self.note = ""
+        """What people should know of what they see."""
+        image = _Image(fd, size_bytes)
+        self._fs = pytsk3.FS_Info(image, offset=0, type=_TYPES[kind])
+        if kind == "ext":
+            try:
+                replayed = _replay(fd, size_bytes, self._fs, image)
+            except (journal.JournalError, OSError, struct.error) as error:
+                why = str(error).splitlines()[0][:200]
+                self.note = (
+                    f"it was not unmounted, and its journal cannot be replayed ({why}): what is in it is missing"
+                )
+                return
+            if replayed is not None:
+                self._fs = pytsk3.FS_Info(replayed, offset=0, type=_TYPES[kind])
 
     def find(self, path: str) -> tuple[Any, Entry]:
         """The file at a path, and what there is to say about it."""
@@ -239,6 +279,30 @@ class Filesystem:
             yield size - at
 
 
+def _replay(fd: int, size_bytes: int, filesystem: Any, image: _Image) -> _Replayed | None:
+    """An ext with what its journal has newer; None when that is nothing. Raises: JournalError; OSError."""
+    superblock = image.read(_EXT_SUPERBLOCK, 1024)
+    (shift,) = struct.unpack_from("<I", superblock, 24)
+    (incompatible,) = struct.unpack_from("<I", superblock, 96)
+    (inode,) = struct.unpack_from("<I", superblock, 224)
+    if not incompatible & _EXT_RECOVER:
+        return None
+    if not inode:
+        raise journal.JournalError("it is on another device")
+    width = 1024 << min(shift, 6)
+    file = filesystem.open_meta(inode=inode)
+
+    def read(block: int) -> bytes:
+        raw = bytes(file.read_random(block * width, width))
+        if len(raw) < width:
+            raise journal.JournalError(f"it ends before its block {block}")
+        return raw
+
+    log = journal.open_journal(read, width)
+    newer = journal.find_newer(log) if log is not None else {}
+    return _Replayed(fd, size_bytes, log, newer) if log is not None and newer else None
+
+
 def _stored_ranges(file: Any, wanted: tuple[int, ...], size: int, block_bytes: int) -> list[tuple[int, int]]:
     """The parts of a file, (start, end) in bytes, that are not holes; all of it where the library keeps no runs."""
     for attribute in file:
@@ -359,7 +423,10 @@ def serve(fd: int, size_bytes: int, kind: str) -> None:
         request = json.loads(channel.receive_exactly(fd, length))
         error = {}
         try:
-            filesystem = filesystem or Filesystem(_Image(fd, size_bytes), kind)
+            if filesystem is None:
+                filesystem = Filesystem(fd, size_bytes, kind)
+                if filesystem.note:
+                    channel.send(fd, channel.NOTE, filesystem.note.encode())
             _answer(fd, filesystem, request)
         except RefusedError as refused:
             error = {"code": refused.code, "message": str(refused)}

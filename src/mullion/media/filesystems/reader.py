@@ -27,6 +27,7 @@ LISTER: Final = "mullion vhd ls"
 DEADLINE_S: Final = 10.0
 """How long the process may compute, time for reading the disk not counted, before it gives something."""
 _STOP_S: Final = 2.0
+_NOTES_LIMIT: Final = 8
 _SAID_LIMIT_BYTES: Final = 4000
 
 
@@ -41,6 +42,8 @@ class VolumeReader:
         self._path = path
         self._lister = lister
         self._is_busy = False
+        self.notes: list[str] = []
+        """What people should know of what they see; known when the first answer has begun."""
         self._socket: socket.socket | None = None
         self._process: Spawned | None = None
         self._start()
@@ -130,6 +133,8 @@ class VolumeReader:
                     yield Hole(channel.HOLE_BYTES.unpack(payload)[0])
                 elif kind == channel.ENTRY:
                     yield self._entry(payload)
+                elif kind == channel.NOTE and len(self.notes) < _NOTES_LIMIT:
+                    self.notes.append(f"{self._volume.holds.title}: {shown(payload.decode(errors='replace'))}")
                 elif kind == channel.END:
                     is_done = True
                     self._raise_error(payload)

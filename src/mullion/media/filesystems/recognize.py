@@ -47,7 +47,6 @@ _LVM: Final = "Show the disk with `mullion vhd mount`, then activate the volume 
 _EXT_MAGIC_AT: Final = 1080
 _EXT_READABLE: Final = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x2000
 """filetype, recover, extents, 64bit, mmp, flex_bg, ea_inode, csum_seed: the incompatible features that are read."""
-_EXT_RECOVER: Final = 0x4
 _EXT_NAMES: Final = {
     0x1: "compression",
     0x8: "journal_dev",
@@ -70,7 +69,6 @@ class Recognised:
     label: str = ""
     remedy: str = ""
     """What to do where it cannot be read."""
-    warning: str = ""
 
 
 def recognize(device: BlockDevice, offset: int, length: int) -> Recognised:
@@ -110,8 +108,7 @@ def _ext(head: bytearray) -> Recognised:
     if unknown:
         names = ", ".join(name for bit, name in _EXT_NAMES.items() if unknown & bit) or f"{unknown:#x}"
         return Recognised(f"{title} with {names}", label=label, remedy=f"{_MOUNT}.")
-    stale = "it was not unmounted: what its journal holds is not seen" if incompatible & _EXT_RECOVER else ""
-    return Recognised(title, "ext", label, warning=stale)
+    return Recognised(title, "ext", label)
 
 
 def _label(head: bytearray, kind: str, title: str) -> str:
