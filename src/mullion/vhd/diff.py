@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from mullion.base.errors import InvalidError
 from mullion.base.progress import Progress, no_progress
-from mullion.base.units import MIB, SECTOR_BYTES
-from mullion.vhd import bat as bat_table
-from mullion.vhd import bitmap
 from mullion.vhd.chain import Chain, open_chain
 from mullion.vhd.compare import Comparison
+from mullion.vhd.held import HeldSectors
 from mullion.vhd.image import Image
-from mullion.vhd.layout import DiskType
 from mullion.vhd.mapping import NOWHERE
 from mullion.vhd.zeros import next_data, next_hole
-
-_LEAST_WINDOW_BYTES: Final = 2 * MIB
 
 
 class Change(NamedTuple):
@@ -81,58 +76,9 @@ def _changes(chain: Chain, upper: list[Image], below: list[Image]) -> Iterator[C
     if upper and upper[-1].header is None:
         yield from _data_of_fixed(upper[-1], chain)
         return
-    size = chain.size_bytes
-    window = max([_LEAST_WINDOW_BYTES, *(image.block_bytes for image in upper)])
-    below_bytes = below[0].size_bytes if below else 0
-    shortest = min((image.size_bytes for image in upper), default=size)
-    offset = 0
-    while offset < size:
-        length = min(window, size - offset)
-        sectors = length // SECTOR_BYTES
-        for first, count in bitmap.set_runs(_held(upper, offset, sectors, below_bytes), sectors):
-            yield from _with_zeros(chain, offset + first * SECTOR_BYTES, count * SECTOR_BYTES)
-        offset += window
-        if offset <= min(size, shortest):
-            offset = max(offset, _next_held(upper, offset, shortest) // window * window)
-
-
-def _next_held(upper: list[Image], offset: int, end: int) -> int:
-    """The first byte from the offset on that is in an allocated block of any layer, or the end."""
-    found = end
-    for image in upper:
-        block = bat_table.next_allocated(image.bat, min(len(image.bat), offset // image.block_bytes))
-        found = min(found, max(offset, block * image.block_bytes))
-    return found
-
-
-def _held(upper: list[Image], offset: int, sectors: int, below_bytes: int) -> int:
-    """Which sectors of a window the layers hold, or hide from what lies below because one of them is shorter."""
-    held = 0
-    visible = bitmap.mask(0, sectors, sectors)
-    for image in upper:
-        inside = max(0, min(sectors, (image.size_bytes - offset) // SECTOR_BYTES))
-        visible &= bitmap.mask(0, inside, sectors)
-        held |= _own(image, offset, sectors) & visible
-    hidden = max(0, min(sectors, (below_bytes - offset) // SECTOR_BYTES))
-    return held | (bitmap.mask(0, hidden, sectors) & ~visible)
-
-
-def _own(image: Image, offset: int, sectors: int) -> int:
-    """Which sectors of a window are in this file."""
-    own = 0
-    per_block = image.block_bytes // SECTOR_BYTES
-    first = offset // image.block_bytes
-    for block in range(first, min(len(image.bat), first + max(1, sectors // per_block + 1))):
-        start = image.block_start(block)
-        place = block * per_block - offset // SECTOR_BYTES
-        if start is None or place >= sectors:
-            continue
-        bits = bitmap.mask(0, per_block, per_block)
-        if image.kind is DiskType.DIFFERENCING:
-            bits = image.read_bits(start, 0, per_block)
-        shift = sectors - place - per_block
-        own |= bits << shift if shift >= 0 else bits >> -shift
-    return own
+    held = HeldSectors(upper, below[0] if below else None, chain.size_bytes)
+    for begin, end in held.ranges(0, chain.size_bytes):
+        yield from _with_zeros(chain, begin, end - begin)
 
 
 def _data_of_fixed(image: Image, chain: Chain) -> Iterator[Change]:
