@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.provider.blk import BlkDevice
+from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers import Throttle
 from mullion.provider.memory import GuestMemory
@@ -17,7 +18,7 @@ from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user import MemoryRegion
 from mullion.wire.vhost_user.client import GUEST_BASE, USER_BASE
 from mullion.wire.vhost_user.driver import VirtqueueDriver
-from mullion.wire.vhost_user.messages import DeviceFeature, VringAddress
+from mullion.wire.vhost_user.messages import VRING_LOG, DeviceFeature, VringAddress
 
 ALL_FEATURES = int(DeviceFeature.VERSION_1 | DeviceFeature.RING_INDIRECT_DESC | DeviceFeature.RING_EVENT_IDX)
 
@@ -132,11 +133,16 @@ class GuestSide:
         self.throttle = Throttle()
         self.ring = self.new_ring()
 
-    def new_ring(self, *, with_inflight: bool = True) -> Ring:
+    def new_ring(self, *, with_inflight: bool = True, log: DirtyLog | None = None) -> Ring:
         """Attach a ring, as a back-end does when it has been started again."""
         place = self.driver.place
         address = VringAddress(
-            0, 0, USER_BASE + place.descriptor, USER_BASE + place.used, USER_BASE + place.available, 0
+            0,
+            VRING_LOG if log is not None else 0,
+            USER_BASE + place.descriptor,
+            USER_BASE + place.used,
+            USER_BASE + place.available,
+            GUEST_BASE + place.used,
         )
         self.turnstile = Turnstile("disk")
         self.ring = Ring(
@@ -149,6 +155,7 @@ class GuestSide:
             barrier=threading.Lock(),
             turn=self.throttle.lane("disk").turn(),
             turnstile=self.turnstile,
+            log=log,
         )
         return self.ring
 

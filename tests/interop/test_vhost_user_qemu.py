@@ -6,13 +6,18 @@ an error and `B` when it reads other bytes than it wrote.
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any, Self, TextIO
 
 import pytest
-from tests.framework.providers import LoneProvider, make_spec
+from tests.framework.providers import Control, LoneProvider, make_spec
 
+from mullion.provider.spec import ProviderSpec
 from mullion.vhd import create_differencing, create_dynamic, open_chain
 
 pytestmark = pytest.mark.interop
@@ -107,39 +112,132 @@ def wait_for_dots(serial: Path, qemu: subprocess.Popen[bytes], more: int) -> str
         time.sleep(0.05)
 
 
-def test_guest_goes_on_while_providers_are_killed(folder: Path) -> None:
-    base, top, serial = folder / "base.vhd", folder / "top.vhd", folder / "serial"
+class Guest:
+    """A QEMU whose guest writes and reads the disk of a provider for ever."""
+
+    def __init__(self, spec: ProviderSpec, folder: Path, name: str, *more: str) -> None:
+        self.serial, self._qmp_path = folder / f"{name}.serial", folder / f"{name}.qmp"
+        command = [
+            "qemu-system-x86_64",
+            *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,memory-backend=memory"),
+            *("-accel", "tcg", "-m", "64M", "-object", "memory-backend-memfd,id=memory,size=64M,share=on"),
+            *("-chardev", f"socket,id=disk,path={spec.disks[0].vhost_user},reconnect=1"),
+            *("-device", "vhost-user-blk-pci,chardev=disk,bootindex=1,num-queues=1,id=disk0"),
+            *("-serial", f"file:{self.serial}", "-qmp", f"unix:{self._qmp_path},server=on,wait=off"),
+            *more,
+        ]
+        with (folder / "qemu.log").open("ab") as log:
+            self.qemu = subprocess.Popen(command, stderr=log)
+        self._monitor: TextIO | None = None
+
+    def works(self, more: int = 3) -> None:
+        """Until the guest has verified some more rounds."""
+        said = wait_for_dots(self.serial, self.qemu, more)
+        assert set(said) == {"."}, said
+
+    def ask(self, command: str, **arguments: object) -> Any:
+        """One QMP command; its answer, whatever events come before."""
+        if self._monitor is None:
+            connection = socket.socket(socket.AF_UNIX)
+            deadline = time.monotonic() + DEADLINE_S
+            while connection.connect_ex(str(self._qmp_path)):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            connection.settimeout(DEADLINE_S)
+            self._monitor = connection.makefile("rw")
+            connection.close()
+            self._monitor.readline()
+            self.ask("qmp_capabilities")
+        self._monitor.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self._monitor.flush()
+        while True:
+            message = json.loads(self._monitor.readline())
+            if "event" not in message:
+                assert "return" in message, message
+                return message["return"]
+
+    def wait_until(self, command: str, wanted: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while (status := self.ask(command).get("status")) != wanted:
+            assert status != "failed", self.ask(command)
+            assert time.monotonic() < deadline, status
+            time.sleep(0.02)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+        self.qemu.kill()
+        self.qemu.wait(DEADLINE_S)
+
+
+@pytest.fixture
+def spec(folder: Path) -> ProviderSpec:
+    """A disk with the guest on it, and a child over it."""
+    base, top = folder / "base.vhd", folder / "top.vhd"
     create_dynamic(str(base), 32 * 1024 * 1024)
     with open_chain(str(base)) as disk:
         disk.pwrite(0, assemble(folder))
     create_differencing(str(top), str(base))
-    spec = make_spec(folder, [top, base])
+    return make_spec(folder, [top, base])
+
+
+def test_guest_goes_on_while_providers_are_killed(folder: Path, spec: ProviderSpec) -> None:
     provider = LoneProvider(spec)
-    command = [
-        "qemu-system-x86_64",
-        *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,memory-backend=memory"),
-        *("-accel", "tcg", "-m", "64M", "-object", "memory-backend-memfd,id=memory,size=64M,share=on"),
-        *("-chardev", f"socket,id=disk,path={spec.disks[0].vhost_user},reconnect=1"),
-        *("-device", "vhost-user-blk-pci,chardev=disk,bootindex=1,num-queues=1"),
-        *("-serial", f"file:{serial}"),
-    ]
-    with (folder / "qemu.log").open("wb") as log, subprocess.Popen(command, stderr=log) as qemu:
-        try:
+    try:
+        with Guest(spec, folder, "guest") as guest:
             for _kill in range(KILLS):
-                said = wait_for_dots(serial, qemu, 3)
-                assert set(said) == {"."}, said
+                guest.works()
                 provider.kill()
                 provider = LoneProvider(spec)
                 assert provider.ready.get("ready") is True, provider.ready
-            said = wait_for_dots(serial, qemu, 3)
-            assert set(said) == {"."}, said
-        finally:
-            qemu.kill()
-            qemu.wait(DEADLINE_S)
-            status = provider.terminate()
-        assert status == 0
-    with open_chain(str(top), read_only=True) as disk:
+            guest.works()
+    finally:
+        status = provider.terminate()
+    assert status == 0
+    with open_chain(spec.disks[0].chain[0], read_only=True) as disk:
         buffer = bytearray(512)
         disk.pread(2048 * 512, buffer)
         assert buffer == buffer[:4] * 128
         assert ~int.from_bytes(buffer[:4], "little", signed=True) % 4096 == 0  # a round that wrote this sector
+
+
+def test_guest_goes_on_while_it_is_saved_and_in_another_qemu(folder: Path, spec: ProviderSpec) -> None:
+    """The memory is copied while the provider writes into it: what it writes must be in the copy."""
+    with LoneProvider(spec) as provider, Guest(spec, folder, "saved") as guest:
+        guest.works()
+        guest.ask("migrate-set-parameters", **{"max-bandwidth": 16 << 20, "downtime-limit": 300})
+        guest.ask("migrate", uri=f"exec:cat > {folder}/state")
+        guest.wait_until("query-migrate", "completed")
+        guest.ask("quit")
+        guest.qemu.wait(DEADLINE_S)
+        assert provider.terminate() == 0
+    with (
+        LoneProvider(spec) as provider,
+        Guest(spec, folder, "loaded", "-incoming", f"exec:cat {folder}/state") as guest,
+    ):
+        guest.works()
+
+
+def test_guest_goes_on_while_its_disk_is_switched(folder: Path, spec: ProviderSpec) -> None:
+    """Children are put on top again and again; every round of the guest compares what it reads."""
+    chain = [Path(path) for path in spec.disks[0].chain]
+    stalls = []
+    with LoneProvider(spec), Guest(spec, folder, "guest") as guest:
+        control = Control(spec.control)
+        for number in range(5):
+            guest.works(1)
+            child = folder / f"child{number}.avhd"
+            create_differencing(str(child), str(chain[0]), lock_parent=False)
+            chain = [child, *chain]
+            fd = os.open(child, os.O_RDWR)
+            fields = {"id": "d0", "chain": [str(path) for path in chain], "new": [str(child)]}
+            answer = control.ask("switch", [fd], disks=[fields])
+            os.close(fd)
+            assert "error" not in answer, answer
+            stalls.append(answer["stall_ms"])
+        guest.works()
+        control.close()
+    print(f"stalls in ms: {stalls}")

@@ -30,11 +30,12 @@ from typing import Final
 
 from mullion.base.errors import MullionError
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of
+from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.layers.throttle import Turn
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.turnstile import Turnstile
-from mullion.wire.vhost_user.messages import DeviceFeature, VringAddress
+from mullion.wire.vhost_user.messages import VRING_LOG, DeviceFeature, VringAddress
 from mullion.wire.vhost_user.virtio_blk import DescriptorFlag
 
 CHAIN_LIMIT: Final = 1024
@@ -90,6 +91,7 @@ class Ring:
         barrier: threading.Lock,
         turn: Turn,
         turnstile: Turnstile,
+        log: DirtyLog | None = None,
     ) -> None:
         """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
         self.requests = 0
@@ -105,6 +107,9 @@ class Ring:
         self._paid_bytes = 0  # of `bytes`, while a cap is on
         self._paid_requests = 0
         self._turnstile = turnstile
+        self._log = log
+        self._log_used: int | None = address.log if address.flags & VRING_LOG else None
+        self._marks: list[tuple[int, int]] = []
         self._event_idx = bool(features & _EVENT_IDX)
         if address.descriptor % 16 or address.available % 2 or address.used % 4:
             raise GuestFault(f"vring {address.index} is not aligned")
@@ -164,10 +169,15 @@ class Ring:
             self.stall = shortage.error
             return Drained.STALLED
         finally:
+            if self._log is not None and self._log_used is not None:
+                self._log.mark(self._log_used, 6 + 8 * size)
             self._announce(notify)
 
     def _run(self, count: int) -> None:
         """Serve up to so many requests, which are available and do not wrap around the ring's end; the hot loop."""
+        if self._log is not None:
+            self._run_logged(count)
+            return
         hot = self._memory.largest
         assert hot is not None, "a ring lies in memory, so there is some"
         base, memory = hot.guest_address, hot.view
@@ -298,6 +308,19 @@ class Ring:
         """The ring ends: its next request is not waited for."""
         self._turn.leave()
 
+    def _run_logged(self, count: int) -> None:
+        """The same, while the guest's memory is copied: every request goes the long way, which marks what it wrote."""
+        slot = self.next_index & (self._size - 1)
+        for head in self._available[2 + slot : 2 + slot + count].tolist():
+            element = 1 + 2 * (self.next_index & (self._size - 1))
+            self._used_words[element + 1] = self._serve(head)
+            self._used_words[element] = head
+            self.next_index = (self.next_index + 1) & 0xFFFF
+            self._used[1] = self.next_index
+            self.requests += 1
+            if self._admitted:
+                self._admitted -= 1
+
     def _serve_inflight(self) -> None:
         """Serve again what an earlier process had taken and not answered (inflight.py)."""
         while self._resubmit:
@@ -332,8 +355,12 @@ class Ring:
 
     def _serve(self, head: int) -> int:
         """Serve a request of any shape; the bytes written into guest memory. Raises: GuestFault, OutOfSpace."""
+        self._marks.clear()
         readable, writable = self._walk(head)
         written = self._blk.serve(readable, writable)
+        if self._log is not None:
+            for address, length in self._marks:
+                self._log.mark(address, length)
         self.bytes += sum(map(len, readable)) + sum(map(len, writable)) - _FRAME_BYTES
         return written
 
@@ -360,6 +387,8 @@ class Ring:
                 continue
             if flags & _WRITE:
                 writable += self._memory.segments(address, length)
+                if self._log is not None:
+                    self._marks.append((address, length))
             elif writable:
                 raise GuestFault(f"request {head}: a descriptor to read after one to write")
             else:

@@ -28,14 +28,15 @@ from typing import Final
 
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control_client import descriptors_of
+from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.ring import Drained, Ring
 from mullion.provider.space import RETRY_INTERVAL_S, SpaceGate
 from mullion.provider.turnstile import Turnstile
-from mullion.wire.vhost_user import Inflight, MemoryRegion, ProtocolError, Session, Vring
-from mullion.wire.vhost_user.messages import MAX_FDS, DeviceFeature
+from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, ProtocolError, Session, Vring
+from mullion.wire.vhost_user.messages import MAX_FDS, VERSION, BackendRequest, DeviceFeature, Header
 from mullion.wire.vhost_user.virtio_blk import MAX_QUEUES, SECTOR_BYTES, BlkFeature, ConfigSpace
 
 log = logging.getLogger(__name__)
@@ -46,12 +47,14 @@ _FEATURES: Final = int(
     | BlkFeature.FLUSH
     | BlkFeature.TOPOLOGY
     | BlkFeature.MQ
+    | DeviceFeature.LOG_ALL
     | DeviceFeature.RING_INDIRECT_DESC
     | DeviceFeature.RING_EVENT_IDX
     | DeviceFeature.VERSION_1
 )
 _WRITABLE_FEATURES: Final = int(BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES)
 _READ_ONLY_FEATURE: Final = int(BlkFeature.RO)
+_LOG_ALL: Final = int(DeviceFeature.LOG_ALL)
 _FD: Final = array.array("i").itemsize
 _EVENTS: Final = 32  # taken from epoll at a time
 _EDGE: Final = select.EPOLLIN | select.EPOLLET
@@ -100,6 +103,9 @@ class VhostExport:
         self._errors: dict[int, int] = {}
         self._memory: GuestMemory | None = None
         self._inflight: InflightRegion | None = None
+        self._log: DirtyLog | None = None
+        self._backend_fd: int | None = None
+        self._has_changed_config = False
         self._connection: socket.socket | None = None
         self._session: Session | None = None
         self._broken: dict[int, str] = {}
@@ -146,6 +152,11 @@ class VhostExport:
         """Let the thread look around: a retry is due, or the end."""
         os.eventfd_write(self._wake_fd, 1)
 
+    def announce_config(self) -> None:
+        """The configuration space has changed, the size for instance: the front-end is told, and tells the driver."""
+        self._has_changed_config = True
+        self.wake()
+
     def stop(self) -> None:
         """Finish what is being served, answer it, and end the thread. What is still in a ring stays there."""
         self._is_stopping = True
@@ -191,6 +202,9 @@ class VhostExport:
                     os.eventfd_read(fd)
                 self._busy |= stalled
                 self._busy.update(self._capped)
+                if self._has_changed_config:
+                    self._has_changed_config = False
+                    self._send_config_change()
             elif fd == self._listener.fileno():
                 self._accept()
             else:
@@ -234,6 +248,15 @@ class VhostExport:
             if not self._stalled:
                 self._gate.recovered(self._blk.disk_id)
         return drained is Drained.BUSY
+
+    def _send_config_change(self) -> None:
+        if self._backend_fd is None:
+            return
+        message = Header(BackendRequest.CONFIG_CHANGE, VERSION, 0).pack()
+        try:
+            os.write(self._backend_fd, message)
+        except OSError as error:  # it has more to read than it can take, or has gone: it reads the size when it comes
+            log.warning("disk %s: the front-end was not told of the new size: %s", self._blk.disk_id, error)
 
     def _break_ring(self, index: int, reason: str) -> None:
         log.error("disk %s: ring %d is broken: %s", self._blk.disk_id, index, reason)
@@ -297,6 +320,7 @@ class VhostExport:
         self._connection = self._session = None
         self._memory = None
         self._inflight = None
+        self._log = None
         self._busy.clear()
         if self._stalled:  # nobody waits any more
             self._stalled.clear()
@@ -354,6 +378,7 @@ class VhostExport:
                 barrier=self._barrier,
                 turn=self._lane.turn(),
                 turnstile=self._turnstile,
+                log=self._log if features & _LOG_ALL else None,
             )
         except GuestFault as fault:
             raise ProtocolError(str(fault)) from fault
@@ -397,6 +422,22 @@ class VhostExport:
             raise ProtocolError(str(fault)) from fault
         finally:
             os.close(fd)
+
+    def use_log(self, log: Log, fd: int) -> None:
+        self._log = None
+        try:
+            self._log = DirtyLog(log, fd)
+        except GuestFault as fault:
+            raise ProtocolError(str(fault)) from fault
+        finally:
+            os.close(fd)
+
+    def set_backend_fd(self, fd: int | None) -> None:
+        old, self._backend_fd = self._backend_fd, fd
+        if fd is not None:
+            os.set_blocking(fd, False)
+        if old is not None:
+            os.close(old)
 
     def close_fd(self, fd: int) -> None:
         os.close(fd)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullion.wire.vhost_user import Inflight, MemoryRegion, ProtocolError, Reply, Session, Vring
+from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, ProtocolError, Reply, Session, Vring
 from mullion.wire.vhost_user.messages import (
     U64,
     Config,
@@ -67,6 +67,14 @@ class RecordingBackend:
     def use_inflight(self, inflight: Inflight, fd: int) -> None:
         self.owned.append(fd)
         self.calls.append(("inflight", inflight.queues))
+
+    def use_log(self, log: Log, fd: int) -> None:
+        self.owned.append(fd)
+        self._fail()
+        self.calls.append(("log", log.mmap_size, log.mmap_offset))
+
+    def set_backend_fd(self, fd: int | None) -> None:
+        self._own("backend", 0, fd)
 
     def close_fd(self, fd: int) -> None:
         self.owned.append(fd)
@@ -130,7 +138,12 @@ def test_offer(peer: Peer) -> None:
     assert value == FEATURES | DeviceFeature.PROTOCOL_FEATURES
     (reply,) = peer.send(Request.GET_PROTOCOL_FEATURES)
     assert ProtocolFeature(U64.unpack(reply.data[12:]).value) == (
-        ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD
+        ProtocolFeature.MQ
+        | ProtocolFeature.LOG_SHMFD
+        | ProtocolFeature.REPLY_ACK
+        | ProtocolFeature.BACKEND_REQ
+        | ProtocolFeature.CONFIG
+        | ProtocolFeature.INFLIGHT_SHMFD
     )
 
 
@@ -183,6 +196,22 @@ def test_inflight_region(peer: Peer) -> None:
     assert calls(peer, "inflight") == [("inflight", 2)]
 
 
+def test_dirty_log_starts_rings_anew_and_is_answered_unasked(peer: Peer) -> None:
+    peer.start(0)
+    peer.backend.calls.clear()
+    (reply,) = peer.send(Request.SET_LOG_BASE, Log(4096, 512).pack(), [72])
+    assert U64.unpack(reply.data[12:]).value == 0
+    assert [call[:3] for call in peer.backend.calls] == [("stop", 0), ("log", 4096, 512), ("start", 0, 128)]
+    assert peer.acknowledged(Request.SET_LOG_FD, b"", [73])
+    assert peer.backend.owned == [50, 72, 73]
+
+
+def test_socket_for_messages_of_the_back_end(peer: Peer) -> None:
+    assert peer.acknowledged(Request.SET_BACKEND_REQ_FD, b"", [74])
+    assert calls(peer, "backend") == [("backend", 0, 74)]
+    assert not peer.acknowledged(Request.SET_BACKEND_REQ_FD, b"", [])
+
+
 def test_an_inflight_region_that_cannot_be_sent_is_closed(peer: Peer) -> None:
     with pytest.raises(ProtocolError, match="do not belong"):
         peer.send(Request.GET_INFLIGHT_FD, Inflight(0, 0, 2, 128).pack(), [71])
@@ -218,6 +247,7 @@ def test_refusals_are_acknowledged_as_such(peer: Peer) -> None:
         (Request.SET_MEM_TABLE, MemoryTable((REGION,)).pack(), []),
         (Request.SET_CONFIG, Config(0, 1, 0, b"x").pack(), []),
         (Request.SET_LOG_BASE, U64(0).pack(), []),
+        (Request.SET_LOG_BASE, Log(4096, 0).pack(), []),
         (Request.SET_INFLIGHT_FD, Inflight(1, 0, 1, 1).pack(), []),
         (Request.SET_VRING_KICK, U64(5).pack(), [80]),
         (4711, b"", []),

@@ -22,11 +22,13 @@ from mullion.wire.vhost_user.messages import (
     MAX_FDS,
     U64,
     VERSION,
+    VRING_LOG,
     Config,
     DeviceFeature,
     Flag,
     Header,
     Inflight,
+    Log,
     MemoryRegion,
     MemoryTable,
     ProtocolError,
@@ -122,15 +124,38 @@ class FrontEnd:
     def set_inflight(self, inflight: Inflight, fd: int) -> None:
         self.tell(Request.SET_INFLIGHT_FD, inflight.pack(), (fd,))
 
+    def start_log(self, places: Sequence[VringPlace]) -> memoryview:
+        """Have all writes to the memory marked from now on, as a migration does; the log, one bit a page."""
+        size = (GUEST_BASE + len(self.memory) + 0x7FFF) >> 15
+        fd = os.memfd_create("log", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        log = memoryview(mmap.mmap(fd, size))
+        answer, _fds = self.ask(Request.SET_LOG_BASE, Log(size, 0).pack(), (fd,))
+        os.close(fd)
+        U64.unpack(answer)
+        self.tell(Request.SET_FEATURES, U64(self.features | DeviceFeature.LOG_ALL).pack())
+        for place in places:
+            self._place_vring(place, VRING_LOG)
+        return log
+
+    def _place_vring(self, place: VringPlace, flags: int) -> None:
+        user = (USER_BASE + place.descriptor, USER_BASE + place.used, USER_BASE + place.available)
+        self.tell(Request.SET_VRING_ADDR, VringAddress(place.index, flags, *user, GUEST_BASE + place.used).pack())
+
+    def hear(self) -> socket.socket:
+        """The socket on which the back end may send messages of its own."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.tell(Request.SET_BACKEND_REQ_FD, b"", (theirs.fileno(),))
+        ours.settimeout(ANSWER_DEADLINE_S)
+        return ours
+
     def start_vring(self, place: VringPlace, base: int = 0) -> None:
         """Hand over a ring and enable it."""
         index = place.index
         self.tell(Request.SET_VRING_NUM, VringState(index, place.size).pack())
         self.tell(Request.SET_VRING_BASE, VringState(index, base).pack())
-        address = VringAddress(
-            index, 0, USER_BASE + place.descriptor, USER_BASE + place.used, USER_BASE + place.available, 0
-        )
-        self.tell(Request.SET_VRING_ADDR, address.pack())
+        self._place_vring(place, 0)
         self.tell(Request.SET_VRING_CALL, U64(index).pack(), (place.call_fd,))
         self.tell(Request.SET_VRING_KICK, U64(index).pack(), (place.kick_fd,))
         self.tell(Request.SET_VRING_ENABLE, VringState(index, 1).pack())

@@ -18,10 +18,11 @@ bytes and a payload; descriptors travel beside the header's first byte (SCM_RIGH
 | memory table | count (0 4), padding (4 4), regions |
 | memory region | guest address (0 8), size (8 8), user address (16 8), mmap offset (24 8) |
 | config space | offset (0 4), size (4 4), flags (8 4), content (12 …) |
+| log | mmap size (0 8), mmap offset (8 8) |
 | inflight | mmap size (0 8), mmap offset (8 8), queues (16 2), queue size (18 2), padding to 24 bytes |
 
 Invariants: a payload has exactly the size that its table says; sizes and counts are checked before anything is read.
-Not handled: dirty log, IOMMU, post-copy, crypto sessions, shared objects, memory slots: those features are not offered.
+Not handled: IOMMU, post-copy, crypto sessions, shared objects, memory slots: those features are not offered.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ MAX_REGIONS: Final = 8
 MAX_FDS: Final = 8
 CONFIG_SPACE_BYTES: Final = 256
 VRING_INDEX_MASK: Final = 0xFF
+VRING_LOG: Final = 1
+"""Bit of a vring address's flags: writes to the used ring are logged, at the guest address `log`."""
 VRING_NO_FD: Final = 0x100
 """Bit 8 of the u64 of SET_VRING_KICK, _CALL and _ERR: no descriptor comes with it."""
 
@@ -74,10 +77,17 @@ class Request(enum.IntEnum):
     SET_PROTOCOL_FEATURES = 16
     GET_QUEUE_NUM = 17
     SET_VRING_ENABLE = 18
+    SET_BACKEND_REQ_FD = 21
     GET_CONFIG = 24
     SET_CONFIG = 25
     GET_INFLIGHT_FD = 31
     SET_INFLIGHT_FD = 32
+
+
+class BackendRequest(enum.IntEnum):
+    """Back-end message types, on the socket that comes with SET_BACKEND_REQ_FD."""
+
+    CONFIG_CHANGE = 2
 
 
 class Flag(enum.IntFlag):
@@ -102,6 +112,7 @@ class ProtocolFeature(enum.IntFlag):
 class DeviceFeature(enum.IntFlag):
     """Feature bits of the ring and of the transport; those of the block device are in `virtio_blk`."""
 
+    LOG_ALL = 1 << 26
     RING_INDIRECT_DESC = 1 << 28
     RING_EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
@@ -259,6 +270,23 @@ class Config:
 
     def pack(self) -> bytes:
         return self.STRUCT.pack(self.offset, self.size, self.flags) + self.content
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The shared dirty log, in bytes."""
+
+    STRUCT: ClassVar = struct.Struct("<QQ")
+
+    mmap_size: int
+    mmap_offset: int
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        return cls(*_unpack(cls.STRUCT, payload, "dirty log description"))
+
+    def pack(self) -> bytes:
+        return self.STRUCT.pack(self.mmap_size, self.mmap_offset)
 
 
 @dataclass(frozen=True, slots=True)

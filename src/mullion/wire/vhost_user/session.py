@@ -31,6 +31,7 @@ from mullion.wire.vhost_user.messages import (
     Flag,
     Header,
     Inflight,
+    Log,
     MemoryRegion,
     MemoryTable,
     ProtocolError,
@@ -41,7 +42,12 @@ from mullion.wire.vhost_user.messages import (
 )
 
 OFFERED_PROTOCOL_FEATURES: Final = int(
-    ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD
+    ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 
 # Plain numbers at run time: the methods of `enum` would be private memory of every provider.
@@ -107,6 +113,14 @@ class Backend(Protocol):
         """Track requests in this region from the next start on. Raises: OSError, ProtocolError."""
         ...
 
+    def use_log(self, log: Log, fd: int) -> None:
+        """Mark written pages there from the next start of a vring on. Raises: OSError, ProtocolError."""
+        ...
+
+    def set_backend_fd(self, fd: int | None) -> None:
+        """Where the back end may send messages of its own."""
+        ...
+
     def close_fd(self, fd: int) -> None: ...
 
 
@@ -128,6 +142,8 @@ class Session:
             Request.SET_OWNER: self._set_owner,
             Request.RESET_OWNER: self._reset_owner,
             Request.SET_MEM_TABLE: self._set_mem_table,
+            Request.SET_LOG_BASE: self._set_log_base,
+            Request.SET_LOG_FD: self._set_log_fd,
             Request.SET_VRING_NUM: self._set_vring_num,
             Request.SET_VRING_ADDR: self._set_vring_addr,
             Request.SET_VRING_BASE: self._set_vring_base,
@@ -139,6 +155,7 @@ class Session:
             Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
             Request.GET_QUEUE_NUM: self._get_queue_num,
             Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
             Request.GET_CONFIG: self._get_config,
             Request.SET_CONFIG: self._set_config,
             Request.GET_INFLIGHT_FD: self._get_inflight_fd,
@@ -186,6 +203,7 @@ class Session:
             self._drop_kick(vring)
             self._backend.set_call_fd(vring.index, None)
             self._backend.set_error_fd(vring.index, None)
+        self._backend.set_backend_fd(None)
         self._close_fds()
 
     # One method a message. It returns a payload to reply with, or None when only an acknowledgement may be due.
@@ -255,6 +273,27 @@ class Session:
         self._has_memory = bool(table.regions)
         for vring in self._vrings:
             self._start_if_ready(vring)
+
+    def _set_log_base(self, payload: bytes) -> bytes:
+        log = Log.unpack(payload)
+        if len(self._fds) != 1:
+            raise ProtocolError(f"a dirty log with {len(self._fds)} descriptors")
+        running = [vring for vring in self._vrings if vring.running]
+        for vring in running:
+            self._stop(vring)
+        self._backend.use_log(log, self._fds.pop())
+        for vring in running:
+            self._start_if_ready(vring)
+        return U64(0).pack()  # whether or not it was asked for (observed: QEMU waits)
+
+    def _set_log_fd(self, _payload: bytes) -> None:
+        """To be told of every mark; who copies memory looks by himself."""
+        self._close_fds()
+
+    def _set_backend_req_fd(self, _payload: bytes) -> None:
+        if len(self._fds) != 1:
+            raise ProtocolError(f"a socket for the back end with {len(self._fds)} descriptors")
+        self._backend.set_backend_fd(self._fds.pop())
 
     def _set_vring_num(self, payload: bytes) -> None:
         state = VringState.unpack(payload)
