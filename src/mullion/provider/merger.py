@@ -30,14 +30,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
 
 from mullion.base.errors import InvalidError, MullionError, OperationFailedError
 from mullion.base.files import replace_file
 from mullion.base.listener import bind_listener
 from mullion.base.process import ProcessIdentity
-from mullion.provider.control import ControlServer
+from mullion.provider.control import Command, ControlServer, close_all
 from mullion.provider.control_client import encode
 from mullion.provider.merge_spec import MergeSpec
 from mullion.provider.startup import drop_privileges, set_process_name
@@ -53,20 +53,6 @@ _IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_LOWEST: Final = 2 << 13 | 7  # class best effort, the lowest of its levels; linux/ioprio.h
 
 
-class _MergeControl(ControlServer):
-    """The control socket with the one command that has an argument."""
-
-    set_rate: Callable[[Mapping[str, object]], Mapping[str, object]]
-
-    def _answer(self, client: Any, message: Mapping[str, object], *rest: Any) -> Mapping[str, object]:
-        if message.get("command") != "rate":
-            return super()._answer(client, message, *rest)
-        try:
-            return self.set_rate(message)
-        except MullionError as error:
-            return {"error": error.to_wire()}
-
-
 class Merger:
     """A merge, and what the control socket says about it."""
 
@@ -76,7 +62,7 @@ class Merger:
         self._quit_read_fd, self.quit_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._files: LayerFiles | None = None
         self._result_fd = -1
-        self._control: _MergeControl | None = None
+        self._control: ControlServer | None = None
         self._thread = threading.Thread(target=self._merge, name="merge")
         self._state = "starting"
         self._begun_s = 0.0
@@ -94,8 +80,8 @@ class Merger:
         replace_file(spec.identity, str(ProcessIdentity.of(os.getpid())).encode(), durable=False)
         drop_privileges(spec.uid, spec.gid)
         yield_to_others()
-        self._control = _MergeControl(listener, {"status": self.status}, self._quit_read_fd)
-        self._control.set_rate = self._rate
+        actions = {"status": self._answer_status, "rate": self._answer_rate}
+        self._control = ControlServer(listener, actions, self._quit_read_fd)
         self._thread.start()
 
     def run(self) -> int:
@@ -148,7 +134,19 @@ class Merger:
 
     # What the control socket asks.
 
-    def status(self, *_message: object) -> Mapping[str, object]:
+    def _answer_status(self, command: Command) -> Mapping[str, object]:
+        close_all(command.fds)
+        return self.status()
+
+    def _answer_rate(self, command: Command) -> Mapping[str, object]:
+        close_all(command.fds)
+        rate = command.fields.get("bytes_per_s")
+        if not isinstance(rate, int) or isinstance(rate, bool):
+            raise InvalidError("rate: bytes_per_s is needed, a whole number", remedy="0 is without a limit.")
+        self._pace.set_rate(rate)
+        return {"bytes_per_s": rate}
+
+    def status(self) -> Mapping[str, object]:
         """How far it is, as JSON values."""
         taken_s = time.monotonic() - self._begun_s if self._begun_s else 0.0
         speed = (self._done_bytes - self._begun_bytes) / taken_s if taken_s > 0 else 0.0
@@ -166,13 +164,6 @@ class Merger:
             "speed_bytes_per_s": int(speed),
             "eta_s": round(left / speed, 1) if speed else None,
         }
-
-    def _rate(self, message: Mapping[str, object]) -> Mapping[str, object]:
-        rate = message.get("bytes_per_s")
-        if not isinstance(rate, int) or isinstance(rate, bool):
-            raise InvalidError("rate: bytes_per_s is needed, a whole number", remedy="0 is without a limit.")
-        self._pace.set_rate(rate)
-        return {"bytes_per_s": rate}
 
 
 def _as_result(merged: LayerMerged) -> dict[str, object]:

@@ -210,7 +210,7 @@ class MergeWorker:
         if link is not None:
             await link.close()
 
-    async def _ask(self, command: str, **arguments: object) -> Mapping[str, Any]:
+    async def _ask(self, command: str, **arguments: Any) -> Mapping[str, Any]:
         async with self._turn:
             if self._link is None:
                 link = ProviderLink(self._control_path, lambda _event: None)
