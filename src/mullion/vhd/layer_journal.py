@@ -162,9 +162,12 @@ def remove_journal(path: str, file_io: FileIO) -> None:
 
 
 def open_layer_journal(lower_path: str) -> int:
-    """A descriptor of the journal, which is made when it is not there: empty, and its name durable. Raises: OSError."""
+    """A descriptor of the journal, which is made when it is not there: empty, and its name durable. Raises: OSError.
+
+    Everybody may read it: a provider, which serves the chain without any rights, has to know of the merge.
+    """
     path = layer_journal_path(lower_path)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     try:
         folder_fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
