@@ -3,9 +3,9 @@
 The disk has 1 GiB of data in pieces of 512 KiB, half of it noise and half text; the changes are 50 MB in 200 places.
 All repositories are on the same disk, encrypted, compressed with zstd, and new each round; making them is not measured.
 The sources are in the page cache. Ours is what `mullion backup create` does with a frozen chain: opening the
-repository, asking the differencing child what has changed, and all up to the durable manifest. The peers are whole commands with
-their defaults; they read the image from end to end, which is what they can do. Every round's last backup is restored
-and compared.
+repository, asking the differencing child what has changed, and all up to the durable manifest. The peers are whole
+commands with their defaults; they read the image from end to end, which is what they can do. Every round's last backup
+is restored and compared.
 """
 
 from __future__ import annotations

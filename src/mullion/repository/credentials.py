@@ -91,14 +91,18 @@ def _read(path: str) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SecretFileError(f"{path} cannot be read: {error.strerror}", path=path) from error
-    with os.fdopen(fd, encoding="utf-8") as file:
+    try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
+        if not stat.S_ISREG(status.st_mode):
+            raise SecretFileError(f"{path} is not a regular file", path=path)
+        if status.st_mode & 0o077:
             raise SecretFileError(f"{path} may be read by others (mode {stat.S_IMODE(status.st_mode):04o})", path=path)
-        try:
-            content = file.read(_LIMIT_BYTES + 1)
-        except UnicodeDecodeError as error:
-            raise SecretFileError(f"{path} is not text", path=path) from error
+        content = os.read(fd, _LIMIT_BYTES + 1)
+    finally:
+        os.close(fd)
     if len(content) > _LIMIT_BYTES:
         raise SecretFileError(f"{path} has more than 64 KiB", path=path)
-    return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise SecretFileError(f"{path} is not text", path=path) from error
