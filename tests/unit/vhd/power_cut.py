@@ -25,11 +25,22 @@ class KilledError(BaseException):
     """The process ends here. Not an Exception, so that nothing can go on after it."""
 
 
+class Pin:
+    """Keeps the inode of an open file from passing to another one, and nothing else of it: no lock stays."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
 @dataclass
 class Past:
     """What is known of one file since its last sync."""
 
     path: str
+    pin: Pin
     synced: bytes
     versions: dict[int, list[bytes]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
@@ -123,8 +134,8 @@ class RecordingIO(FileIO):
             else:
                 os.unlink(kept)
         self._removed.clear()
-        for past in self._files.values():
-            if os.path.exists(past.path):
+        for identity, past in self._files.items():
+            if os.path.exists(past.path) and _identity(os.stat(past.path)) == identity:
                 self._cut(past, choose)
         self._files.clear()
 
@@ -145,12 +156,12 @@ class RecordingIO(FileIO):
         os.utime(past.path, ns=(status.st_atime_ns, status.st_mtime_ns))  # nobody wrote to it since
 
     def _past(self, fd: int) -> Past:
-        status = os.fstat(fd)
-        found = self._files.get((status.st_dev, status.st_ino))
+        identity = _identity(os.fstat(fd))
+        found = self._files.get(identity)
         if found is None:
             synced = _content(fd)
-            found = Past(os.readlink(f"/proc/self/fd/{fd}"), synced, lengths=[len(synced)])
-            self._files[status.st_dev, status.st_ino] = found
+            found = Past(os.readlink(f"/proc/self/fd/{fd}"), Pin(fd), synced, lengths=[len(synced)])
+            self._files[identity] = found
         return found
 
     def _half(self, offset: int, length: int) -> int:
@@ -178,6 +189,10 @@ class RecordingIO(FileIO):
                 raise KilledError
             self.fuse = None
             raise OSError(errno.ENOSPC, "no space left")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _content(fd: int) -> bytes:
