@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 SOURCE = ROOT / "src/mullion"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-WITH_PATHS = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("ARCHITECTURE", "SPECIFICATION", "formats/vhd", "limits", "threat-model")))  # fmt: skip
+WITH_PATHS = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("ARCHITECTURE", "SPECIFICATION", "formats/vhd", "formats/repository", "limits", "threat-model")))  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
