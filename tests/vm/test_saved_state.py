@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tests.framework.guest_console import GuestConsole, logged_in
 from tests.framework.service import GUEST_S, Service
 from tests.vm.test_survival import begin_iocheck, end_iocheck, start_guest, wait_for_writes
 
+from mullion.base.errors import StateError
 from mullion.model.definition import Transport
 from mullion.model.views import PartitionView
 from mullion.services.image.build import BuiltImage
@@ -63,15 +65,18 @@ def counting(service: Service, iocheck_image: BuiltImage) -> Service:
     return service
 
 
-def begin_counting(service: Service, image: BuiltImage) -> None:
+def begin_counting(service: Service, image: BuiltImage, transport: Transport = Transport.NBD) -> None:
     service.start()
-    start_guest(service, image, NAME, Transport.NBD)
+    start_guest(service, image, NAME, transport)
     with logged_in(service, NAME) as console:
         console.command(f"({COUNT}) >/dev/null 2>&1 </dev/null & true")
 
 
-def test_a_guest_under_verified_load_goes_on_after_a_save_and_restarts_of_the_parent(counting: Service) -> None:
-    service = counting
+@pytest.mark.parametrize("transport", [Transport.NBD, Transport.VHOST_USER])
+def test_a_guest_under_verified_load_goes_on_after_a_save_and_restarts_of_the_parent(
+    service: Service, iocheck_image: BuiltImage, transport: Transport
+) -> None:
+    begin_counting(service, iocheck_image, transport)
     with logged_in(service, NAME) as console:
         begin_iocheck(console)
         wait_for_writes(console)
@@ -215,8 +220,8 @@ def test_a_paused_partition_is_paused_again_and_can_be_saved_again(counting: Ser
     assert states(service) == []
 
 
-def while_saving(service: Service, act: Callable[[], None]) -> bool:
-    """Save, and do something while QEMU, stopped in the middle, has not sent all; False when it was too quick."""
+def while_saving(service: Service, act: Callable[[], bool]) -> bool:
+    """Save, and do something while QEMU, stopped in the middle, has not sent all; False when that was too late."""
     qemu = service.qemu(NAME)
     assert qemu is not None
     saving = threading.Thread(target=service.cli, args=("partition", "save", NAME), kwargs={"check": False})
@@ -227,14 +232,22 @@ def while_saving(service: Service, act: Callable[[], None]) -> bool:
             assert time.monotonic() < deadline_s
         qemu.send_signal(signal.SIGSTOP)
         time.sleep(0.1)  # what is in the pipe is taken out of it
-        is_caught = any(name.endswith(".new") for name in states(service))
-        if is_caught:
-            act()
-        qemu.send_signal(signal.SIGCONT)
-        return is_caught
+        # A save that waits for the storage looks the same: what is done to it comes too late then.
+        return any(name.endswith(".new") for name in states(service)) and act()
     finally:
         qemu.send_signal(signal.SIGCONT)
         saving.join()
+
+
+def catch(service: Service, act: Callable[[], bool]) -> None:
+    for _ in range(10):
+        is_caught = while_saving(service, act)
+        if service.process is None or service.process.poll() is not None:
+            service.start()
+        if is_caught and service.partition(NAME).state.value != "saved":
+            return
+        service.cli("partition", "restore", NAME)
+    pytest.fail("never caught in the middle")
 
 
 def test_killed_in_the_middle_of_a_save_nothing_is_left_of_it(counting: Service) -> None:
@@ -243,33 +256,35 @@ def test_killed_in_the_middle_of_a_save_nothing_is_left_of_it(counting: Service)
         console.command(f"dd if=/dev/urandom of=/run/much bs=1M count={64}")
     counted, boot = counter(service)
 
-    def kill_parent() -> None:
+    def kill_parent() -> bool:
         service.kill()
+        return True
 
-    for _ in range(10):
-        if while_saving(service, kill_parent):
-            break
-        service.cli("partition", "restore", NAME, check=False)
-    else:
-        pytest.fail("never caught in the middle")
-    service.start()
+    catch(service, kill_parent)
     assert service.wait_state(NAME, "running").saved is None
     assert states(service) == []
     later, same_boot = counter(service)
     assert same_boot == boot
     assert later > counted
 
-    def kill_qemu() -> None:
-        qemu = service.qemu(NAME)
-        assert qemu is not None
-        qemu.send_signal(signal.SIGKILL)
+    def cancel() -> bool:
+        with service.client() as client, contextlib.suppress(StateError):
+            [saving] = [
+                view for view in client.operations() if view.kind == "partition.save" and not view.state.is_final
+            ]
+            client.cancel(saving.id)
+            return True
+        return False
 
-    for _ in range(10):
-        if while_saving(service, kill_qemu):
-            break
-        service.cli("partition", "restore", NAME, check=False)
-    else:
-        pytest.fail("never caught in the middle")
+    catch(service, cancel)
+    assert service.wait_state(NAME, "running").saved is None
+    assert states(service) == []
+
+    def kill_qemu() -> bool:
+        qemu = service.qemu(NAME)
+        return qemu is not None and qemu.send_signal(signal.SIGKILL)
+
+    catch(service, kill_qemu)
     view = service.wait_state(NAME, "failed")
     assert view.saved is None
     assert states(service) == []

@@ -88,6 +88,20 @@ async def live_obstacle(machine: Machine) -> str | None:
     return None
 
 
+async def check_movable(machine: Machine) -> None:
+    """Know before the guest is paused what would keep its state from being written.
+
+    Raises: MonitorRefusedError with QEMU's reasons; what `Machine.execute` raises.
+    """
+    answer = await machine.execute("query-migrate")
+    reasons = answer.get("blocked-reasons") if isinstance(answer, Mapping) else None
+    if reasons:
+        raise MonitorRefusedError(
+            f"the state of this guest cannot be written: {'; '.join(map(str, reasons))}",
+            remedy='Give disks that are named so `transport = "nbd"`, and start the partition again.',
+        )
+
+
 async def machine_facts(machine: Machine) -> tuple[str, str]:
     """QEMU's version and the versioned machine type. Raises: what `Machine.execute` raises."""
     version = await machine.execute("query-version")

@@ -29,7 +29,7 @@ import msgspec
 from mullion.base.errors import ConflictError, MullionError, NotFoundError, UnavailableError
 from mullion.base.units import utc_now
 from mullion.hypervisor.errors import StartFailedError, StateRefusedError
-from mullion.hypervisor.saved_state import host_cpu, machine_facts
+from mullion.hypervisor.saved_state import check_movable, host_cpu, machine_facts
 from mullion.hypervisor.state_file import StateAbout, StateDamagedError, check_state, remove_state
 from mullion.model.definition import Accelerator, PartitionDefinition, PowerState
 from mullion.services.partition.preparation import Preparer, machine_spec
@@ -78,6 +78,7 @@ async def write_saved(partition: Partition, say: Say) -> SavedState:
     machine, run = runtime.machine, runtime.started_with
     if machine is None or run is None:
         raise UnavailableError(f"partition {partition.name} has no QEMU that could be saved")
+    await check_movable(machine)
     await flush_disks(partition)  # most of it while the guest still runs
     await machine.pause()
     say("flushing the disks", 0.0)
