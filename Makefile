@@ -6,7 +6,7 @@ SOURCES := src tests bench tools
 RESULTS := test-results
 
 .DEFAULT_GOAL := help
-.PHONY: help run stop test check bench bench-vhd clean format lint types floors unit guests setup-runtime setup-dev
+.PHONY: help run stop test check bench bench-vhd bench-disk clean format lint types floors unit guests setup-runtime setup-dev
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
@@ -46,6 +46,9 @@ bench: setup-dev ## the promises that are ratios, measured against other program
 
 bench-vhd: setup-dev ## the same for `mullion vhd`: disk files, without the service
 	@$(PYTHON) -m bench.vhd
+
+bench-disk: setup-dev ## the same for disks that run: requests, caps, merging, backup
+	@$(PYTHON) -m bench.disk
 
 clean: ## remove what was built or installed here; guests and their disks stay
 	@rm -rf .venv .stamps .cache build dist $(RESULTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -3,7 +3,7 @@
  * Spec: QEMU "Vhost-user Protocol"; VIRTIO 1.2 sections 2.7 and 5.2. Every 4096-byte block of the disk holds a
  * pattern made from its own number, so that a wrong block, a torn one and an old one are all seen.
  *
- * usage: vhost_loadgen SOCKET PID fill|read|write|randwrite KEY=VALUE...
+ * usage: vhost_loadgen SOCKET PID fill|read|seqread|write|randwrite KEY=VALUE...
  *   depth=32        requests in flight (1..128)
  *   count=100000    requests to measure (fill: all blocks)
  *   warm=0          requests before measuring, of the same kind
@@ -303,7 +303,7 @@ static void run(long total, int is_write, int is_sequential)
 
 int main(int argc, char **argv)
 {
-    if (argc < 4) { fprintf(stderr, "usage: vhost_loadgen SOCKET PID fill|read|write|randwrite KEY=VALUE...\n"); return 2; }
+    if (argc < 4) { fprintf(stderr, "usage: vhost_loadgen SOCKET PID fill|read|seqread|write|randwrite KEY=VALUE...\n"); return 2; }
     struct { const char *name; long *value; } keys[] = {
         { "depth", &depth }, { "count", &count }, { "warm", &warm }, { "first", &first }, { "blocks", &blocks },
         { "bytes", &request_bytes }, { "indirect", &indirect }, { "event_idx", &event_idx }, { "inflight", &inflight },
@@ -331,7 +331,7 @@ int main(int argc, char **argv)
     if (warm) run(warm, is_write, 0);
     kicks = calls = 0;
     double cpu_s = now_s(cpu), wall_s = now_s(CLOCK_MONOTONIC);
-    run(count, is_write, is_fill || !strcmp(argv[3], "write"));
+    run(count, is_write, is_fill || !strcmp(argv[3], "write") || !strcmp(argv[3], "seqread"));
     cpu_s = now_s(cpu) - cpu_s;
     wall_s = now_s(CLOCK_MONOTONIC) - wall_s;
     printf("{\"requests\": %ld, \"cpu_us\": %.4f, \"wall_us\": %.4f, \"kicks\": %lu, \"calls\": %lu, \"bad\": %lu, "

@@ -107,6 +107,7 @@ class Daemon:
                     fleet=fleet,
                     boot_slots=asyncio.Semaphore(settings.boot_slots or _SLOTS_PER_CORE * (os.cpu_count() or 1)),
                     choose_accelerator=self._choose_accelerator,
+                    allow_faults=settings.fault_injection == "on",
                 ),
                 allocate_uid=allocate_uid if isolated else None,
             )
@@ -168,6 +169,7 @@ class Daemon:
         from mullion.services.disk import routes as disk_routes
         from mullion.services.files import routes as files_routes
         from mullion.services.image import routes as image_routes
+        from mullion.services.partition import provider_routes
         from mullion.services.partition import routes as partition_routes
         from mullion.services.system import routes as system_routes
 
@@ -181,6 +183,7 @@ class Daemon:
             routes=[
                 *system_routes.ROUTES,
                 *partition_routes.ROUTES,
+                *provider_routes.ROUTES,
                 *checkpoint_routes.ROUTES,
                 *schedule_routes.ROUTES,
                 *files_routes.ROUTES,

@@ -64,6 +64,13 @@ SETTINGS: Final = (
         "How fast one layer may be merged while its partition runs; 0 for no limit.",
     ),
     Setting("log_level", str, "info", "debug|info|warning|error", "How much the service writes to its log."),
+    Setting(
+        "fault_injection",
+        str,
+        "off",
+        "off|on",
+        "For drills: let administrators have disks of partitions fail (mullion provider fault).",
+    ),
     Setting("isolation", str, "auto", "auto|off", "As root: run each QEMU and provider under a user id of its own."),
 )
 
@@ -80,6 +87,7 @@ class Settings:
     merge_slots: int
     merge_rate: int
     log_level: str
+    fault_injection: str
     isolation: str
 
     @classmethod

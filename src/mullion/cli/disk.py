@@ -94,6 +94,63 @@ def create_disk(
         face.say(render(face, view))
 
 
+@disk.command("limit")
+@click.argument("partition", shell_complete=complete.partitions)
+@click.argument("disk_id", metavar="[DISK]", required=False)
+@click.option("--iops", type=click.IntRange(min=0), help="Requests a second, reads and writes together.")
+@click.option("--read-iops", type=click.IntRange(min=0), help="Reads a second.")
+@click.option("--write-iops", type=click.IntRange(min=0), help="Writes a second.")
+@click.option("--bandwidth", type=SizeType(), metavar="SIZE", help="Bytes a second, such as 10M.")
+@click.option("--read-bandwidth", type=SizeType(), metavar="SIZE", help="Bytes read a second.")
+@click.option("--write-bandwidth", type=SizeType(), metavar="SIZE", help="Bytes written a second.")
+@click.option(
+    "--burst-iops", type=click.IntRange(min=0), help="So many a second for a while, after a time below --iops."
+)
+@click.option("--burst-bandwidth", type=SizeType(), metavar="SIZE", help="The same for --bandwidth.")
+@click.option(
+    "--burst-seconds", type=click.FloatRange(min=0, min_open=True, max=3600), help="How long a burst may last."
+)
+@click.option("--none", "without", is_flag=True, help="Take all caps away.")
+@pass_face
+def limit_disk(face: Face, /, *, partition: str, disk_id: str | None, without: bool, **given: float | None) -> None:
+    """Cap the requests and bytes of a partition's disk, or of all its disks together.
+
+    DISK is the id in the definition, such as disk0. The caps given replace those that are there; they hold at once if
+    the partition runs, and stay in its definition.
+
+    \b
+    Examples:
+      mullion disk limit web disk0 --iops 500 --burst-iops 2000 --burst-seconds 10
+      mullion disk limit web --bandwidth 50M
+      mullion disk limit web disk0 --none
+    """
+    from mullion.cli.disk_limits import change_limits, limits_words
+
+    names = {
+        "iops": "iops",
+        "read_iops": "read_iops",
+        "write_iops": "write_iops",
+        "bandwidth": "bytes_per_s",
+        "read_bandwidth": "read_bytes_per_s",
+        "write_bandwidth": "write_bytes_per_s",
+        "burst_iops": "iops_burst",
+        "burst_bandwidth": "bytes_per_s_burst",
+        "burst_seconds": "burst_s",
+    }
+    fields = {names[option]: value for option, value in given.items() if value is not None}
+    if bool(fields) is without:
+        raise click.UsageError("give at least one cap, or --none to take all away")
+    view = change_limits(face.client, partition, disk_id, fields)
+    if face.is_json:
+        face.emit_json(view)
+        return
+    for disk in view.definition.disks:
+        if disk_id in (None, disk.id) and (disk.limits is not None or disk_id is not None):
+            face.say(f"{partition}: {disk.id}: {limits_words(disk.limits)}")
+    if disk_id is None:
+        face.say(f"{partition}: all disks together: {limits_words(view.definition.disk_limits)}")
+
+
 def render(face: Face, view: DiskView) -> str:
     from mullion.cli.tables import fields, printable, table
 

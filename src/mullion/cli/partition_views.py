@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mullion.base.units import format_duration, format_size
+from mullion.cli.disk_limits import limits_words
 from mullion.cli.face import Face
 from mullion.cli.tables import NOTHING, fields, printable, state_word, table
 from mullion.model.states import PartitionState
@@ -77,6 +78,10 @@ def _disks(view: PartitionView) -> str:
         present = attached.get(disk.id)
         facts = [disk.bus.value, *([present.transport] if present else []), *(["read only"] if disk.read_only else [])]
         lines.append(f"{disk.id} ({', '.join(facts)}): {chain_line(present.chain if present else (disk.path,))}")
+        if disk.limits is not None:
+            lines.append(f"  capped at {limits_words(disk.limits)}")
+    if view.definition.disk_limits is not None:
+        lines.append(f"all together capped at {limits_words(view.definition.disk_limits)}")
     return "\n".join(lines)
 
 

@@ -130,6 +130,7 @@ ENTRIES: Final = {
     ),
     "files": Entry("mullion.cli.files:files", "List and fetch files inside partitions, running or not."),
     "disk": Entry("mullion.cli.disk:disk", "Create and look at virtual hard disks (VHD)."),
+    "provider": Entry("mullion.cli.provider:provider", "Look at and drill the processes that serve disks."),
     "vhd": Entry("mullion.cli.vhd:vhd", "Work on virtual hard disk files, without the service."),
     "image": Entry("mullion.cli.image:image", "Build and list disk images that partitions start from."),
     "apply": Entry("mullion.cli.apply:apply", "Create or update partitions as a file defines them."),

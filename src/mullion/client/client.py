@@ -8,7 +8,7 @@ again without doing the thing twice.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -35,7 +35,9 @@ from mullion.model.views import (
     ImageView,
     OperationView,
     PartitionView,
+    ProviderView,
     StatusView,
+    TraceView,
 )
 
 if TYPE_CHECKING:
@@ -119,6 +121,28 @@ class Client:
         from mullion.client.console import Console
 
         return Console.open(self._transport, f"/1.0/partitions/{_part(name)}/console", self._timeout_s)
+
+    # Providers
+
+    def provider(self, partition: str) -> ProviderView:
+        """The process that serves a partition's disks. Raises: StateError when there is none."""
+        return self._get(f"/partitions/{_part(partition)}/provider", ProviderView)
+
+    def start_trace(self, partition: str, disk: str | None = None) -> TraceView:
+        """Begin to record requests; what is recorded is taken by `read_trace`."""
+        return self._post(f"/partitions/{_part(partition)}/provider/trace", {"disk": disk}, TraceView)
+
+    def read_trace(self, partition: str, disk: str | None = None) -> TraceView:
+        """What was recorded since the last look."""
+        return self._get(f"/partitions/{_part(partition)}/provider/trace{_query(disk=disk)}", TraceView)
+
+    def stop_trace(self, partition: str, disk: str | None = None) -> None:
+        self._ask("DELETE", f"/partitions/{_part(partition)}/provider/trace{_query(disk=disk)}", None, {})
+
+    def set_faults(self, partition: str, disk: str, rules: Sequence[dict[str, object]]) -> ProviderView:
+        """Have a disk fail by these rules; none ends it. Raises: StateError where it is not allowed."""
+        path = f"/partitions/{_part(partition)}/provider/faults"
+        return self._post(path, {"disk": disk, "rules": rules}, ProviderView)
 
     # Checkpoints
 

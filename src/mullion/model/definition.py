@@ -78,6 +78,26 @@ class PowerState(enum.Enum):
     STOPPED = "stopped"
 
 
+Rate = Annotated[int, Meta(ge=0, le=1 << 50)]
+
+
+class DiskLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """Caps in requests and bytes a second, 0 for none. Changed while the partition runs, they hold at once.
+
+    With a burst, a disk that was below its cap may do so many a second for `burst_s` seconds.
+    """
+
+    iops: Rate = 0
+    read_iops: Rate = 0
+    write_iops: Rate = 0
+    bytes_per_s: Rate = 0
+    read_bytes_per_s: Rate = 0
+    write_bytes_per_s: Rate = 0
+    iops_burst: Rate = 0
+    bytes_per_s_burst: Rate = 0
+    burst_s: Annotated[float, Meta(gt=0, le=3600)] = 1.0
+
+
 class DiskAttachment(Struct, frozen=True, forbid_unknown_fields=True):
     """A VHD of a partition. `path` is absolute, or relative to the disk pool; chains are found from its top."""
 
@@ -86,6 +106,7 @@ class DiskAttachment(Struct, frozen=True, forbid_unknown_fields=True):
     bus: Bus = Bus.VIRTIO
     read_only: bool = False
     transport: Transport = Transport.AUTO
+    limits: DiskLimits | None = None
 
 
 class DirectBoot(Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,6 +130,8 @@ class PartitionDefinition(Struct, frozen=True, forbid_unknown_fields=True):
     tpm: bool = False
     accelerator: Accelerator = Accelerator.AUTO
     disks: Annotated[tuple[DiskAttachment, ...], Meta(max_length=16)] = ()
+    disk_limits: DiskLimits | None = None
+    """Of all disks together."""
     direct_boot: DirectBoot | None = None
     power: PowerState = PowerState.STOPPED
     shutdown_timeout_s: Annotated[int, Meta(ge=0, le=3600)] = 60

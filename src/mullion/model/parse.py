@@ -22,7 +22,7 @@ from msgspec import inspect
 
 from mullion.base.errors import InvalidError
 from mullion.base.units import parse_size
-from mullion.model.definition import DiskAttachment, PartitionDefinition
+from mullion.model.definition import DiskAttachment, DiskLimits, PartitionDefinition
 
 Format = Literal["toml", "json"]
 _T = TypeVar("_T")
@@ -136,6 +136,7 @@ def to_toml(definition: PartitionDefinition) -> str:
     defaults = msgspec.to_builtins(PartitionDefinition(name="x"))
     lines = ['kind = "partition"', f"name = {_toml(fields.pop('name'))}"]
     disks, boot, labels = fields.pop("disks"), fields.pop("direct_boot"), fields.pop("labels")
+    caps = fields.pop("disk_limits")
     for name, value in fields.items():
         if name == "memory_bytes":
             lines.append(f'memory = "{_size(value)}"')
@@ -144,11 +145,21 @@ def to_toml(definition: PartitionDefinition) -> str:
     plain = msgspec.to_builtins(DiskAttachment(path="x"))
     for disk in disks:
         wanted = (name for name in disk if name in ("id", "path", "bus") or disk[name] != plain[name])
-        lines += ["", "[[disks]]", *(f"{name} = {_toml(disk[name])}" for name in wanted)]
+        lines += ["", "[[disks]]", *(f"{name} = {_toml(disk[name])}" for name in wanted if name != "limits")]
+        lines += _limits_toml("disks.limits", disk["limits"])
+    lines += _limits_toml("disk_limits", caps)
     for title, table in (("direct_boot", boot), ("labels", labels)):
         if table:
             lines += ["", f"[{title}]", *(f"{_toml(k)} = {_toml(v)}" for k, v in table.items() if v is not None)]
     return "\n".join(lines) + "\n"
+
+
+def _limits_toml(title: str, limits: Mapping[str, object] | None) -> list[str]:
+    plain = msgspec.to_builtins(DiskLimits())
+    wanted = {name: value for name, value in (limits or {}).items() if value != plain[name]}
+    if not wanted:
+        return []
+    return ["", f"[{title}]", *(f"{name} = {_toml(value)}" for name, value in wanted.items())]
 
 
 def _definition(fields: Mapping[str, object], source: str, where: str) -> PartitionDefinition:
@@ -156,8 +167,15 @@ def _definition(fields: Mapping[str, object], source: str, where: str) -> Partit
     problems: list[Problem] = []
     disks = fields.get("disks")
     if isinstance(disks, list | tuple):
-        fields["disks"] = _with_ids(disks)
+        fields["disks"] = [
+            {**disk, "limits": _read_limits(disk["limits"], f"{where}disks[{number}].limits", problems)}
+            if isinstance(disk, Mapping) and "limits" in disk
+            else disk
+            for number, disk in enumerate(_with_ids(disks))
+        ]
         problems += _disk_problems(fields["disks"], where)
+    if "disk_limits" in fields:
+        fields["disk_limits"] = _read_limits(fields["disk_limits"], f"{where}disk_limits", problems)
     if "memory" in fields:
         try:
             memory = fields.pop("memory")
@@ -175,6 +193,25 @@ def _definition(fields: Mapping[str, object], source: str, where: str) -> Partit
     if problems:
         raise _error(source, problems)
     return msgspec.convert(fields, PartitionDefinition)
+
+
+def _read_limits(given: object, where: str, problems: list[Problem]) -> object:
+    """Caps with their bytes as numbers, and None for caps that limit nothing."""
+    if not isinstance(given, Mapping):
+        return given
+    limits = dict(given)
+    for name, value in given.items():
+        if "bytes_per_s" in name and isinstance(value, str):
+            try:
+                limits[name] = parse_size(value)
+            except InvalidError as error:
+                problems.append(Problem(f"{where}.{name}", error.message, "bytes a second, such as 10M"))
+                limits[name] = 0
+    for name in ("iops", "bytes_per_s"):
+        cap, burst = limits.get(name, 0), limits.get(f"{name}_burst", 0)
+        if isinstance(cap, int) and isinstance(burst, int) and burst and not 0 < cap < burst:
+            problems.append(Problem(f"{where}.{name}_burst", f"is {burst}, and {name} is {cap}", f"more than {name}"))
+    return limits if any(value for name, value in limits.items() if name != "burst_s") else None
 
 
 def _with_ids(disks: Sequence[object]) -> list[object]:

@@ -56,6 +56,50 @@ class AttachedDiskView(Struct, frozen=True):
     nbd_socket: str | None = None
 
 
+class ProviderDiskView(Struct, frozen=True):
+    """A disk as its provider serves it. Requests that had to wait for a cap: how many, how long together, and now."""
+
+    id: str
+    state: str
+    chain: tuple[str, ...]
+    requests: int
+    limits: dict[str, float] = field(default_factory=dict)
+    waits: int = 0
+    waited_s: float = 0.0
+    waiting: int = 0
+    faults: tuple[dict[str, object], ...] = ()
+    """Injected ones, with how often each has hit."""
+    is_traced: bool = False
+
+
+class ProviderView(Struct, frozen=True):
+    """The process that serves a partition's disks; `limits` are of all disks together."""
+
+    partition: str
+    pid: int
+    uptime_s: float
+    limits: dict[str, float]
+    disks: tuple[ProviderDiskView, ...]
+
+
+class TraceDiskView(Struct, frozen=True):
+    """What was recorded of a disk since the last look; `dropped` counts all that found no room since the start.
+
+    A request is: microseconds since the start, kind, offset, length, latency in microseconds, whether it failed.
+    """
+
+    id: str
+    dropped: int
+    more: int
+    requests: tuple[tuple[int, str, int, int, int, bool], ...]
+
+
+class TraceView(Struct, frozen=True):
+    """A look into the traces that run."""
+
+    disks: tuple[TraceDiskView, ...]
+
+
 class SavedStateView(Struct, frozen=True):
     """Memory and devices of a partition in a file; they are gone from there once the guest has run again."""
 

@@ -17,6 +17,7 @@ from mullion.model.definition import (
     Bus,
     DirectBoot,
     DiskAttachment,
+    DiskLimits,
     Firmware,
     Machine,
     PartitionDefinition,
@@ -94,6 +95,43 @@ def test_json_and_mappings_are_taken_too() -> None:
     assert fields["disks"] == [{"path": "a.vhd"}], "the caller's mapping was changed"
 
 
+def test_caps_of_disks() -> None:
+    text = """
+name = "web"
+[disk_limits]
+bytes_per_s = "50M"
+[[disks]]
+path = "a.vhd"
+[disks.limits]
+iops = 500
+iops_burst = 2000
+burst_s = 10
+[[disks]]
+path = "b.vhd"
+[disks.limits]
+iops = 0
+"""
+    found = parse(text)
+    assert found.disk_limits == DiskLimits(bytes_per_s=50 * MIB)
+    assert found.disks[0].limits == DiskLimits(iops=500, iops_burst=2000, burst_s=10)
+    assert found.disks[1].limits is None, "what limits nothing is nothing"
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ('bytes_per_s = "fast"', r"disks\[0\]\.limits\.bytes_per_s"),
+        ("iops = -1", r"disks\[0\]\.limits\.iops"),
+        ("iops_burst = 5", r"disks\[0\]\.limits\.iops_burst"),
+        ("iops = 9\niops_burst = 9", r"disks\[0\]\.limits\.iops_burst"),
+        ("ops = 1", r"disks\[0\]\.limits\.ops"),
+    ],
+)
+def test_wrong_caps_are_named(limits: str, named: str) -> None:
+    with pytest.raises(InvalidError, match=named):
+        parse(f'name = "web"\n[[disks]]\npath = "a.vhd"\n[disks.limits]\n{limits}\n')
+
+
 def test_an_apply_document_has_several() -> None:
     text = b'kind = "apply"\n[[partition]]\nname = "web"\n[[partition]]\nname = "db"\nmemory = "64M"\n'
     assert [one.name for one in parse_document(text, source="all.toml")] == ["web", "db"]
@@ -113,7 +151,11 @@ def test_an_apply_document_has_several() -> None:
     ("text", "message", "allowed"),
     [
         ('name = "web"\nmemroy = "1G"', "memroy is not a field; did you mean 'memory'?", "memory, memory_bytes"),
-        ('name = "web"\n[[disks]]\npaht = "x"', "disks[0].paht is not a field; did you mean 'path'?", "bus, id, path"),
+        (
+            'name = "web"\n[[disks]]\npaht = "x"',
+            "disks[0].paht is not a field; did you mean 'path'?",
+            "bus, id, limits, path",
+        ),
         ('name = "web"\nzzz = 1', "zzz is not a field", "accelerator"),
         ("vcpus = 1", "name is missing", "lower-case letters"),
         ('name = "Web"', "name is 'Web'", "lower-case letters"),
@@ -221,12 +263,25 @@ def test_complete_gives_ids_and_refuses_what_types_cannot_say() -> None:
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 names = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
 files = texts.map(lambda text: f"/{text}")
+LIMITS = st.one_of(
+    st.none(),
+    st.builds(
+        DiskLimits,
+        iops=st.integers(1, 1000),
+        bytes_per_s=st.integers(1, 1 << 30),
+        iops_burst=st.just(0) | st.integers(1001, 1 << 50),
+        write_bytes_per_s=st.integers(0, 1 << 50),
+        read_iops=st.integers(0, 1 << 50),
+        burst_s=st.floats(0.001, 3600),
+    ),
+)
 DISK_FIELDS: dict[str, st.SearchStrategy[object]] = {
     "path": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20),
     "id": st.from_regex(r"[a-z][a-z0-9-]{0,15}", fullmatch=True),
     "bus": st.sampled_from(Bus),
     "read_only": st.booleans(),
     "transport": st.sampled_from(Transport),
+    "limits": LIMITS,
 }
 BOOT_FIELDS: dict[str, st.SearchStrategy[object]] = {
     "kernel": files,
@@ -248,6 +303,7 @@ FIELDS: dict[str, st.SearchStrategy[object]] = {
         max_size=4,
         unique_by=(lambda disk: disk.path, lambda disk: disk.id),
     ).map(tuple),
+    "disk_limits": LIMITS,
     "direct_boot": st.one_of(st.none(), st.builds(DirectBoot, **BOOT_FIELDS)),
     "power": st.sampled_from(PowerState),
     "shutdown_timeout_s": st.integers(0, 3600),

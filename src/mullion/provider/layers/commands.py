@@ -106,7 +106,7 @@ class LayerControl:
         if rules and not self._allow_faults:
             raise StateError(
                 "faults are not injected on this host",
-                remedy="For a drill set fault_injection = 1 in mullion.toml, and start service and partition anew.",
+                remedy='For a drill set fault_injection = "on" in mullion.toml, and start service and partition anew.',
                 state="off",
                 required="fault_injection",
             )

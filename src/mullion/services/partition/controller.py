@@ -197,7 +197,7 @@ class PartitionController:
         return await partition.view()
 
     async def update(self, name: str, definition: PartitionDefinition) -> PartitionView:
-        """Replace the definition. A running partition takes it over at its next start; `power` acts at once.
+        """Replace the definition. A running partition takes it over at its next start; power and caps act at once.
 
         Raises: NotFoundError; InvalidError; ConflictError for another name.
         """
@@ -216,6 +216,7 @@ class PartitionController:
         self._check_layers(partition, definition)
         await partition.save(definition=msgspec.structs.replace(definition, power=record.desired))
         self._events.publish("partition.updated", f"partition/{name}")
+        await partition.follow_limits()
         await self._follow_power(name, definition.power)
         return await partition.view()
 

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -29,6 +29,7 @@ from mullion.parent.events import Events
 from mullion.parent.store import Condition, Put, Store
 from mullion.parent.store.protocol import Write
 from mullion.services.partition.exchange import follow_heads, take_merged_heads
+from mullion.services.partition.limits import follow_limits
 from mullion.services.partition.plan import Step, plan_steps
 from mullion.services.partition.preparation import (
     Preparer,
@@ -86,6 +87,8 @@ class Surroundings:
     fleet: ProviderFleet
     boot_slots: asyncio.Semaphore
     choose_accelerator: Callable[[Accelerator], AcceleratorChoice]
+    allow_faults: bool = False
+    """Whether administrators may have providers fail requests, for drills."""
 
 
 class Partition:
@@ -121,6 +124,7 @@ class Partition:
         self._task: asyncio.Task[None] | None = None
         self.console = ConsoleHub(runtime.paths.console, runtime.paths.console_log)
         runtime.wake = self._dirty.set
+        runtime.on_linked = self.follow_limits
 
     @property
     def name(self) -> str:
@@ -315,6 +319,25 @@ class Partition:
             await self.save(failure=None)
         await self._note_state()
 
+    async def follow_limits(self) -> None:
+        """Have the provider keep the caps that the definition says now; one that is not there gets them at its start.
+
+        Raises: what the provider answers.
+        """
+        if self.runtime.link is not None:
+            await follow_limits(self.runtime.link, self.record.definition)
+
+    async def ask_provider(self, command: str, **arguments: Any) -> Mapping[str, Any]:
+        """Ask the provider one thing. Raises: StateError when it has none; what the provider answers."""
+        if self.runtime.link is None:
+            raise StateError(
+                f"partition {self.name} has no provider that could be asked",
+                state=self.last_state.value,
+                required="running",
+                remedy=f"Start it first: mullion partition start {self.name}",
+            )
+        return await self.runtime.link.request(command, **arguments)
+
     async def reset(self) -> None:
         """Press the reset button."""
         async with self.lock:
@@ -429,7 +452,8 @@ class Partition:
                 await self._before_provider()
                 await follow_heads(self)
                 await runtime.start_provider(
-                    self._surroundings.fleet, provider_spec(record, runtime.paths, runtime.disks)
+                    self._surroundings.fleet,
+                    provider_spec(record, runtime.paths, runtime.disks, allow_faults=self._surroundings.allow_faults),
                 )
                 self._provider_since_s = time.monotonic()
             case Step.START_QEMU:

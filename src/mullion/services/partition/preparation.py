@@ -23,6 +23,7 @@ from mullion.model.definition import (
     Transport,
 )
 from mullion.services.disk.controller import DiskController
+from mullion.services.partition.limits import disk_limits, limits_fields
 from mullion.services.partition.record import PartitionRecord
 from mullion.services.partition.run_file import PreparedDisk, Run
 from mullion.vhd import DiskBusyError
@@ -115,7 +116,9 @@ def take_back_disks(run: Run, run_as: tuple[int, int] | None) -> None:
             os.chown(disk.chain[0], os.geteuid(), os.getegid(), follow_symlinks=False)
 
 
-def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...]) -> Mapping[str, Any]:
+def provider_spec(
+    record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...], *, allow_faults: bool = False
+) -> Mapping[str, Any]:
     """The provider's specification (`mullion.provider.main.ProviderSpec`) as JSON."""
     return {
         "partition": record.definition.name,
@@ -124,6 +127,8 @@ def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[P
         "log": paths.provider_log,
         "uid": record.user_id,
         "gid": record.user_id,
+        "limits": limits_fields(record.definition.disk_limits),
+        "allow_faults": allow_faults,
         "disks": [
             {
                 "id": disk.id,
@@ -132,6 +137,7 @@ def provider_spec(record: PartitionRecord, paths: PartitionPaths, disks: tuple[P
                 "serial": serial_of(record, disk),
                 "vhost_user": paths.vhost_user(disk.id) if disk.transport is Transport.VHOST_USER else None,
                 "nbd": paths.nbd(disk.id),
+                "limits": disk_limits(record.definition, disk.id),
             }
             for disk in disks
         ],

@@ -66,7 +66,7 @@ async def update_partition(
     data: JSONBody[PartitionDefinition],
     if_match: Annotated[str | None, HeaderParameter(name="If-Match")] = None,
 ) -> PartitionView:
-    """Replace the definition; all but `power` takes effect at the next start. If-Match takes the view's `etag`."""
+    """Replace the definition; all but `power` and caps waits for the next start. If-Match takes the view's `etag`."""
     check_match(if_match, (await partitions.get(name)).etag, f"partition {name}")
     return await partitions.update(name, data)
 

@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -47,6 +47,10 @@ _RECONNECT_S: Final = 5.0
 _ADOPT_LINK_S: Final = 1.0
 
 
+async def _nothing() -> None:
+    """Nobody has anything to tell."""
+
+
 @dataclass(slots=True)
 class GuestFacts:
     """What was learnt of the guest since it was let run."""
@@ -63,6 +67,8 @@ class Runtime:
     name: str
     paths: PartitionPaths
     wake: Callable[[], None] = lambda: None
+    on_linked: Callable[[], Awaitable[None]] = _nothing
+    """What is told to a provider as soon as it can be spoken to."""
     machine: Machine | None = None
     provider: ProcessIdentity | None = None
     tpm: ProcessIdentity | None = None
@@ -256,6 +262,10 @@ class Runtime:
                 continue
             self.link = link
             self.stalls.note_status(status)
+            try:
+                await self.on_linked()
+            except MullionError as error:
+                log.warning("%s: the provider does not take the caps of the definition: %s", self.name, error)
             return
 
     def _provider_said(self, event: Mapping[str, Any] | None) -> None:

@@ -1,0 +1,19 @@
+"""`python -m bench.disk [--only NAME] [--quick] [--json FILE]`: the table of the benchmarks of disks that run."""
+
+import sys
+from typing import Final
+
+import bench.disk
+from bench.disk import backup, caps, files, merge, requests
+from bench.runner import Benchmarks, run_benchmarks
+
+BENCHMARKS: Final[Benchmarks] = {
+    "requests": requests.run,
+    "caps": caps.run,
+    "merge": merge.run,
+    "backup": backup.run,
+    "files": files.run,
+}
+
+if __name__ == "__main__":
+    sys.exit(run_benchmarks("bench.disk", (bench.disk.__doc__ or "").partition("\n")[0], BENCHMARKS))
