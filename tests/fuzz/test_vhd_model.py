@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tests.unit.vhd.chain_machine import ChainMachine
 from tests.unit.vhd.disk_machine import DiskMachine
+from tests.unit.vhd.switch_machine import SwitchMachine
 
 pytestmark = pytest.mark.fuzz
 
@@ -16,5 +17,10 @@ TestDiskForLong.settings = settings(
 
 TestChainForLong = ChainMachine.TestCase
 TestChainForLong.settings = settings(
+    max_examples=400, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+TestSwitchForLong = SwitchMachine.TestCase
+TestSwitchForLong.settings = settings(
     max_examples=400, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tests.unit.vhd.chain_machine import ChainMachine
 from tests.unit.vhd.disk_machine import DiskMachine
+from tests.unit.vhd.switch_machine import SwitchMachine
 
 pytestmark = pytest.mark.unit
 
@@ -16,5 +17,10 @@ TestDisk.settings = settings(
 
 TestChain = ChainMachine.TestCase
 TestChain.settings = settings(
+    max_examples=20, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+TestSwitch = SwitchMachine.TestCase
+TestSwitch.settings = settings(
     max_examples=20, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
