@@ -80,7 +80,7 @@ class ObjectMissingError(MullionError):
     code = "repository-object-missing"
     exit_code = 8
     http_status = 422
-    default_remedy = "Verify the repository: it says what is missing and which backups are hurt by it."
+    default_remedy = "`mullion backup verify` says what is missing and which backups are hurt by it."
 
 
 def is_name(text: str) -> bool:

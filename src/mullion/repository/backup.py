@@ -16,7 +16,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
@@ -25,16 +25,14 @@ import msgspec
 from mullion.base.block import BlockDevice
 from mullion.base.errors import InvalidError, StateError
 from mullion.base.progress import Progress, no_progress
-from mullion.base.units import KIB
 from mullion.repository import sealing
-from mullion.repository.backend import ObjectMissingError
 from mullion.repository.chunks import ChunkReader
-from mullion.repository.errors import LeaseLostError, RepositoryDamagedError
+from mullion.repository.directories import unindexed_packs
+from mullion.repository.errors import LeaseLostError
 from mullion.repository.index import build_segment, collect
 from mullion.repository.keys import CHUNK_BYTES
 from mullion.repository.lease import Lease
 from mullion.repository.manifest import Manifest, Stored, encode, manifest_name
-from mullion.repository.pack import TRAILER, PackEntry, PackKey, directory_bytes, pack_id_of, pack_name, read_directory
 from mullion.repository.repository import Repository, mark_name
 from mullion.repository.source import DevicePieces, Range, StreamPieces, changed_runs
 from mullion.repository.stream import ChunkWriter, put_segment
@@ -45,8 +43,6 @@ log = logging.getLogger(__name__)
 SEGMENTS_LIMIT: Final = 16
 """With more segments of the index than this, a backup merges the small ones."""
 _SMALL_SEGMENT: Final = 100_000
-_DIRECTORY_GUESS_BYTES: Final = 64 * KIB
-"""Fetched from the end of a pack, in the hope that its directory is in it."""
 
 
 def begin_backup(
@@ -107,7 +103,9 @@ class BackupWriter:
 
     def _adopt(self) -> None:
         try:
-            for pack_id, entries in unindexed_packs(self._repository, self._index.pack_ids):
+            for pack_id, entries in unindexed_packs(
+                self._repository.backend, self._repository.keys, self._index.indexed_packs
+            ):
                 self._writer.adopt(pack_id, entries)
         except BaseException:
             self.abort()
@@ -250,36 +248,6 @@ class BackupWriter:
             put_segment(self._repository.backend, self._repository.keys, build_segment(collect(small)))
             for segment in small:
                 self._repository.backend.delete(segment.name)
-
-
-def unindexed_packs(repository: Repository, indexed: set[bytes]) -> Iterator[tuple[bytes, list[PackEntry]]]:
-    """Durable packs that the index does not name, with their entries: what an interrupted backup has left.
-
-    One that is damaged, or deleted since, is left out; `verify` tells of it.
-    """
-    backend = repository.backend
-    for listed in list(backend.list("packs")):
-        pack_id = pack_id_of(listed.name)
-        if pack_id is None or pack_id in indexed:
-            continue
-        try:
-            yield pack_id, load_directory(repository, pack_id, listed.size_bytes)
-        except (RepositoryDamagedError, ObjectMissingError) as error:
-            log.warning("%s", error)
-
-
-def load_directory(repository: Repository, pack_id: bytes, pack_bytes: int) -> list[PackEntry]:
-    """The entries of a pack. Raises: RepositoryDamagedError; ObjectMissingError; what the storage raises."""
-    backend, name = repository.backend, pack_name(pack_id)
-    begin = max(0, pack_bytes - _DIRECTORY_GUESS_BYTES)
-    end = backend.get(name, begin, pack_bytes - begin)
-    trailer = end[-TRAILER.size :]
-    length = directory_bytes(trailer, pack_bytes, name, backend.location)
-    stored = end[-TRAILER.size - length : -TRAILER.size]
-    if len(stored) < length:
-        stored = backend.get(name, pack_bytes - TRAILER.size - length, length)
-    key = PackKey(pack_id, repository.keys)
-    return read_directory(key, stored, trailer, pack_bytes=pack_bytes, location=backend.location)
 
 
 def _resized(before_bytes: int, now_bytes: int) -> list[Range]:

@@ -25,8 +25,8 @@ class RepositoryDamagedError(MullionError):
     exit_code = 8
     http_status = 422
     default_remedy = (
-        "Verify the repository: it says which backups are hurt. Restore from another backup; the next full backup of "
-        "the same disk stores again what was lost, once the index is rebuilt."
+        "`mullion backup verify` says which backups are hurt. Restore from another one; a full backup of the same disk "
+        "stores again what was lost."
     )
 
     def __init__(
@@ -47,7 +47,10 @@ class RepositoryMissingError(NotFoundError):
     """There is no repository at this place."""
 
     code = "repository-missing"
-    default_remedy = "Check the place's spelling, and that its storage is mounted; a new repository must be made first."
+    default_remedy = (
+        "Check the place's spelling, and that its storage is mounted; a new repository is made by adding it with "
+        "`--create`."
+    )
 
 
 class RepositoryExistsError(AlreadyExistsError):
@@ -113,8 +116,8 @@ class TargetFullError(NoSpaceError):
 
     code = "target-full"
     default_remedy = (
-        "Make room there, or prune old backups, then start again: what was stored already is used, and no backup was "
-        "harmed."
+        "Make room there, or take away old backups with `mullion backup prune`, then start again: what was stored "
+        "already is used, and no backup was harmed."
     )
 
 

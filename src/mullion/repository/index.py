@@ -169,6 +169,11 @@ class Index:
         return packs
 
     @property
+    def indexed_packs(self) -> set[bytes]:
+        """The packs that segments name."""
+        return set().union(*(segment.pack_ids for segment in self.segments))
+
+    @property
     def pack_ids(self) -> set[bytes]:
         """All packs that are known."""
         return self.recent_packs.union(*(segment.pack_ids for segment in self.segments))

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from mullion.base.progress import Progress, no_progress
-from mullion.repository.backup import unindexed_packs
 from mullion.repository.chunks import ChunkReader
+from mullion.repository.directories import unindexed_packs
 from mullion.repository.errors import RepositoryDamagedError
 from mullion.repository.index import Index, build_segment, collect
 from mullion.repository.lease import Lease
@@ -64,7 +64,7 @@ def prune(
         gone = tuple(backup_id for backup_id in repository.backup_ids() if backup_id in forgotten)
         kept = repository.backups(but=forgotten)
         index = repository.reload_index()
-        for pack_id, entries in unindexed_packs(repository, index.pack_ids):
+        for pack_id, entries in unindexed_packs(repository.backend, repository.keys, index.pack_ids):
             index.add(pack_id, entries)
         live = mark(repository, index, kept, progress)
         plan = _Plan(repository, index, live, repack_below)
@@ -163,7 +163,7 @@ def _sweep(repository: Repository, index: Index, plan: _Plan, lease: Lease, prog
     if not plan.dead and not plan.copied:
         return
     backend, keys = repository.backend, repository.keys
-    old = [segment.name for segment in repository.segments()]
+    old = list(repository.object_names("index"))
     writer = ChunkWriter(backend, keys, Index())
     try:
         _copy(repository, index, plan.copied, writer, progress)

@@ -7,6 +7,7 @@ Objects: `config` and `keys/…` (see `keys`), `packs/…` (`pack`), `index/…`
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import uuid
@@ -18,6 +19,7 @@ from mullion.base.errors import InvalidError, NotFoundError
 from mullion.repository import sealing
 from mullion.repository.backend import Backend, ObjectMissingError, is_name
 from mullion.repository.chunks import CACHE_BYTES, ChunkReader
+from mullion.repository.directories import unindexed_packs
 from mullion.repository.disk import BackupDisk
 from mullion.repository.errors import (
     RepositoryDamagedError,
@@ -29,6 +31,8 @@ from mullion.repository.index import Index, Segment
 from mullion.repository.keys import SCRYPT_LOG2_N, SECRET_BYTES, Config, Keys, KeySlot
 from mullion.repository.lease import Lease
 from mullion.repository.manifest import FOLDER, Manifest, Stored, decode, is_backup_id, manifest_name
+
+log = logging.getLogger(__name__)
 
 PASSPHRASE_LIMIT_BYTES: Final = 1024
 _INDEX_FOLDER: Final = "index"
@@ -172,7 +176,7 @@ class Repository:
 
     def reader(self, cache_bytes: int = CACHE_BYTES) -> ChunkReader:
         """Chunks by id. Raises: RepositoryDamagedError; what the storage raises."""
-        return ChunkReader(self.backend, self.keys, self.index(), self.reload_index, cache_bytes)
+        return ChunkReader(self.backend, self.keys, self.index(), self.search_packs, cache_bytes)
 
     def open_disk(self, manifest: Manifest, disk: str, *, cache_bytes: int = CACHE_BYTES) -> BackupDisk:
         """A disk of a backup as a read-only block device. Raises: NotFoundError; RepositoryDamagedError."""
@@ -208,20 +212,36 @@ class Repository:
         self._index = Index(self.segments())
         return self._index
 
+    def search_packs(self) -> Index:
+        """Read the index as it is now, and the directories of packs that it does not name: for what was not found."""
+        index = self.reload_index()
+        for pack_id, entries in unindexed_packs(self.backend, self.keys, index.indexed_packs):
+            index.add(pack_id, entries)
+        return index
+
     def segments(self) -> list[Segment]:
-        """The index's segments. One that is merged away while we read is looked for again under its new name."""
+        """The index's segments. One that is merged away while we read is looked for again under its new name.
+
+        A damaged one is left out: what it named is found by the packs' directories.
+        """
         loaded: dict[str, Segment] = {}
         for _ in range(_LIST_TRIES):
             names = sorted(self.object_names(_INDEX_FOLDER))  # the same copy of a chunk is found by everybody
+            damaged: list[RepositoryDamagedError] = []
             loaded = {name: segment for name, segment in loaded.items() if name in names}
             try:
                 for name in names:
                     if name not in loaded:
-                        payload = self.backend.get(name)
-                        payload = sealing.unseal(sealing.Kind.INDEX, name, payload, self.keys, self.location)
-                        loaded[name] = Segment(payload, name, self.location)
+                        found = self.backend.get(name)
+                        try:
+                            payload = sealing.unseal(sealing.Kind.INDEX, name, found, self.keys, self.location)
+                            loaded[name] = Segment(payload, name, self.location)
+                        except RepositoryDamagedError as error:
+                            damaged.append(error)
             except ObjectMissingError:
                 continue
+            for damage in damaged:
+                log.warning("%s; the packs themselves are searched", damage)
             return list(loaded.values())
         raise RepositoryDamagedError(
             f"{self.location}: parts of the index vanish as fast as they are listed", repository=self.location

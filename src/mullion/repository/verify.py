@@ -17,8 +17,8 @@ import msgspec
 from mullion.base.progress import Progress, no_progress
 from mullion.repository import sealing
 from mullion.repository.backend import ObjectMissingError, is_name
-from mullion.repository.backup import load_directory
 from mullion.repository.chunks import ChunkReader, id_key_of
+from mullion.repository.directories import load_directory
 from mullion.repository.errors import RepositoryDamagedError
 from mullion.repository.index import Index, Segment, build_segment, collect
 from mullion.repository.keys import Config, KeySlot
@@ -71,7 +71,7 @@ class Report:
     chunks: int = 0
     read_bytes: int = 0
     unindexed: int = 0
-    """Packs that no index names: an interrupted backup's, which the next one uses; or the index is incomplete."""
+    """Packs that no index names: an interrupted backup's, or a part of the index is lost. The next backup uses them."""
 
     @property
     def is_whole(self) -> bool:
@@ -225,7 +225,9 @@ def _check_packs(
         assert pack_id is not None
         sound[pack_id] = {entry.offset for entry in entries} - damaged
         report.packs += 1
-        report.unindexed += pack_id not in indexed
+        if pack_id not in indexed:
+            report.unindexed += 1
+            index.add(pack_id, (entry for entry in entries if entry.offset not in damaged))
         report.chunks += len(entries)
         expected = {entry.offset: entry for entry in entries}
         for entry in indexed.get(pack_id, ()):
@@ -281,7 +283,7 @@ def _scan_pack(repository: Repository, name: str, pack_bytes: int, is_read: _IsR
             why = f"{location}: {name} is larger than a pack can be"
             raise RepositoryDamagedError(why, repository=location, name=name)
         if not is_read(pack_id):
-            scanned.entries = load_directory(repository, pack_id, pack_bytes)
+            scanned.entries = load_directory(repository.backend, repository.keys, pack_id, pack_bytes)
             return scanned
         _read_pack(repository, pack_id, name, scanned)
     except (RepositoryDamagedError, ObjectMissingError) as error:

@@ -51,7 +51,7 @@ class MemoryDisk:
         end = offset + length
         while offset < end:
             stop = min(end, (offset // self.page + 1) * self.page)
-            is_data = any(self.content[offset:stop])
+            is_data = self.content[offset:stop] != bytes(stop - offset)
             yield Extent(offset, stop - offset, ExtentKind.DATA if is_data else ExtentKind.HOLE)
             offset = stop
 

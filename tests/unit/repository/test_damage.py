@@ -117,14 +117,26 @@ def test_objects_that_change_places_are_found() -> None:
         backend.objects = before
 
 
-@pytest.mark.parametrize("folder", ["packs/", "index/"])
-def test_a_missing_object_is_found_and_the_backup_named(folder: str) -> None:
+def test_a_missing_pack_is_found_and_the_backup_named() -> None:
     repository, backend, manifest, _ = tiny()
-    for name in [name for name in backend.objects if name.startswith(folder)]:
+    for name in [name for name in backend.objects if name.startswith("packs/")]:
         del backend.objects[name]
     report = verify(repository)
     assert report.damaged == {manifest.id: ["disk disk0"]}
-    assert (report.unindexed > 0) == (folder == "index/")
+    assert not report.is_whole
+
+
+def test_without_its_index_everything_is_found_in_the_packs() -> None:
+    repository, backend, manifest, content = tiny()
+    for name in [name for name in backend.objects if name.startswith("index/")]:
+        del backend.objects[name]
+    repository = Repository(backend, repository.config, repository.keys)
+    report = verify(repository)
+    assert report.is_whole
+    assert report.unindexed == 1
+    assert content_of(repository.open_disk(manifest, "disk0")) == content
+    assert back_up(repository, MemoryDisk(content)).new_bytes == 0  # and the next backup makes it again
+    assert verify(repository).unindexed == 0
 
 
 def test_a_lease_that_is_damaged_is_told_and_blocks_nobody() -> None:
@@ -151,8 +163,9 @@ def test_the_index_is_made_again_from_the_packs() -> None:
     manifests = [back_up(repository, disk, partition=str(number)) for number, disk in enumerate(disks)]
     for name in [name for name in backend.objects if name.startswith("index/")]:
         backend.objects[name] = b"rubbish"
-    with pytest.raises(RepositoryDamagedError):
-        repository.reload_index()
+    repository.reload_index()
+    assert content_of(repository.open_disk(manifests[0], "disk0")) == disks[0].content
+    assert not verify(repository).is_whole
     assert repair_index(repository).is_whole
     for manifest, disk in zip(manifests, disks, strict=True):
         assert content_of(repository.open_disk(manifest, "disk0")) == disk.content
