@@ -1,4 +1,4 @@
-"""A unix socket to listen on: only for its user, and never taken away from somebody who listens.
+"""Sockets to listen on: a unix socket only for its user, and never taken away from somebody who listens; TCP.
 
 Source: unix(7): a path outlives its socket; connecting to one that nobody listens on gives ECONNREFUSED.
 """
@@ -12,7 +12,7 @@ import socket
 import stat
 from typing import Final
 
-from mullion.base.errors import AlreadyExistsError, InvalidError
+from mullion.base.errors import AlreadyExistsError, DeniedError, InvalidError
 from mullion.base.paths import SOCKET_PATH_LIMIT
 
 _BACKLOG: Final = 16
@@ -43,6 +43,31 @@ def bind_listener(path: str, *, uid: int | None = None, gid: int | None = None) 
         if error.errno == errno.EADDRINUSE:
             raise _in_use(path) from error
         raise
+    return listener
+
+
+def bind_tcp_listener(host: str, port: int) -> socket.socket:
+    """A listening TCP socket on an address or name of this host; port 0 is any that is free.
+
+    Raises: InvalidError for what is no address of this host; AlreadyExistsError; DeniedError.
+    """
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:  # also socket.gaierror
+        raise InvalidError(f"{host} is no address to listen on: {error.strerror}") from error
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        where = f"{host}, port {port}"
+        if error.errno == errno.EADDRINUSE:
+            raise AlreadyExistsError(f"another process listens on {where}", remedy="Choose another port.") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise DeniedError(f"{where} may not be listened on", remedy="Choose a port from 1024 on.") from error
+        raise InvalidError(f"{where} cannot be listened on: {error.strerror}") from error
     return listener
 
 

@@ -163,6 +163,15 @@ class PartitionPaths:
         return f"{os.path.dirname(os.path.dirname(self.run))}/m/{os.path.basename(self.run)}"
 
     @property
+    def export_dir(self) -> str:
+        """What exporters of checkpoints leave for the next parent; they may run while the partition does not."""
+        return f"{os.path.dirname(os.path.dirname(self.run))}/x/{os.path.basename(self.run)}"
+
+    @property
+    def export_log(self) -> str:
+        return f"{self.data}/export.log"
+
+    @property
     def merge_log(self) -> str:
         return f"{self.data}/merge.log"
 

@@ -7,6 +7,7 @@ an inherited socket pair, one JSON object a line:
 |---|---|
 | parent → zygote | `{"id": any, "spawn": specification}` (`mullion.provider.spec`): a provider |
 | parent → zygote | `{"id": any, "merge": specification}` (`mullion.provider.merge_spec`): a merge worker |
+| parent → zygote | `{"id": any, "export": specification}` (`mullion.provider.export_spec`): an exporter |
 | zygote → parent | `{"id": any, "pid": n, "ready": true, "disks": […]}` |
 | zygote → parent | `{"id": any, "pid": n or null, "error": {…}}` |
 | zygote → parent | `{"exited": pid, "status": n}`, n negative for a signal |
@@ -35,6 +36,8 @@ from typing import Final, NoReturn
 from mullion.base.errors import MullionError, OperationFailedError, UnavailableError
 from mullion.base.files import raise_descriptor_limit, rotate_log
 from mullion.provider.control_client import LineDecoder, encode
+from mullion.provider.export_spec import ExportSpec
+from mullion.provider.exporter import run_export
 from mullion.provider.main import run
 from mullion.provider.merge_spec import MergeSpec
 from mullion.provider.merger import run_merge
@@ -44,7 +47,7 @@ from mullion.provider.startup import set_process_name
 
 log = logging.getLogger(__name__)
 
-Spec = ProviderSpec | MergeSpec
+Spec = ProviderSpec | MergeSpec | ExportSpec
 
 LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 """Room for the paths of three of the longest chains; only the parent speaks here."""
@@ -134,7 +137,7 @@ class Zygote:
             os.dup2(log_fd, 1)
             os.dup2(log_fd, 2)
             os.close(log_fd)
-            status = run_merge(spec, report_fd) if isinstance(spec, MergeSpec) else run(spec, report_fd)
+            status = _be(spec, report_fd)
         except BaseException:
             log.exception("%s: the %s failed", spec.partition, _kind_of(spec))
         finally:
@@ -181,11 +184,25 @@ def _read_spec(message: Mapping[str, object]) -> Spec:
             return ProviderSpec.from_fields(fields)
         case {"merge": dict(fields)}:
             return MergeSpec.from_fields(fields)
+        case {"export": dict(fields)}:
+            return ExportSpec.from_fields(fields)
     raise OperationFailedError("a message without `spawn`", remedy="Send {id, spawn: specification}.")
 
 
+def _be(spec: Spec, report_fd: int) -> int:
+    """What the child is from now on; its exit status."""
+    match spec:
+        case MergeSpec():
+            return run_merge(spec, report_fd)
+        case ExportSpec():
+            return run_export(spec, report_fd)
+        case ProviderSpec():
+            return run(spec, report_fd)
+
+
 def _kind_of(spec: Spec) -> str:
-    return "merge worker" if isinstance(spec, MergeSpec) else "provider"
+    kinds = {MergeSpec: "merge worker", ExportSpec: "exporter", ProviderSpec: "provider"}
+    return kinds[type(spec)]
 
 
 def _open_log(path: str) -> int:

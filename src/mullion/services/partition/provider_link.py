@@ -109,6 +109,13 @@ class ProviderFleet:
         """
         await self._start("merge", spec)
 
+    async def spawn_export(self, spec: Mapping[str, Any]) -> None:
+        """Fork an exporter and return when it serves.
+
+        Raises: the error that it reports; DeadlineError; UnavailableError.
+        """
+        await self._start("export", spec)
+
     async def _start(self, kind: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         await self.open()
         assert self._writer is not None

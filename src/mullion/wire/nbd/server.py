@@ -17,16 +17,18 @@ import logging
 import os
 import select
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mullion.base.errors import DeadlineError
 from mullion.wire.nbd.messages import REQUEST, NbdProtocolError
 from mullion.wire.nbd.session import Export, Handshake, HandshakeState
 from mullion.wire.nbd.transmission import BUFFER_BYTES, Transmission, untouched
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +84,6 @@ class _Connection:
         except TimeoutError:
             log.warning("closed a client's connection: its negotiation took too long")
             self._server.count_protocol_error()
-        except ssl.SSLError as error:
-            log.warning("closed a client's connection: TLS: %s", error)
-            self._server.count_protocol_error()
         except OSError as error:
             log.debug("a client's connection broke: %s", error)
         except Exception:  # the root of the thread: a fault of ours ends this connection only, and is not quiet
@@ -137,12 +136,17 @@ class _Connection:
         return handshake.export
 
     def _encrypt(self, tls: ssl.SSLContext, deadline: float) -> ssl.SSLSocket:
-        """Raises: ssl.SSLError when the client has no certificate that is good enough; TimeoutError."""
+        """Raises: NbdProtocolError when the client has no certificate that is good enough; TimeoutError."""
+        from ssl import SSLError  # here, because a provider, which needs none of it, would pay for it
+
         with self._lock:
             client = tls.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
             self._socket = client
         client.settimeout(_time_left_s(deadline))
-        client.do_handshake()
+        try:
+            client.do_handshake()
+        except SSLError as error:
+            raise NbdProtocolError(f"TLS: {error}", remedy="Give the client a certificate of this server.") from error
         return client
 
     def _is_gone(self) -> bool:
