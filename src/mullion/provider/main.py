@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from mullion.base.errors import MullionError, NoSpaceError, OperationFailedError
+from mullion import __version__
+from mullion.base.errors import InvalidError, MullionError, NoSpaceError, OperationFailedError
 from mullion.base.listener import bind_listener
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control import Action, Command, ControlServer, close_all
@@ -32,6 +33,7 @@ from mullion.provider.control_client import encode
 from mullion.provider.device import DirectDevice
 from mullion.provider.exchanging import Exchangeable, exchange_chains
 from mullion.provider.layers.commands import Handler, LayerControl
+from mullion.provider.resizing import grow, wanted_size
 from mullion.provider.space import Shortage, SpaceGate, is_no_space
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.startup import (
@@ -218,6 +220,7 @@ class Provider:
         plain = {"status": self.status, "flush": self._flush, "retry": self._retry}
         return {name: partial(_without_fds, action) for name, action in plain.items()} | {
             "switch": self._switch,
+            "resize": partial(_with_fields, self._resize),
             **{name: partial(_with_fields, handler) for name, handler in self._layers.handlers().items()},
         }
 
@@ -226,6 +229,7 @@ class Provider:
         return {
             "partition": self._spec.partition,
             "pid": os.getpid(),
+            "version": __version__,
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             **self._layers.partition_status(),
             "disks": [self._disk_status(served) for served in self._disks],
@@ -297,6 +301,28 @@ class Provider:
         return {
             "stall_ms": round(stall_ms, 3),
             "disks": [{"id": served.spec.id, "chain": list(served.spec.chain)} for served in self._disks],
+        }
+
+    def _resize(self, fields: Mapping[str, object]) -> Mapping[str, object]:
+        served = next((served for served in self._disks if served.spec.id == fields.get("disk")), None)
+        if served is None:
+            raise InvalidError(
+                f"resize: {fields.get('disk')!r} is no disk of this provider", remedy="See its `status`."
+            )
+        old_bytes = served.chain.size_bytes
+        size_bytes = wanted_size(served.chain, fields)
+        stall_ms = grow(served.chain, served.turnstile, size_bytes)
+        if served.vhost is not None:
+            served.vhost.announce_config()
+        if served.nbd is not None and size_bytes != old_bytes:
+            served.nbd.hang_up()
+        is_announced = served.vhost is not None and served.vhost.is_connected
+        return {
+            "disk": served.spec.id,
+            "old_bytes": old_bytes,
+            "size_bytes": size_bytes,
+            "stall_ms": round(stall_ms, 3),
+            "announced": is_announced,
         }
 
     def _retry(self) -> Mapping[str, object]:

@@ -10,6 +10,7 @@ the provider is told, and takes the file below where the top is empty. Beside th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Callable
 
@@ -64,9 +65,12 @@ class SwitchMachine(DiskMachine):
 
     def _come_back(self, under_way: range, wanted: bytearray, *, power: bool) -> None:
         self.chain.abandon()
-        for entry in os.listdir("/proc/self/fd"):  # an exchange that was cut off had some too; a process takes all along
+        for entry in os.listdir(
+            "/proc/self/fd"
+        ):  # an exchange that was cut off had some too; a process takes all along
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{entry}").startswith(f"{self.folder}/"):
+                is_ours = os.readlink(f"/proc/self/fd/{entry}").startswith(f"{self.folder}/")
+                if is_ours and not fcntl.fcntl(int(entry), fcntl.F_GETFL) & os.O_PATH:  # those pin inodes
                     os.close(int(entry))
         super()._come_back(under_way, wanted, power=power)
 

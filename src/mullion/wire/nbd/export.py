@@ -78,6 +78,11 @@ class NbdExport:
         """Serve this one from now on, of the same size; requests that are under way end on the other."""
         self._export.device = device
 
+    def hang_up(self) -> None:
+        """Close every connection when it has answered what it has read; clients come back and find the new size."""
+        if self._server is not None:
+            self._server.hang_up()
+
     @property
     def counters(self) -> Counters:
         """Connections, requests, bytes and errors since the start."""

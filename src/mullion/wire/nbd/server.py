@@ -240,6 +240,13 @@ class NbdServer:
                 remedy="The storage below the disk hangs: end the provider and look into the host's kernel log.",
             )
 
+    def hang_up(self) -> None:
+        """Close every connection when it has answered what it has read; new ones are welcome."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.stop(at_once=False)
+
     def _end_connections(self, *, at_once: bool, grace_s: float) -> int:
         """How many threads are left."""
         with self._lock:
