@@ -145,7 +145,7 @@ def living_holders(backend: Backend, keys: Keys, *, but: str = "") -> Iterator[H
         if listed.name == but or not is_name(listed.name):
             continue
         try:
-            payload = sealing.unseal(sealing.Kind.LEASE, listed.name, backend.get(listed.name), keys, backend.location)
+            payload = sealing.fetch(sealing.Kind.LEASE, listed.name, backend, keys)
             holder = msgspec.msgpack.decode(payload, type=Holder)
         except ObjectMissingError:
             continue  # given back since

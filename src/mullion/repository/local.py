@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Final, Self
@@ -86,9 +87,12 @@ class FolderBackend:
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         with self._explained("reading", name):
-            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                size = os.fstat(fd).st_size
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EINVAL, "it is not a regular file")
+                size = status.st_size
                 wanted = max(0, size - offset) if length is None else min(length, max(0, size - offset))
                 found = os.pread(fd, wanted, offset)
                 while len(found) < wanted:  # the kernel gives at most 2 GiB at once

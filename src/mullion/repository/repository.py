@@ -38,7 +38,7 @@ PASSPHRASE_LIMIT_BYTES: Final = 1024
 _INDEX_FOLDER: Final = "index"
 _KEYS_FOLDER: Final = "keys"
 _LIST_TRIES: Final = 5
-_SMALL_OBJECT_BYTES: Final = 4096
+SMALL_OBJECT_BYTES: Final = 4096
 
 
 class Repository:
@@ -66,7 +66,7 @@ class Repository:
         config = Config(uuid.uuid4().bytes, time.time_ns())
         slot = KeySlot.wrap(secret, _passphrase_bytes(passphrase), config.repository_id, scrypt_log2_n)
         found = [listed.name for listed in backend.list("")]
-        if any(not name.startswith(f"{_KEYS_FOLDER}/") for name in found):
+        if not all(name.startswith(f"{_KEYS_FOLDER}/") and is_name(name) for name in found):
             raise RepositoryExistsError(f"{backend.location} is not empty", repository=backend.location)
         for name in found:  # of a `create` that died: `config` is put last, and makes it a repository
             backend.delete(name)
@@ -82,7 +82,7 @@ class Repository:
         """
         location = backend.location
         try:
-            found = backend.get(Config.NAME, 0, _SMALL_OBJECT_BYTES)
+            found = backend.get(Config.NAME, 0, SMALL_OBJECT_BYTES)
         except ObjectMissingError as error:
             raise RepositoryMissingError(f"{location} is no repository", repository=location) from error
         config = Config.unpack(found, location)
@@ -118,9 +118,9 @@ class Repository:
         """Let no passphrase open it but that of one slot. Raises: NotFoundError when that is not there."""
         if self.backend.size(kept) is None:
             raise NotFoundError(f"{self.location}: there is no {kept}", repository=self.location)
-        for listed in list(self.backend.list(_KEYS_FOLDER)):
-            if listed.name != kept:
-                self.backend.delete(listed.name)
+        for name in self.object_names(_KEYS_FOLDER):
+            if name != kept:
+                self.backend.delete(name)
 
     # ------------------------------------------------------------------ backups
 
@@ -169,7 +169,7 @@ class Repository:
     def load(self, backup_id: str) -> Manifest:
         """The manifest of a whole id. Raises: ObjectMissingError; RepositoryDamagedError."""
         name = manifest_name(backup_id)
-        payload = sealing.unseal(sealing.Kind.MANIFEST, name, self.backend.get(name), self.keys, self.location)
+        payload = sealing.fetch(sealing.Kind.MANIFEST, name, self.backend, self.keys)
         return decode(payload, name, self.location)
 
     # ------------------------------------------------------------------ content
@@ -232,9 +232,8 @@ class Repository:
             try:
                 for name in names:
                     if name not in loaded:
-                        found = self.backend.get(name)
                         try:
-                            payload = sealing.unseal(sealing.Kind.INDEX, name, found, self.keys, self.location)
+                            payload = sealing.fetch(sealing.Kind.INDEX, name, self.backend, self.keys)
                             loaded[name] = Segment(payload, name, self.location)
                         except RepositoryDamagedError as error:
                             damaged.append(error)
@@ -261,9 +260,9 @@ def _unlock(backend: Backend, config: Config, passphrase: bytes) -> bytes:
     """The secret. A damaged slot is told only when no other opens."""
     damage: RepositoryDamagedError | None = None
     tried = 0
-    for listed in list(backend.list(_KEYS_FOLDER)):
+    for name in [listed.name for listed in backend.list(_KEYS_FOLDER) if is_name(listed.name)]:
         try:
-            slot = KeySlot.unpack(backend.get(listed.name, 0, _SMALL_OBJECT_BYTES), backend.location, listed.name)
+            slot = KeySlot.unpack(backend.get(name, 0, SMALL_OBJECT_BYTES), backend.location, name)
         except RepositoryDamagedError as error:
             damage = error
             continue

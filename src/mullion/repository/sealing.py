@@ -25,7 +25,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mullion.base.block import Buffer
-from mullion.base.units import MIB
+from mullion.base.units import GIB, MIB
+from mullion.repository.backend import Backend
 from mullion.repository.errors import RepositoryDamagedError
 from mullion.repository.keys import Keys
 
@@ -33,6 +34,8 @@ HEADER: Final = struct.Struct(">8sB7x16s")
 MAGIC: Final = b"MLNSEAL1"
 PAYLOAD_LIMIT_BYTES: Final = 64 * MIB
 """Of a compressed payload: what a manifest may become."""
+OBJECT_LIMIT_BYTES: Final = 8 * GIB
+"""Of an index segment: more than that is no memory for; 11 TiB of chunks. Other kinds are far below."""
 _NONCE: Final = bytes(12)
 _TAG_BYTES: Final = 16
 
@@ -50,6 +53,15 @@ def seal(kind: Kind, name: str, payload: Buffer, keys: Keys) -> bytes:
     header = HEADER.pack(MAGIC, kind, os.urandom(16))
     content = payload if kind is Kind.INDEX else zstandard.ZstdCompressor(level=3).compress(payload)
     return header + AESGCM(_key(header, keys)).encrypt(_NONCE, content, header + name.encode())
+
+
+def fetch(kind: Kind, name: str, backend: Backend, keys: Keys) -> bytes:
+    """The payload of a stored object; one that is larger than its kind can be is not read to its end.
+
+    Raises: ObjectMissingError; RepositoryDamagedError; what the storage raises.
+    """
+    limit = OBJECT_LIMIT_BYTES if kind is Kind.INDEX else PAYLOAD_LIMIT_BYTES
+    return unseal(kind, name, backend.get(name, 0, limit), keys, backend.location)
 
 
 def unseal(kind: Kind, name: str, found: bytes, keys: Keys, location: str) -> bytes:

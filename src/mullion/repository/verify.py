@@ -39,7 +39,7 @@ from mullion.repository.pack import (
     pack_name,
     read_directory,
 )
-from mullion.repository.repository import Repository, mark_name
+from mullion.repository.repository import SMALL_OBJECT_BYTES, Repository, mark_name
 from mullion.repository.stream import put_segment
 from mullion.repository.tree import ZERO_ID, Tree, node_ids
 
@@ -166,7 +166,7 @@ def _check_names(repository: Repository, report: Report) -> dict[str, int]:
 def _check_keys(repository: Repository, names: Iterable[str], report: Report) -> None:
     backend, location = repository.backend, repository.location
     try:
-        found = backend.get(Config.NAME)
+        found = backend.get(Config.NAME, 0, SMALL_OBJECT_BYTES)
         Config.unpack(found, location)
         repository.config.check(found, repository.keys, location)
     except (RepositoryDamagedError, ObjectMissingError) as error:
@@ -174,7 +174,10 @@ def _check_keys(repository: Repository, names: Iterable[str], report: Report) ->
     for name in names:
         if name.startswith("keys/"):
             try:
-                if KeySlot.unpack(backend.get(name), location, name).repository_id != repository.config.repository_id:
+                if (
+                    KeySlot.unpack(backend.get(name, 0, SMALL_OBJECT_BYTES), location, name).repository_id
+                    != repository.config.repository_id
+                ):
                     report.say(name, f"{location}: {name} is a key of another repository")
             except (RepositoryDamagedError, ObjectMissingError) as error:
                 report.add(error, name)
@@ -185,8 +188,7 @@ def _check_segments(repository: Repository, names: Iterable[str], report: Report
     for name in names:
         if name.startswith("index/"):
             try:
-                found = repository.backend.get(name)
-                payload = sealing.unseal(sealing.Kind.INDEX, name, found, repository.keys, repository.location)
+                payload = sealing.fetch(sealing.Kind.INDEX, name, repository.backend, repository.keys)
                 segment = Segment(payload, name, repository.location)
                 segment.check_order()
                 for _ in segment.places():
@@ -294,7 +296,7 @@ def _scan_pack(repository: Repository, name: str, pack_bytes: int, is_read: _IsR
 def _read_pack(repository: Repository, pack_id: bytes, name: str, scanned: _Scanned) -> None:
     """Every byte of a pack: header and trailer compared, directory and chunks authenticated, no gap between them."""
     location = repository.location
-    content = memoryview(repository.backend.get(name))
+    content = memoryview(repository.backend.get(name, 0, PACK_LIMIT_BYTES))
     scanned.read_bytes = len(content)
     if content[:HEADER_BYTES] != MAGIC + pack_id:
         scanned.errors.append(
@@ -322,8 +324,7 @@ def _read_pack(repository: Repository, pack_id: bytes, name: str, scanned: _Scan
 def _check_leases(repository: Repository, report: Report) -> None:
     for name in repository.object_names(LEASES):
         try:
-            found = repository.backend.get(name)
-            payload = sealing.unseal(sealing.Kind.LEASE, name, found, repository.keys, repository.location)
+            payload = sealing.fetch(sealing.Kind.LEASE, name, repository.backend, repository.keys)
             msgspec.msgpack.decode(payload, type=Holder)
         except RepositoryDamagedError as error:
             report.add(error, name)

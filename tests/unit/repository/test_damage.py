@@ -148,7 +148,7 @@ def test_a_lease_that_is_damaged_is_told_and_blocks_nobody() -> None:
 
 def test_strange_names_are_told_and_left_alone() -> None:
     repository, backend, manifest, content = tiny()
-    strange = ("packs/../config", "packs/xyz", "backups/NOT", "holiday.jpg", "packs/" + "a" * 300)
+    strange = ("keys/../x", "packs/../config", "packs/xyz", "backups/NOT", "holiday.jpg", "packs/" + "a" * 300)
     for name in strange:
         backend.objects[name] = b"x"
     assert {finding.name for finding in verify(repository).findings} == set(strange)
