@@ -35,7 +35,10 @@ from mullion.parent.events import Events
 from mullion.parent.operations import Operations
 from mullion.parent.schedules import Schedules
 from mullion.parent.store import SqliteStore, Store
+from mullion.services.backup.controller import BackupController
+from mullion.services.backup.schedules import BackupSchedules
 from mullion.services.checkpoint.controller import CheckpointController
+from mullion.services.checkpoint.exports import CheckpointExports
 from mullion.services.checkpoint.keeper import MergeSlots
 from mullion.services.checkpoint.schedules import CheckpointSchedules
 from mullion.services.disk.controller import DiskController
@@ -120,10 +123,25 @@ class Daemon:
                 partitions=partitions,
                 slots=MergeSlots(asyncio.Semaphore(settings.merge_slots), settings.merge_rate),
             )
+            exports = CheckpointExports(checkpoints=checkpoints, partitions=partitions, events=events, paths=paths)
+            await exports.open()
+            stack.push_async_callback(exports.close)
             await checkpoints.open()
             stack.push_async_callback(checkpoints.close)
+            backups = BackupController(
+                store=store,
+                events=events,
+                operations=operations,
+                paths=paths,
+                partitions=partitions,
+                checkpoints=checkpoints,
+                disks=disks,
+            )
+            await backups.open()
             checkpoint_schedules = CheckpointSchedules(schedules, checkpoints, partitions, operations)
             checkpoint_schedules.register()
+            backup_schedules = BackupSchedules(schedules, backups, partitions, operations)
+            backup_schedules.register()
             files = FilesController(checkpoints)
             stack.push_async_callback(files.close)
             log.info("partitions are adopted %.3f s after the start", time.monotonic() - self._begun_s)
@@ -138,7 +156,10 @@ class Daemon:
                 events=events,
                 partitions=partitions,
                 checkpoints=checkpoints,
+                exports=exports,
+                backups=backups,
                 checkpoint_schedules=checkpoint_schedules,
+                backup_schedules=backup_schedules,
                 files=files,
                 disks=disks,
                 images=images,
@@ -158,12 +179,17 @@ class Daemon:
         events: Events,
         partitions: PartitionController,
         checkpoints: CheckpointController,
+        exports: CheckpointExports,
+        backups: BackupController,
         checkpoint_schedules: CheckpointSchedules,
+        backup_schedules: BackupSchedules,
         files: FilesController,
         disks: DiskController,
         images: ImageController,
     ) -> ApiServer:
         from mullion.parent import api
+        from mullion.services.backup import routes as backup_routes
+        from mullion.services.backup import schedule_routes as backup_schedule_routes
         from mullion.services.checkpoint import routes as checkpoint_routes
         from mullion.services.checkpoint import schedule_routes
         from mullion.services.disk import routes as disk_routes
@@ -186,6 +212,8 @@ class Daemon:
                 *provider_routes.ROUTES,
                 *checkpoint_routes.ROUTES,
                 *schedule_routes.ROUTES,
+                *backup_routes.ROUTES,
+                *backup_schedule_routes.ROUTES,
                 *files_routes.ROUTES,
                 *disk_routes.ROUTES,
                 *image_routes.ROUTES,
@@ -194,6 +222,9 @@ class Daemon:
                 "partitions": partitions,
                 "checkpoints": checkpoints,
                 "schedules": checkpoint_schedules,
+                "backup_schedules": backup_schedules,
+                "exports": exports,
+                "backups": backups,
                 "files": files,
                 "disks": disks,
                 "images": images,

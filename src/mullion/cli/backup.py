@@ -8,29 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from mullion.cli import complete
+from mullion.cli.backup_options import keep_options, kept_rules, repository_option
+from mullion.cli.backup_schedule import schedule
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
 from mullion.cli.progress import conclude, wait_option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeVar
-
     from mullion.model.views import OperationView
-
-    _Command = TypeVar("_Command", bound=Callable[..., None])
-
-_RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
-
-
-def repository_option(command: _Command) -> _Command:
-    return click.option(
-        "--repository",
-        "-r",
-        metavar="NAME",
-        shell_complete=complete.repositories,
-        help="Which repository; not needed when only one is known.",
-    )(command)
 
 
 @click.group(cls=Group, short_help="Back partitions up into repositories, and bring them back.")
@@ -263,23 +248,11 @@ def restore_backup(
     conclude(face, begun, wait=wait, sentence=sentence)
 
 
-def _keep_options(command: _Command) -> _Command:
-    for rule in reversed(_RULES):
-        what = "newest" if rule == "last" else f"newest of each of the last N {_period(rule)}s"
-        text = f"Keep the N {what}." if rule == "last" else f"Keep the {what}."
-        command = click.option(f"--keep-{rule}", type=click.IntRange(min=0), default=0, metavar="N", help=text)(command)
-    return command
-
-
-def _period(rule: str) -> str:
-    return {"hourly": "hour", "daily": "day", "weekly": "week", "monthly": "month", "yearly": "year"}[rule]
-
-
 @backup.command("prune")
 @click.argument("names", metavar="[BACKUP]...", nargs=-1)
 @repository_option
 @click.option("--partition", metavar="NAME", shell_complete=complete.partitions, help="Only backups of this one.")
-@_keep_options
+@keep_options
 @click.option("--dry-run", is_flag=True, help="Say what would be forgotten.")
 @wait_option
 @pass_face
@@ -300,7 +273,7 @@ def prune_backups(
     Examples:
       mullion backup prune --keep-daily 7 --keep-weekly 4 --keep-monthly 12 --dry-run
     """
-    rules = {name.removeprefix("keep_"): count for name, count in keep.items() if count}
+    rules = kept_rules(keep)
     if bool(names) == bool(rules):
         raise click.UsageError("name the backups to forget, or say what to keep with --keep-… rules")
     begun = face.client.prune_backups(
@@ -313,3 +286,6 @@ def prune_backups(
         return pruned(operation.result or {}, dry_run=dry_run)
 
     conclude(face, begun, wait=wait, sentence=sentence)
+
+
+backup.add_command(schedule)

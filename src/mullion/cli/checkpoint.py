@@ -139,6 +139,70 @@ def delete_checkpoint(face: Face, partition: str, name: str, wait: bool) -> None
     conclude(face, begun, wait=wait, sentence=lambda _: f"checkpoint {name} deleted")
 
 
+@checkpoint.command("export")
+@partition_argument
+@checkpoint_argument
+@click.option("--since", metavar="CHECKPOINT", help="Tell what has changed since that one, as a dirty bitmap.")
+@click.option("--listen", metavar="HOST:PORT", help="By TCP and TLS; port 0 is any. Without it: a unix socket.")
+@click.option("--tls", metavar="FOLDER", help="Certificates for --listen; without it some are made.")
+@pass_face
+def export_checkpoint(
+    face: Face, partition: str, name: str, *, since: str | None, listen: str | None, tls: str | None
+) -> None:
+    """Offer a checkpoint's disks over NBD, read-only, for backup programs and others.
+
+    It goes on until it is ended with `mullion checkpoint unexport`, also without the service.
+
+    \b
+    Examples:
+      mullion checkpoint export web monday
+      mullion checkpoint export web tuesday --since monday --listen 0.0.0.0:10809
+    """
+    view = face.client.export_checkpoint(partition, name, since=since, listen=listen, tls=tls)
+    if face.is_json:
+        face.emit_json(view)
+        return
+    for disk in view.disks:
+        face.say(disk.uri)
+        if disk.context is not None:
+            face.note(f"{disk.id}: what has changed: nbdinfo --map={disk.context} '{disk.uri}'")
+    if view.client_certificates is not None:
+        face.note(f"A client needs the certificates in {view.client_certificates}: ?tls-certificates=FOLDER")
+    face.note(f"End it: {face.command('checkpoint', 'unexport', partition, view.id)}")
+
+
+@checkpoint.command("exports")
+@pass_face
+def list_exports(face: Face) -> None:
+    """List what is offered over NBD."""
+    views = face.client.exports()
+    if face.is_json:
+        face.emit_json(views)
+        return
+    from mullion.base.units import format_size
+    from mullion.cli.tables import printable, table
+
+    if not views:
+        face.note(f"No exports. Make one: {face.command('checkpoint', 'export', 'PARTITION', 'CHECKPOINT')}")
+        return
+    rows = [
+        (view.partition, view.id, printable(disk.uri), str(view.connections), format_size(view.bytes_read))
+        for view in views
+        for disk in view.disks
+    ]
+    face.say(table(("PARTITION", "EXPORT", "URI", "CLIENTS", "READ"), rows, right=(3, 4)))
+
+
+@checkpoint.command("unexport")
+@partition_argument
+@click.argument("export", metavar="EXPORT")
+@pass_face
+def end_export(face: Face, partition: str, export: str) -> None:
+    """End an export; its clients are hung up on."""
+    face.client.end_export(partition, export)
+    face.note(f"{partition}: export {export} ended")
+
+
 checkpoint.add_command(schedule)
 
 

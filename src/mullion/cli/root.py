@@ -129,6 +129,7 @@ ENTRIES: Final = {
         "mullion.cli.checkpoint:checkpoint", "Freeze points in a partition's life, and go back to them."
     ),
     "files": Entry("mullion.cli.files:files", "List and fetch files inside partitions, running or not."),
+    "backup": Entry("mullion.cli.backup:backup", "Back partitions up into repositories, and bring them back."),
     "disk": Entry("mullion.cli.disk:disk", "Create and look at virtual hard disks (VHD)."),
     "provider": Entry("mullion.cli.provider:provider", "Look at and drill the processes that serve disks."),
     "vhd": Entry("mullion.cli.vhd:vhd", "Work on virtual hard disk files, without the service."),

@@ -25,17 +25,21 @@ from mullion.client.transport import Answer, Body, Transport
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
 from mullion.model.views import (
+    BackupScheduleView,
+    BackupView,
     CheckpointScheduleView,
     CheckpointTreeView,
     CheckpointView,
     DiskView,
     ErrorView,
     EventView,
+    ExportView,
     FileVolumeView,
     ImageView,
     OperationView,
     PartitionView,
     ProviderView,
+    RepositoryView,
     StatusView,
     TraceView,
 )
@@ -176,6 +180,18 @@ class Client:
         answer = self._ask("DELETE", f"/partitions/{_part(partition)}/checkpoints/{_part(name)}", None, {})
         return _decoded(answer, OperationView)
 
+    def export_checkpoint(
+        self, partition: str, name: str, *, since: str | None = None, listen: str | None = None, tls: str | None = None
+    ) -> ExportView:
+        path = f"/partitions/{_part(partition)}/checkpoints/{_part(name)}/export"
+        return self._post(path, {"since": since, "listen": listen, "tls": tls}, ExportView)
+
+    def exports(self) -> list[ExportView]:
+        return self._get("/exports", list[ExportView])
+
+    def end_export(self, partition: str, export: str) -> None:
+        self._ask("DELETE", f"/partitions/{_part(partition)}/exports/{_part(export)}", None, {})
+
     def checkpoint_schedules(self, partition: str) -> list[CheckpointScheduleView]:
         return self._get(f"/partitions/{_part(partition)}/checkpoint-schedules", list[CheckpointScheduleView])
 
@@ -259,6 +275,99 @@ class Client:
         if isinstance(body, Answer):
             raise _error_of(body)
         return body
+
+    # Backups
+
+    def repositories(self) -> list[RepositoryView]:
+        return self._get("/repositories", list[RepositoryView])
+
+    def add_repository(
+        self, name: str, url: str, passphrase: str, *, credentials: dict[str, str] | None = None, create: bool = False
+    ) -> RepositoryView:
+        fields = {
+            "name": name,
+            "url": url,
+            "passphrase": passphrase,
+            "credentials": credentials or {},
+            "create": create,
+        }
+        return self._post("/repositories", fields, RepositoryView)
+
+    def remove_repository(self, name: str) -> None:
+        self._ask("DELETE", f"/repositories/{_part(name)}", None, {})
+
+    def backups(self, *, repository: str | None = None, partition: str | None = None) -> list[BackupView]:
+        return self._get(f"/backups{_query(repository=repository, partition=partition)}", list[BackupView])
+
+    def backup(self, backup: str, *, repository: str | None = None) -> BackupView:
+        return self._get(f"/backups/{_part(backup)}{_query(repository=repository)}", BackupView)
+
+    def create_backup(
+        self, partition: str, *, repository: str | None = None, consistent: bool = False, full: bool = False
+    ) -> OperationView:
+        fields = {"partition": partition, "repository": repository, "consistent": consistent, "full": full}
+        return self._post("/backups", fields, OperationView)
+
+    def verify_backups(
+        self, *, repository: str | None = None, read_data: bool = True, part: int = 0, of: int = 1
+    ) -> OperationView:
+        fields = {"repository": repository, "read_data": read_data, "part": part, "of": of}
+        return self._post("/backups/verify", fields, OperationView)
+
+    def prune_backups(
+        self,
+        *,
+        repository: str | None = None,
+        partition: str | None = None,
+        keep: dict[str, int] | None = None,
+        forget: tuple[str, ...] = (),
+        dry_run: bool = False,
+    ) -> OperationView:
+        """Forget those that are named, or those that no rule of `keep` (last, hourly, daily …) keeps."""
+        fields = {
+            "repository": repository,
+            "partition": partition,
+            "keep": keep or {},
+            "forget": forget,
+            "dry_run": dry_run,
+        }
+        return self._post("/backups/prune", fields, OperationView)
+
+    def restore_backup(
+        self,
+        backup: str,
+        *,
+        repository: str | None = None,
+        name: str | None = None,
+        disk: str | None = None,
+        path: str | None = None,
+    ) -> OperationView:
+        """A whole partition as a new one, or one disk into a new file."""
+        fields = {"repository": repository, "name": name, "disk": disk, "path": path}
+        return self._post(f"/backups/{_part(backup)}/restore", fields, OperationView)
+
+    def backup_schedules(self, partition: str | None = None) -> list[BackupScheduleView]:
+        return self._get(f"/backup-schedules{_query(partition=partition)}", list[BackupScheduleView])
+
+    def set_backup_schedule(
+        self,
+        partition: str,
+        name: str,
+        rule: str,
+        *,
+        repository: str | None = None,
+        keep: dict[str, int] | None = None,
+        consistent: bool = False,
+        etag: str = "*",
+    ) -> BackupScheduleView:
+        """Make or change one; `rule` as `model.schedule` reads it, `keep` as in `prune_backups`."""
+        fields = {"rule": rule, "repository": repository, "keep": keep or {}, "consistent": consistent}
+        path = _backup_schedule(partition, name)
+        return _decoded(self._ask("PUT", path, fields, {"If-Match": _quoted(etag)}), BackupScheduleView)
+
+    def remove_backup_schedule(self, partition: str, name: str, *, etag: str = "*") -> None:
+        """Forget one; what it made stays."""
+        self._ask("DELETE", _backup_schedule(partition, name), None, {"If-Match": _quoted(etag)})
 
     # Disks and images
 
@@ -401,6 +510,10 @@ def _error_of(answer: Answer) -> MullionError:
     except msgspec.MsgspecError:
         return _not_ours(answer)
     return MullionError.from_wire(msgspec.to_builtins(view))
+
+
+def _backup_schedule(partition: str, name: str) -> str:
+    return f"/partitions/{_part(partition)}/backup-schedules/{_part(name)}"
 
 
 def _query(**fields: object) -> str:

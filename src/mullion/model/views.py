@@ -212,20 +212,32 @@ class CheckpointTreeView(Struct, frozen=True):
     merges: tuple[MergeView, ...] = ()
 
 
-class CheckpointScheduleView(Struct, frozen=True):
-    """Checkpoints that are made again and again; `last_error` is why the last run failed, if it did."""
+class ScheduleView(Struct, frozen=True, kw_only=True):
+    """What is done to a partition again and again; `last_error` is why the last run failed, if it did."""
 
     name: str
     partition: str
     rule: str
-    keep: int | None
-    keep_for_s: int | None
     consistent: bool
     next_at: str
     last_at: str | None
     last_result: str
     last_error: ErrorView | None
     etag: str
+
+
+class CheckpointScheduleView(ScheduleView, frozen=True, kw_only=True):
+    """Checkpoints that are made again and again: how many, and for how long, are kept."""
+
+    keep: int | None
+    keep_for_s: int | None
+
+
+class BackupScheduleView(ScheduleView, frozen=True, kw_only=True):
+    """Backups that are made again and again; `keep` says how many each rule keeps, nothing that all are kept."""
+
+    repository: str
+    keep: dict[str, int]
 
 
 class FileVolumeView(Struct, frozen=True):
@@ -240,7 +252,29 @@ class FileVolumeView(Struct, frozen=True):
     size_bytes: int
     readable: bool
     remedy: str = ""
-    warning: str = ""
+
+
+class ExportedDiskView(Struct, frozen=True):
+    """A disk over NBD; `context` is the metadata context that tells what has changed."""
+
+    id: str
+    uri: str
+    size_bytes: int
+    context: str | None = None
+
+
+class ExportView(Struct, frozen=True):
+    """A checkpoint that is offered over NBD. `tls` is the folder of the server's certificates."""
+
+    id: str
+    partition: str
+    pid: int
+    address: str | None
+    tls: str | None
+    client_certificates: str | None
+    connections: int
+    bytes_read: int
+    disks: tuple[ExportedDiskView, ...]
 
 
 class RepositoryView(Struct, frozen=True):

@@ -20,11 +20,14 @@ from typing import Any, Final
 import msgspec
 
 from mullion.base import log as logs
-from mullion.base.errors import MullionError
+from mullion.base.errors import MullionError, NotFoundError
+from mullion.base.units import format_time
 from mullion.model.schedule import next_due, parse_rule
-from mullion.model.views import ErrorView
+from mullion.model.states import OperationState
+from mullion.model.views import ErrorView, OperationView
 from mullion.parent.events import Events
 from mullion.parent.faults import error_view
+from mullion.parent.operations import Operations
 from mullion.parent.store import Condition, Delete, Put, Store
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,10 @@ log = logging.getLogger(__name__)
 _PREFIX: Final = "schedules/"
 _LONGEST_SLEEP_S: Final = 60.0
 """Clocks are set while we sleep, and sleep does not notice."""
+_BUSY_RETRY_S: Final = 15.0
+_BUSY_TRIES: Final = 40
+"""Ten minutes for a start, a backup or a checkpoint that goes on with the same target."""
+_BUSY_CODES: Final = frozenset({"conflict", "repository-busy"})
 
 
 class ScheduleRecord(msgspec.Struct, frozen=True):
@@ -102,8 +109,29 @@ class Schedules:
         """The schedule of that name, if there is one."""
         return self._records.get(ScheduleRecord(kind, target, name, "", 0.0).key)
 
-    def revision_of(self, record: ScheduleRecord) -> int:
-        return self._revisions[record.key]
+    def find(self, kind: str, target: str, name: str) -> ScheduleRecord:
+        """Raises: NotFoundError."""
+        found = self.get(kind, target, name)
+        if found is None:
+            raise NotFoundError(
+                f"partition {target} has no {kind} schedule {name!r}",
+                remedy=f"List them: mullion {kind} schedule list {target}",
+                partition=target,
+            )
+        return found
+
+    def view_fields(self, record: ScheduleRecord) -> dict[str, Any]:
+        """What every view of a schedule says, whatever it does."""
+        return {
+            "name": record.name,
+            "partition": record.target,
+            "rule": record.rule,
+            "next_at": format_time(int(self.next_of(record) * 1e9)),
+            "last_at": None if record.last_s is None else format_time(int(record.last_s * 1e9)),
+            "last_result": record.last_result,
+            "last_error": record.last_error,
+            "etag": str(self._revisions[record.key]),
+        }
 
     def next_of(self, record: ScheduleRecord) -> float:
         """When it runs next; in the past when it is about to."""
@@ -208,3 +236,23 @@ class Schedules:
             log.warning("a run of the schedule failed: %s", error.message)
             said = {"code": error.code, "message": error.message, "remedy": error.remedy}
             self._publish(record, "schedule.failed", said)
+
+
+async def run_when_free(operations: Operations, begin: Callable[[], Awaitable[OperationView]]) -> Mapping[str, object]:
+    """Begin an operation as soon as nothing else goes on with what it needs, and wait for its end; its result.
+
+    Raises: what `begin` raises; what the operation failed with; ConflictError when it is busy for ten minutes.
+    """
+    tries = 0
+    while True:
+        try:
+            done = await operations.wait((await begin()).id)
+            if done.state is OperationState.SUCCEEDED:
+                return done.result or {}
+            raise MullionError.from_wire(msgspec.to_builtins(done.error))
+        except MullionError as error:
+            tries += 1
+            if error.to_wire()["code"] not in _BUSY_CODES or tries == _BUSY_TRIES:
+                raise
+            log.info("the schedule waits: %s", error)
+            await asyncio.sleep(_BUSY_RETRY_S)

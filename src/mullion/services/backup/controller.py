@@ -340,16 +340,27 @@ class BackupController:
         repository: str | None,
         *,
         partition: str | None,
+        partition_id: str | None = None,
         keep: Mapping[str, int],
         forget: Sequence[str],
         dry_run: bool,
     ) -> OperationView:
-        """Begin to forget backups: those that are named, or those that no rule of `keep` keeps."""
+        """Begin to forget backups: those that are named, or those that no rule of `keep` keeps.
+
+        With `partition`, and more exactly with `partition_id`, only those of one partition are judged.
+        """
         chosen = self.choose(repository)
 
         async def work(operation: Operation) -> Mapping[str, object]:
             return await self._ask(
-                chosen, "prune", operation, partition=partition, keep=dict(keep), forget=list(forget), dry_run=dry_run
+                chosen,
+                "prune",
+                operation,
+                partition=partition,
+                partition_id=partition_id,
+                keep=dict(keep),
+                forget=list(forget),
+                dry_run=dry_run,
             )
 
         return await self._operations.start("backup.prune", f"repository/{chosen}", work, cancellable=True)

@@ -60,6 +60,11 @@ class Keep(Struct, frozen=True, forbid_unknown_fields=True):
     yearly: _Count = 0
 
 
+def keep_rules(keep: Keep) -> dict[str, int]:
+    """By their names."""
+    return {name: getattr(keep, name) for name in keep.__struct_fields__}
+
+
 class Pruning(Struct, frozen=True, forbid_unknown_fields=True):
     """Backups to be forgotten: those named in `forget`, or those that no rule of `keep` keeps."""
 
@@ -145,10 +150,13 @@ async def verify_backups(
 @post("/1.0/backups/prune", tags=_TAGS, status_code=202)
 async def prune_backups(backups: Service[BackupController], data: JSONBody[Pruning]) -> Response[OperationView]:
     """Forget backups, and delete what no other needs."""
-    keep = {name: getattr(data.keep, name) for name in data.keep.__struct_fields__}
     return accepted(
         await backups.prune(
-            data.repository, partition=data.partition, keep=keep, forget=data.forget, dry_run=data.dry_run
+            data.repository,
+            partition=data.partition,
+            keep=keep_rules(data.keep),
+            forget=data.forget,
+            dry_run=data.dry_run,
         )
     )
 

@@ -156,7 +156,12 @@ def _prune(request: Request, tell: Tell) -> Mapping[str, Any]:
         if request["forget"]:
             doomed = [repository.backup(text).id for text in request["forget"]]
         else:
-            kept = plan_retention(repository.backups(request["partition"]), Retention(**request["keep"]))
+            judged = [
+                manifest
+                for manifest in repository.backups(request["partition"])
+                if request["partition_id"] in (None, manifest.partition_id)
+            ]
+            kept = plan_retention(judged, Retention(**request["keep"]))
             doomed = [backup_id for backup_id, rules in kept.items() if not rules]
         done = prune(repository, doomed, dry_run=request["dry_run"], progress=tell)
         return {

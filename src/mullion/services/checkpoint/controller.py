@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -255,17 +255,25 @@ class CheckpointController:
         self, partition: Partition, tops: Mapping[str, str]
     ) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
         """The chains of these tops, by disk id, which stay as they are inside the block."""
-        self._readers.update(tops.values())
+        self.hold(tops.values())
         try:
             preparer = partition.surroundings.preparer
             yield {
                 disk: await asyncio.to_thread(preparer.find_chain, partition.name, top) for disk, top in tops.items()
             }
         finally:
-            self._readers.subtract(tops.values())
-            self._readers += Counter()  # without those that nobody reads any more
-            if partition in self._partitions.all():
-                self._keeper(partition).wake()
+            self.release(tops.values())
+
+    def hold(self, tops: Iterable[str]) -> None:
+        """Somebody reads the chains of these files: they stay as they are until they are released."""
+        self._readers.update(tops)
+
+    def release(self, tops: Iterable[str]) -> None:
+        """What waited for the end of that reading goes on."""
+        self._readers.subtract(tops)
+        self._readers += Counter()  # without those that nobody reads any more
+        for partition in self._partitions.all():
+            self._keeper(partition).wake()
 
     # -- making --------------------------------------------------------------------------------------------------------
 

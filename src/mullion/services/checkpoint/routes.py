@@ -8,9 +8,10 @@ from litestar import Response, delete, get, post
 from litestar.params import JSONBody, PathParameter
 from msgspec import Meta, Struct
 
-from mullion.model.views import CheckpointTreeView, CheckpointView, OperationView
+from mullion.model.views import CheckpointTreeView, CheckpointView, ExportView, OperationView
 from mullion.parent.api import PathName, Service, accepted
 from mullion.services.checkpoint.controller import CheckpointController
+from mullion.services.checkpoint.exports import CheckpointExports
 
 _TAGS: Final = ["checkpoints"]
 _Checkpoint = Annotated[str, PathParameter(description="the checkpoint's name or id", max_length=64)]
@@ -86,4 +87,53 @@ async def apply_checkpoint(
     return accepted(await checkpoints.apply(name, checkpoint, keep_present=keep))
 
 
-ROUTES: Final = (list_checkpoints, create_checkpoint, show_checkpoint, delete_checkpoint, apply_checkpoint)
+class ExportOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """`since`: tell what has changed since that checkpoint. `listen`: HOST:PORT, by TLS; else a unix socket.
+
+    `tls` is a folder of certificates on the host; without it some are made.
+    """
+
+    since: str | None = None
+    listen: str | None = None
+    tls: str | None = None
+
+
+@post("/1.0/partitions/{name:str}/checkpoints/{checkpoint:str}/export", tags=_TAGS)
+async def export_checkpoint(
+    exports: Service[CheckpointExports],
+    name: PathName,
+    checkpoint: _Checkpoint,
+    data: JSONBody[ExportOptions | None] = None,
+) -> Response[ExportView]:
+    """Offer a checkpoint's disks over NBD, read-only."""
+    wanted = data or ExportOptions()
+    view = await exports.start(name, checkpoint, since=wanted.since, listen=wanted.listen, tls=wanted.tls)
+    return Response(view, status_code=201)
+
+
+@get("/1.0/exports", tags=_TAGS)
+async def list_exports(exports: Service[CheckpointExports]) -> list[ExportView]:
+    """The checkpoints that are offered over NBD."""
+    return list(await exports.list())
+
+
+@delete("/1.0/partitions/{name:str}/exports/{export:str}", tags=_TAGS)
+async def end_export(
+    exports: Service[CheckpointExports],
+    name: PathName,
+    export: Annotated[str, PathParameter(description="the export's id: its checkpoint's name", max_length=64)],
+) -> None:
+    """End an export; its clients are hung up on."""
+    await exports.stop(name, export)
+
+
+ROUTES: Final = (
+    export_checkpoint,
+    list_exports,
+    end_export,
+    list_checkpoints,
+    create_checkpoint,
+    show_checkpoint,
+    delete_checkpoint,
+    apply_checkpoint,
+)

@@ -15,13 +15,11 @@ from typing import Any, Final
 
 import msgspec
 
-from mullion.base.errors import ConflictError, MullionError, NotFoundError
-from mullion.base.units import format_time
+from mullion.base.errors import ConflictError
 from mullion.model.schedule import Keeping, plan_expiry
-from mullion.model.states import OperationState
 from mullion.model.views import CheckpointScheduleView
 from mullion.parent.operations import Operations
-from mullion.parent.schedules import ScheduleRecord, Schedules
+from mullion.parent.schedules import ScheduleRecord, Schedules, run_when_free
 from mullion.services.checkpoint.branching import layers_of
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.checkpoint.record import CheckpointRecord
@@ -32,9 +30,6 @@ from mullion.vhd import inspect_chain
 log = logging.getLogger(__name__)
 
 KIND: Final = "checkpoint"
-_BUSY_RETRY_S: Final = 15.0
-_BUSY_TRIES: Final = 40
-"""Ten minutes for a start, a backup or another checkpoint that goes on with the partition."""
 
 
 class ScheduleOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,14 +75,7 @@ class CheckpointSchedules:
 
     def _find(self, partition: str, name: str) -> ScheduleRecord:
         self._partitions.find(partition)
-        found = self._schedules.get(KIND, partition, name)
-        if found is None:
-            raise NotFoundError(
-                f"partition {partition} has no schedule {name!r}",
-                remedy=f"List them: mullion checkpoint schedule list {partition}",
-                partition=partition,
-            )
-        return found
+        return self._schedules.find(KIND, partition, name)
 
     async def set(self, partition: str, name: str, rule: str, options: ScheduleOptions) -> CheckpointScheduleView:
         """Make or change a schedule. Raises: NotFoundError; InvalidError."""
@@ -103,17 +91,10 @@ class CheckpointSchedules:
     def _view(self, record: ScheduleRecord) -> CheckpointScheduleView:
         options = _options_of(record)
         return CheckpointScheduleView(
-            name=record.name,
-            partition=record.target,
-            rule=record.rule,
             keep=options.keep,
             keep_for_s=options.keep_for_s,
             consistent=options.consistent,
-            next_at=_time(self._schedules.next_of(record)),
-            last_at=None if record.last_s is None else _time(record.last_s),
-            last_result=record.last_result,
-            last_error=record.last_error,
-            etag=str(self._schedules.revision_of(record)),
+            **self._schedules.view_fields(record),
         )
 
     async def _forget(self, partition: Partition) -> None:
@@ -136,23 +117,16 @@ class CheckpointSchedules:
     async def _make(self, schedule: ScheduleRecord) -> str:
         """A checkpoint; waits while something else goes on with the partition. Its name."""
         options = _options_of(schedule)
-        for attempt in range(_BUSY_TRIES):
-            try:
-                begun = await self._checkpoints.create(
-                    schedule.target,
-                    consistent=options.consistent and self._partitions.find(schedule.target).has_processes(),
-                    description=f"made by the schedule {schedule.name}",
-                    schedule=schedule.name,
-                )
-                break
-            except ConflictError as error:
-                if type(error) is not ConflictError or attempt == _BUSY_TRIES - 1:
-                    raise
-                await asyncio.sleep(_BUSY_RETRY_S)
-        done = await self._operations.wait(begun.id)
-        if done.state is not OperationState.SUCCEEDED:
-            raise MullionError.from_wire(msgspec.to_builtins(done.error))
-        return str((done.result or {}).get("checkpoint"))
+        made = await run_when_free(
+            self._operations,
+            lambda: self._checkpoints.create(
+                schedule.target,
+                consistent=options.consistent and self._partitions.find(schedule.target).has_processes(),
+                description=f"made by the schedule {schedule.name}",
+                schedule=schedule.name,
+            ),
+        )
+        return str(made["checkpoint"])
 
     async def _expire(self, schedule: ScheduleRecord) -> tuple[str, ...]:
         """Take away what is no longer kept; what is being read waits for the next run. The names of what went."""
@@ -191,10 +165,6 @@ def _is_unchanged(partition: Partition, last: CheckpointRecord) -> bool:
         if layers.parents.get(layers.head) != disk.path or inspect_chain(layers.head).files[0].allocated_bytes:
             return False
     return True
-
-
-def _time(seconds: float) -> str:
-    return format_time(int(seconds * 1e9))
 
 
 def _seconds(at: str) -> float:

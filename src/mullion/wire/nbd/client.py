@@ -2,9 +2,15 @@
 
 Spec: "The NBD protocol"; fixed newstyle, structured replies and `base:allocation` where the server has them.
 
-Invariants: one request at a time, under a lock, so that threads may share a client; data is received straight into the
-caller's buffer; what a server sends is checked before it is believed. A connection on which something unexpected came,
-or that was silent for longer than the deadline, is closed, because its next bytes cannot be trusted.
+A READ is asked for in pieces of PIECE_BYTES, up to MAX_IN_FLIGHT at once; replies may come in any order. Who reads one
+range behind another is read ahead for: the next AHEAD_BYTES are asked for before the call returns, so that the server
+works while the caller does. Their replies stay in the socket until the next call gives them a buffer.
+
+Invariants: one caller at a time, under a lock, so that threads may share a client; data is received straight into the
+caller's buffer; only a client that is read-only reads ahead, so that no write can come between; at most AHEAD_BYTES
+are kept that nobody has asked for. What a server sends is checked before it is believed. A connection on which
+something unexpected came, or that was silent for longer than the deadline, is closed, because its next bytes cannot be
+trusted.
 Durability: `flush` is NBD_CMD_FLUSH; a server without it has nothing to flush, as the specification says.
 Not handled: TLS, servers that insist on a block size, reconnecting.
 """
@@ -16,12 +22,12 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NoReturn
 
 from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.base.errors import DeadlineError, DeniedError, InvalidError, NotFoundError, UnavailableError
-from mullion.base.units import MIB
+from mullion.base.units import KIB, MIB
 from mullion.wire.nbd.messages import (
     ALLOCATION_CONTEXT,
     CHUNK,
@@ -61,6 +67,10 @@ from mullion.wire.nbd.messages import (
 )
 
 TIMEOUT_S: Final = 60.0
+PIECE_BYTES: Final = 512 * KIB
+AHEAD_BYTES: Final = 2 * MIB
+MAX_IN_FLIGHT: Final = 8
+"""QEMU takes sixteen requests of one client at once."""
 _RANGE_LIMIT_BYTES: Final = 1024 * MIB
 """Longest TRIM, WRITE_ZEROES and BLOCK_STATUS that is asked for: lengths on the wire have 32 bits."""
 _ERRNOS: Final = {
@@ -75,6 +85,41 @@ _ERRNOS: Final = {
 }
 
 
+class _Reply:
+    """A request under way, and what has come of its reply."""
+
+    __slots__ = ("command", "error", "is_done", "length", "message", "offset", "received_bytes", "status", "view")
+
+    def __init__(self, command: Command, offset: int, length: int, view: memoryview | None) -> None:
+        self.command = command
+        self.offset = offset
+        self.length = length
+        self.view = view
+        """Where the data of a READ goes; None until somebody wants it."""
+        self.received_bytes = 0
+        self.error = 0
+        self.message = ""
+        self.status: list[bytes] = []
+        """The payloads of BLOCK_STATUS chunks, one a context."""
+        self.is_done = False
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    def part(self, offset: int, length: int) -> memoryview:
+        """Where that part of a READ's data goes. Raises: NbdProtocolError when it was not asked for."""
+        position = offset - self.offset
+        if self.command is not Command.READ or position < 0 or position + length > self.length:
+            raise NbdProtocolError(f"a server sent {length} bytes at {offset} in reply to a {self.command.name}")
+        if self.view is None:  # read ahead, and the server answers out of order
+            self.view = memoryview(bytearray(self.length))
+        self.received_bytes += length
+        if self.received_bytes > self.length:
+            raise NbdProtocolError(f"a READ of {self.length} bytes was answered with more")
+        return self.view[position : position + length]
+
+
 class NbdClient:
     """A connection to one export of an NBD server on a unix socket; a `BlockDevice`.
 
@@ -86,6 +131,10 @@ class NbdClient:
         self._path = path
         self._lock = threading.Lock()
         self._cookie = 0
+        self._in_flight: dict[int, _Reply] = {}
+        self._ahead: list[_Reply] = []
+        """READs that nobody has asked for yet, ascending and without gaps."""
+        self._read_end = -1
         self._is_structured = False
         self._context_id: int | None = None
         self._size_bytes = 0
@@ -128,9 +177,8 @@ class NbdClient:
     def pread(self, offset: int, buffer: WritableBuffer) -> None:
         view = memoryview(buffer).cast("B")
         self._check_range(offset, len(view))
-        for start in range(0, len(view), PAYLOAD_LIMIT_BYTES):
-            piece = view[start : start + PAYLOAD_LIMIT_BYTES]
-            self._request(Command.READ, offset + start, len(piece), into=piece)
+        with self._lock, self._trusted(Command.READ):
+            self._read(offset, view)
 
     def pwrite(self, offset: int, buffer: Buffer) -> None:
         view = memoryview(buffer).cast("B")
@@ -205,93 +253,167 @@ class NbdClient:
 
     # -- transmission ------------------------------------------------------------------------------------------------
 
-    def _request(
-        self, command: Command, offset: int, length: int, *, payload: Buffer = b"", into: memoryview | None = None
-    ) -> bytes:
-        """One request and its whole reply; the payload of a BLOCK_STATUS chunk is returned.
+    def _request(self, command: Command, offset: int, length: int, *, payload: Buffer = b"") -> list[bytes]:
+        """One request and its whole reply; the payloads of BLOCK_STATUS chunks are returned.
 
         Raises: OSError with the server's error; UnavailableError, DeadlineError or NbdProtocolError: the connection is
         dead.
         """
-        with self._lock:
-            self._cookie += 1
-            try:
-                self._send(REQUEST.pack(REQUEST_MAGIC, 0, command, self._cookie, offset, length), payload)
-                if self._is_structured:
-                    return self._receive_chunks(offset, into)
-                return self._receive_simple(into)
-            except TimeoutError as error:
-                self._disconnect()
-                raise DeadlineError(
-                    f"the NBD server at {self._path} did not answer {command.name} in time", path=self._path
-                ) from error
-            except (ConnectionError, _EndOfStreamError) as error:
-                self._disconnect()
-                raise UnavailableError(
-                    f"the NBD server at {self._path} closed the connection during {command.name}",
-                    remedy="Connect again; a write that was not answered may or may not be there.",
-                    path=self._path,
-                ) from error
-            except NbdProtocolError:
-                self._disconnect()
-                raise
+        with self._lock, self._trusted(command):
+            reply = self._begin(command, offset, length, payload=payload)
+            self._finish(reply)
+            return reply.status
 
-    def _receive_simple(self, into: memoryview | None) -> bytes:
-        magic, error, cookie = SIMPLE_REPLY.unpack(self._receive(SIMPLE_REPLY.size))
-        self._check_reply(magic, SIMPLE_REPLY_MAGIC, cookie)
-        if error:
-            self._raise_error(error)
-        if into is not None:
-            self._receive_into(into)
-        return b""
+    @contextlib.contextmanager
+    def _trusted(self, command: Command) -> Iterator[None]:
+        """Whatever makes the next bytes of the connection doubtful ends it."""
+        try:
+            yield
+        except TimeoutError as error:
+            self._disconnect()
+            raise DeadlineError(
+                f"the NBD server at {self._path} did not answer {command.name} in time", path=self._path
+            ) from error
+        except (ConnectionError, _EndOfStreamError) as error:
+            self._disconnect()
+            raise UnavailableError(
+                f"the NBD server at {self._path} closed the connection during {command.name}",
+                remedy="Connect again; a write that was not answered may or may not be there.",
+                path=self._path,
+            ) from error
+        except NbdProtocolError:
+            self._disconnect()
+            raise
 
-    def _receive_chunks(self, offset: int, into: memoryview | None) -> bytes:
-        status = b""
-        error = received_bytes = 0
-        message = ""
-        done = False
-        while not done:
-            head = self._receive(SIMPLE_REPLY.size)
-            if U32.unpack_from(head)[0] == SIMPLE_REPLY_MAGIC:  # allowed for all but a READ with data
-                magic, error, cookie = SIMPLE_REPLY.unpack(head)
-                self._check_reply(magic, SIMPLE_REPLY_MAGIC, cookie)
-                if into is not None and not error:
+    def _read(self, offset: int, view: memoryview) -> None:
+        """Fill the view by several requests at once, the first of which may have been sent already."""
+        is_sequential, self._read_end = offset == self._read_end, offset + len(view)
+        try:
+            wanted, here = self._claim_ahead(offset, view)
+            pieces = _read_pieces(here, self._read_end)
+            piece = next(pieces, None)
+            while piece or wanted:
+                while piece and len(self._in_flight) < MAX_IN_FLIGHT:
+                    start, length = piece
+                    wanted.append(self._begin(Command.READ, start, length, view=view[start - offset :][:length]))
+                    piece = next(pieces, None)
+                if not piece and is_sequential and self._read_only:
+                    self._read_ahead()
+                self._finish(wanted.pop(0))
+        except OSError as error:
+            if not isinstance(error, (TimeoutError, ConnectionError)):  # else the connection is dead
+                self._settle()
+            raise
+
+    def _claim_ahead(self, offset: int, view: memoryview) -> tuple[list[_Reply], int]:
+        """Take from what was read ahead; what is under way gets its place in the view. Where the rest of it begins.
+
+        What was read ahead of another place is of no use: it is waited for and forgotten.
+        """
+        end, here = offset + len(view), offset
+        claimed: list[_Reply] = []
+        while here < end and self._ahead and self._ahead[0].offset <= here < self._ahead[0].end:
+            reply = self._ahead[0]
+            stop = min(end, reply.end)
+            place = view[here - offset : stop - offset]
+            if reply.view is None and (reply.offset, reply.end) == (here, stop):
+                reply.view = place
+                claimed.append(reply)
+            else:  # it was answered out of order, or is wanted in parts
+                self._finish(reply)
+                assert reply.view is not None, "it is whole"
+                place[:] = reply.view[here - reply.offset : stop - reply.offset]
+            if reply.end <= end:
+                self._ahead.pop(0)
+            here = stop
+        if here < end and self._ahead:
+            self._settle(claimed)
+        return claimed, here
+
+    def _settle(self, kept: Sequence[_Reply] = ()) -> None:
+        """Wait for every reply under way but the kept ones, and forget what was read ahead."""
+        self._ahead.clear()
+        while any(reply not in kept for reply in self._in_flight.values()):
+            self._receive_reply()
+
+    def _read_ahead(self) -> None:
+        """Ask for what comes next, as far as the limits go."""
+        start = self._ahead[-1].end if self._ahead else self._read_end
+        for piece_start, length in _read_pieces(start, min(self._read_end + AHEAD_BYTES, self._size_bytes)):
+            if len(self._in_flight) >= MAX_IN_FLIGHT:
+                return
+            self._ahead.append(self._begin(Command.READ, piece_start, length))
+
+    def _begin(
+        self, command: Command, offset: int, length: int, *, payload: Buffer = b"", view: memoryview | None = None
+    ) -> _Reply:
+        self._cookie += 1
+        reply = _Reply(command, offset, length, view)
+        self._in_flight[self._cookie] = reply
+        self._send(REQUEST.pack(REQUEST_MAGIC, 0, command, self._cookie, offset, length), payload)
+        return reply
+
+    def _finish(self, reply: _Reply) -> None:
+        """Receive until that reply is whole. Raises: OSError with the server's error; NbdProtocolError."""
+        while not reply.is_done:
+            self._receive_reply()
+        if reply.error:
+            self._raise_error(reply.error, reply.message)
+        if reply.command is Command.READ and reply.received_bytes != reply.length:
+            # Chunks may not overlap, so the sum says enough.
+            raise NbdProtocolError(f"a READ of {reply.length} bytes was answered with {reply.received_bytes}")
+
+    def _receive_reply(self) -> None:
+        """Receive a simple reply or one chunk, of any request under way."""
+        head = self._receive(SIMPLE_REPLY.size)
+        if U32.unpack_from(head)[0] == SIMPLE_REPLY_MAGIC:
+            _, error, cookie = SIMPLE_REPLY.unpack(head)
+            reply = self._reply_to(cookie)
+            if reply.command is Command.READ and not error:
+                if self._is_structured:  # allowed for all but a READ with data
                     raise NbdProtocolError("a simple reply to a READ after structured replies were agreed")
-                break
-            head += self._receive(CHUNK.size - len(head))
-            magic, flags, kind, cookie, length = CHUNK.unpack(head)
-            self._check_reply(magic, CHUNK_MAGIC, cookie)
-            done = bool(flags & ChunkFlag.DONE)
-            if kind == Chunk.OFFSET_DATA and into is not None and length > U64.size:
-                position = U64.unpack(self._receive(U64.size))[0] - offset
-                self._receive_into(_part(into, position, length - U64.size))
-                received_bytes += length - U64.size
-            elif kind == Chunk.OFFSET_HOLE and into is not None and length == CHUNK_HOLE.size:
-                hole_offset, hole_bytes = CHUNK_HOLE.unpack(self._receive(length))
-                _part(into, hole_offset - offset, hole_bytes)[:] = bytes(hole_bytes)
-                received_bytes += hole_bytes
-            elif length > OPTION_LIMIT_BYTES:
-                raise NbdProtocolError(f"a chunk of type {kind} announced {length} bytes")
-            else:
-                payload = self._receive(length)
-                if kind >= Chunk.ERROR and length >= CHUNK_ERROR.size:
-                    error, message_bytes = CHUNK_ERROR.unpack_from(payload)
-                    message = payload[CHUNK_ERROR.size :][:message_bytes].decode(errors="replace")
-                elif kind == Chunk.BLOCK_STATUS:
-                    status = payload
-                elif kind != Chunk.NONE or length:
-                    raise NbdProtocolError(f"an unexpected chunk of type {kind} and {length} bytes")
-        if error:
-            self._raise_error(error, message)
-        if into is not None and received_bytes != len(into):  # chunks may not overlap, so the sum says enough
-            raise NbdProtocolError(f"a READ of {len(into)} bytes was answered with {received_bytes}")
-        return status
+                self._receive_into(reply.part(reply.offset, reply.length))
+            reply.error = error
+            self._end(cookie)
+            return
+        if not self._is_structured:
+            raise NbdProtocolError(f"a reply began with {U32.unpack_from(head)[0]:#010x}")
+        head += self._receive(CHUNK.size - len(head))
+        magic, flags, kind, cookie, length = CHUNK.unpack(head)
+        if magic != CHUNK_MAGIC:
+            raise NbdProtocolError(f"a reply began with {magic:#010x}")
+        self._receive_chunk(self._reply_to(cookie), kind, length)
+        if flags & ChunkFlag.DONE:
+            self._end(cookie)
 
-    def _check_reply(self, magic: int, expected: int, cookie: int) -> None:
-        if magic != expected or cookie != self._cookie:
-            raise NbdProtocolError(
-                f"a reply began with {magic:#010x} and cookie {cookie:#x}; the request's cookie is other"
-            )
+    def _receive_chunk(self, reply: _Reply, kind: int, length: int) -> None:
+        if kind == Chunk.OFFSET_DATA and length > U64.size:
+            offset = U64.unpack(self._receive(U64.size))[0]
+            self._receive_into(reply.part(offset, length - U64.size))
+        elif kind == Chunk.OFFSET_HOLE and length == CHUNK_HOLE.size:
+            offset, hole_bytes = CHUNK_HOLE.unpack(self._receive(length))
+            place = reply.part(offset, hole_bytes)
+            place[:] = bytes(hole_bytes)
+        elif length > OPTION_LIMIT_BYTES:
+            raise NbdProtocolError(f"a chunk of type {kind} announced {length} bytes")
+        else:
+            payload = self._receive(length)
+            if kind >= Chunk.ERROR and length >= CHUNK_ERROR.size:
+                reply.error, message_bytes = CHUNK_ERROR.unpack_from(payload)
+                reply.message = payload[CHUNK_ERROR.size :][:message_bytes].decode(errors="replace")
+            elif kind == Chunk.BLOCK_STATUS and reply.command is Command.BLOCK_STATUS and not reply.status:
+                reply.status.append(payload)
+            elif kind != Chunk.NONE or length:
+                raise NbdProtocolError(f"an unexpected chunk of type {kind} and {length} bytes")
+
+    def _reply_to(self, cookie: int) -> _Reply:
+        reply = self._in_flight.get(cookie)
+        if reply is None:
+            raise NbdProtocolError(f"a reply has cookie {cookie:#x}; no request under way has it")
+        return reply
+
+    def _end(self, cookie: int) -> None:
+        self._in_flight.pop(cookie).is_done = True
 
     def _raise_error(self, number: int, message: str = "") -> NoReturn:
         # An unknown number counts as EINVAL (section "Error values").
@@ -299,7 +421,7 @@ class NbdClient:
         raise OSError(code, f"{os.strerror(code)}{': ' if message else ''}{message}", self._path)
 
     def _block_status(self, offset: int, length: int) -> list[Extent]:
-        payload = self._request(Command.BLOCK_STATUS, offset, length)
+        payload = b"".join(self._request(Command.BLOCK_STATUS, offset, length))
         if len(payload) < U32.size + U64.size or len(payload) % U64.size != U32.size:
             raise self._distrust(f"a BLOCK_STATUS of {length} bytes was answered with {len(payload)} bytes")
         if U32.unpack_from(payload)[0] != self._context_id:
@@ -428,10 +550,12 @@ class _EndOfStreamError(Exception):
     """The server closed the connection where it should have said something."""
 
 
-def _part(view: memoryview, position: int, length: int) -> memoryview:
-    if position < 0 or position + length > len(view):
-        raise NbdProtocolError(f"a server sent {length} bytes at {position} of a READ of {len(view)}")
-    return view[position : position + length]
+def _read_pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """A range cut at the multiples of PIECE_BYTES: (offset, length)."""
+    while start < end:
+        stop = min(end, (start // PIECE_BYTES + 1) * PIECE_BYTES)
+        yield start, stop - start
+        start = stop
 
 
 def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,115 @@
+"""Checkpoints of a guest that verifies its own I/O: made, applied and deleted while it runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from tests.framework.guest_console import logged_in
+from tests.framework.service import GUEST_S, Service
+from tests.vm.test_survival import begin_iocheck, end_iocheck, start_guest, wait_for_another_provider, wait_for_writes
+
+from mullion.model.definition import Transport
+from mullion.services.image.build import BuiltImage
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+ROUNDS = 4
+
+
+def layer_files(service: Service, name: str) -> set[str]:
+    """The files of a partition's disks in the pool."""
+    return {file for file in os.listdir(service.paths.disks) if file.startswith(name)}
+
+
+def wait_until_merged(service: Service, name: str) -> None:
+    """Until a partition's disks are single files again."""
+    wanted = {f"{name}.vhd", f"{name}-data.vhd"}
+    deadline_s = time.monotonic() + GUEST_S
+    while layer_files(service, name) != wanted:
+        assert time.monotonic() < deadline_s, (
+            service.cli("checkpoint", "list", name, check=False).stdout + service.tail("data/mullion.log")
+        )
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("transport", [Transport.NBD, Transport.VHOST_USER])
+def test_checkpoints_under_load_cost_no_wrong_byte(
+    shared_service: Service, iocheck_image: BuiltImage, transport: Transport
+) -> None:
+    service, name = shared_service, f"load-{transport.value}"
+    start_guest(service, iocheck_image, name, transport)
+    with logged_in(service, name) as console:
+        begin_iocheck(console)
+        for number in range(ROUNDS):
+            service.cli("checkpoint", "create", name, f"c{number}")
+            wait_for_writes(console)
+        chains = [disk.chain for disk in service.partition(name).disks]
+        assert [len(chain) for chain in chains] == [ROUNDS + 2, ROUNDS + 1]  # the first lies on an image
+        for number in (1, 3, 0, 2):
+            service.cli("checkpoint", "delete", name, f"c{number}")
+        wait_until_merged(service, name)
+        wait_for_writes(console)
+        report = end_iocheck(console)
+    assert (report.wrong, report.errors) == (0, 0)
+    assert [len(disk.chain) for disk in service.partition(name).disks] == [2, 1]
+    service.cli("partition", "stop", name, "--force")
+    assert service.cli("vhd", "check", f"{service.paths.disks}/{name}-data.vhd").status == 0
+
+
+def test_a_partition_goes_back_to_a_checkpoint_and_forth_again(service: Service, iocheck_image: BuiltImage) -> None:
+    service.start()
+    start_guest(service, iocheck_image, "web", Transport.NBD)
+    with logged_in(service, "web") as console:
+        console.command("echo before > /root/mark && sync")
+        service.cli("checkpoint", "create", "web", "before", "--consistent")
+        console.command("echo after > /root/mark && sync")
+    service.cli("checkpoint", "apply", "web", "before", "--keep-as", "after")
+    service.wait_agent("web")
+    with logged_in(service, "web") as console:
+        assert "before" in console.command("cat /root/mark")
+    service.cli("checkpoint", "apply", "web", "after", "--yes")
+    service.wait_agent("web")
+    with logged_in(service, "web") as console:
+        assert "after" in console.command("cat /root/mark")
+    drawn = service.cli("checkpoint", "list", "web").stdout
+    assert [line.split()[0] for line in drawn.splitlines()[1:4]] == ["before", "after", "present"]
+    for checkpoint in ("before", "after"):
+        service.cli("checkpoint", "delete", "web", checkpoint)
+    wait_until_merged(service, "web")
+    service.cli("partition", "stop", "web")
+
+
+@pytest.mark.parametrize("victim", ["provider", "service"])
+def test_a_death_in_the_middle_of_merges_loses_nothing(
+    service: Service, iocheck_image: BuiltImage, victim: str
+) -> None:
+    service.environ["MULLION_MERGE_RATE"] = str(2 * 1024 * 1024)
+    service.start()
+    start_guest(service, iocheck_image, "web", Transport.NBD)
+    with logged_in(service, "web") as console:
+        begin_iocheck(console)
+        for number in range(3):
+            service.cli("checkpoint", "create", "web", f"c{number}")
+            wait_for_writes(console)
+        service.cli("checkpoint", "delete", "web", "c1", "--no-wait")
+        service.cli("checkpoint", "delete", "web", "c0", "--no-wait")
+        if victim == "provider":
+            identity = service.provider("web")
+            assert identity is not None
+            identity.send_signal(signal.SIGKILL)
+            wait_for_another_provider(service, "web", identity.pid)
+    if victim == "service":
+        service.kill()
+        service.environ.clear()
+        service.start()
+    service.cli("checkpoint", "delete", "web", "c2")
+    wait_until_merged(service, "web")
+    with logged_in(service, "web") as console:
+        wait_for_writes(console)
+        report = end_iocheck(console)
+    assert (report.wrong, report.errors) == (0, 0)
+    service.cli("partition", "stop", "web", "--force")
+    assert service.cli("vhd", "check", f"{service.paths.disks}/web-data.vhd").status == 0
