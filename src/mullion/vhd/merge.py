@@ -239,7 +239,7 @@ def _shorten(images: Sequence[Image], chosen: Range, report: MergeReport, file_i
 
 
 def _end_child(images: Sequence[Image], journal: Journal, file_io: FileIO) -> None:
-    """A death at the end of step 3 may have left the file above INTO without its footer at the end: write that again."""
+    """A death at the end of step 3 may have left the file above INTO without a footer at its end: write that."""
     above = [image.footer.unique_id for image in images].index(journal.into_id) - 1
     if above >= 0 and not images[above].has_tail:
         _lock(images, (above + 1, above))
