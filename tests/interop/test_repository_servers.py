@@ -335,7 +335,7 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
     Repository.create(FolderBackend.create(folder), "secret", scrypt_log2_n=10).close()
     announced: list[str] = []
     root = str(Path(__file__).parents[2])
-    for number in range(6):
+    for number in range(4):
         writer = subprocess.Popen(
             [sys.executable, "-c", _WRITER, folder],
             stdout=subprocess.PIPE,

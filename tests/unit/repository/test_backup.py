@@ -90,7 +90,7 @@ def test_an_incremental_backup_reads_what_has_changed_and_nothing_else() -> None
     assert manifest.new_bytes < 3 * CHUNK
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_series_of_incremental_backups_is_right(data: st.DataObject) -> None:
     """Changes, zeros, growth and shrinking, each backup based on the one before."""
