@@ -260,7 +260,7 @@ class LayerKeeper:
             await unstamp(self.partition)
         for child in children_of(layers.parents)[act.upper]:
             if child != layers.head or not is_served(self.partition):
-                await asyncio.to_thread(relink, child, act.lower)
+                await asyncio.to_thread(relink, child, act.lower, self._pending_dir)
         if is_served(self.partition):
             await self._shorten_served(disk_id, layers, act)
         await asyncio.to_thread(forget_merge, act.lower)
@@ -288,7 +288,7 @@ class LayerKeeper:
             await put_on_top(self.partition, [disk_id])
             return
         if not is_served(self.partition):
-            await asyncio.to_thread(merge_now, act.upper, act.lower)
+            await asyncio.to_thread(merge_now, act.upper, act.lower, self._pending_dir)
             await self._save(disk_id, msgspec.structs.replace(layers, head=act.lower))
             return
         chain = next(disk.chain for disk in self.partition.runtime.disks if disk.id == disk_id)
@@ -298,6 +298,10 @@ class LayerKeeper:
         )
         note_chains(self.partition, {disk_id: chain[1:]})
         await self._save(disk_id, msgspec.structs.replace(layers, head=act.lower))
+
+    @property
+    def _pending_dir(self) -> str:
+        return self.partition.runtime.paths.pending_dir
 
     def _limit_for(self, disk_id: str, held: int) -> int:
         """How much may be merged in a pause: more, when the guest writes as fast as it is merged."""

@@ -134,7 +134,7 @@ class MergeWorker:
         os.makedirs(self._paths.merge_dir, mode=0o750, exist_ok=True)
         os.makedirs(self._paths.data, mode=0o750, exist_ok=True)
         for path in (self._upper, self._lower):
-            _check_complete(path, self._paths.pending_dir)
+            check_complete(path, self._paths.pending_dir)
         check_only_child(self._upper, self._lower)
         files = inspect(self._upper).files
         return max((file.size_bytes for file in files[2:]), default=0)
@@ -247,7 +247,7 @@ class MergeWorker:
                 os.unlink(path)
 
 
-def _check_complete(path: str, pending_dir: str) -> None:
+def check_complete(path: str, pending_dir: str) -> None:
     """Is all that was acknowledged of a frozen layer in its file? Raises: ConflictError while a log says otherwise.
 
     A provider that was killed when a child had just been put on top leaves such a log; the next one carries it out.

@@ -13,7 +13,7 @@ from typing import Final
 
 from mullion.base.errors import MullionError, OperationFailedError
 from mullion.services.checkpoint.layers import Merge
-from mullion.services.checkpoint.merge_link import MergeWorker
+from mullion.services.checkpoint.merge_link import MergeWorker, check_complete
 from mullion.services.partition.partition import Partition
 from mullion.vhd.fileio import SYSTEM
 from mullion.vhd.layer_journal import forget_layer_merge
@@ -79,8 +79,10 @@ async def _follow(worker: MergeWorker, status: MergeStatus) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-def merge_now(upper: str, lower: str) -> None:
-    """Write a head that nobody has open into its parent, and leave its file. Raises: as `merge`."""
+def merge_now(upper: str, lower: str, pending_dir: str) -> None:
+    """Write a head that nobody has open into its parent, and leave its file. Raises: as `merge`; ConflictError."""
+    check_complete(upper, pending_dir)
+    check_complete(lower, pending_dir)
     merge(upper, into_path=lower, keep=True)
 
 
@@ -89,6 +91,7 @@ def forget_merge(lower: str) -> None:
     forget_layer_merge(lower, SYSTEM)
 
 
-def relink(child: str, parent: str) -> None:
-    """Put a frozen layer on another parent that holds the same. Raises: as `relink_frozen`."""
+def relink(child: str, parent: str, pending_dir: str) -> None:
+    """Put a frozen layer on another parent that holds the same. Raises: as `relink_frozen`; ConflictError."""
+    check_complete(child, pending_dir)
     relink_frozen(child, parent)
