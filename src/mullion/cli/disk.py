@@ -11,10 +11,11 @@ from mullion.base.units import format_size
 from mullion.cli import complete
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
+from mullion.cli.progress import conclude, wait_option
 from mullion.cli.values import SizeType, disk_path, parent_path
 
 if TYPE_CHECKING:
-    from mullion.model.views import DiskView
+    from mullion.model.views import DiskView, OperationView
 
 
 @click.group(cls=Group, short_help="Create and look at virtual hard disks (VHD).")
@@ -92,6 +93,30 @@ def create_disk(
         face.emit_json(view)
     else:
         face.say(render(face, view))
+
+
+@disk.command("resize")
+@click.argument("partition", shell_complete=complete.partitions)
+@click.argument("disk_id", metavar="DISK")
+@click.argument("size", type=SizeType(), metavar="SIZE")
+@wait_option
+@pass_face
+def resize_disk(face: Face, partition: str, disk_id: str, size: int, wait: bool) -> None:
+    """Make a disk of a running partition larger; the guest sees it at once.
+
+    DISK is the id in the definition, such as disk0. Partitions and file systems on it are the guest's to grow. The disk
+    of a stopped partition is resized with `mullion vhd resize`.
+
+    \b
+    Examples:
+      mullion disk resize web disk0 60G
+    """
+
+    def sentence(operation: OperationView) -> str:
+        result = operation.result or {}
+        return f"{partition}: {disk_id} has {format_size(size)} now; {result.get('note', '')}"
+
+    conclude(face, face.client.resize_disk(partition, disk_id, size), wait=wait, sentence=sentence)
 
 
 @disk.command("limit")

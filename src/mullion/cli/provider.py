@@ -14,7 +14,7 @@ from mullion.cli.lazy import Group
 from mullion.cli.values import SizeType
 
 if TYPE_CHECKING:
-    from mullion.model.views import ProviderView
+    from mullion.model.views import PartitionView, ProviderView
 
 _LOOK_S: Final = 0.2
 _KINDS: Final = ("read", "write", "flush", "discard", "write_zeroes")
@@ -75,6 +75,42 @@ def _fault_words(fault: dict[str, object]) -> str:
     what = "/".join(map(str, kinds)) if isinstance(kinds, list) and kinds else "all"
     does = str(fault["error"] or f"+{fault['latency_ms']} ms")
     return f"{what} {does} ({fault['hits']} hit)"
+
+
+@provider.command("upgrade")
+@click.argument("partition", required=False, shell_complete=complete.partitions)
+@click.option("--all", "everywhere", is_flag=True, help="Every partition that runs, one after the other.")
+@pass_face
+def upgrade_provider(face: Face, partition: str | None, everywhere: bool) -> None:
+    """Replace a running provider by one of the code that is installed now.
+
+    The guest goes on: its requests wait for a moment, none fails. Do it after an upgrade of Mullion.
+
+    \b
+    Examples:
+      mullion provider upgrade web
+      mullion provider upgrade --all
+    """
+    from mullion.cli.progress import follow
+
+    if everywhere == (partition is not None):
+        raise click.UsageError("Name a partition, or give --all.")
+    names = [partition] if partition is not None else [view.name for view in face.client.partitions() if _is_up(view)]
+    ended = []
+    for name in names:
+        operation = follow(face, face.client.upgrade_provider(name))
+        ended.append(operation)
+        result = operation.result or {}
+        if not face.is_json:
+            face.note(f"{name}: provider {result.get('old_pid')} became {result.get('pid')}")
+    if face.is_json:
+        face.emit_json(ended)
+    elif not names:
+        face.note("No partition runs.")
+
+
+def _is_up(view: PartitionView) -> bool:
+    return view.state.value in ("running", "paused") and bool(view.definition.disks)
 
 
 @provider.command("trace")

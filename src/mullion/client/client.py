@@ -148,6 +148,15 @@ class Client:
         path = f"/partitions/{_part(partition)}/provider/faults"
         return self._post(path, {"disk": disk, "rules": rules}, ProviderView)
 
+    def upgrade_provider(self, partition: str) -> OperationView:
+        """Replace a provider by one of the code that is installed now, under its guest."""
+        return self._post(f"/partitions/{_part(partition)}/provider/upgrade", {}, OperationView)
+
+    def resize_disk(self, partition: str, disk: str, size_bytes: int) -> OperationView:
+        """Make a disk of a partition that runs larger."""
+        path = f"/partitions/{_part(partition)}/disks/{_part(disk)}/resize"
+        return self._post(path, {"size_bytes": size_bytes}, OperationView)
+
     # Checkpoints
 
     def checkpoints(self, partition: str) -> CheckpointTreeView:

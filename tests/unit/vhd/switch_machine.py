@@ -35,6 +35,7 @@ class SwitchMachine(DiskMachine):
     """The chain is used all the time; `promised` has what was frozen."""
 
     promised: dict[str, bytes]
+    layers: list[str]
 
     def _first_opened(self) -> None:
         self.number = 0
@@ -49,7 +50,7 @@ class SwitchMachine(DiskMachine):
         if os.path.getsize(self.top) == 0:
             self.top = self.layers[1]
         self.layers = list(inspect_chain(self.top).paths)
-        fds = []
+        fds: list[int] = []
         for path in reversed(self.layers[1:]):
             fd = os.open(path, os.O_RDWR)
             if os.path.exists(self._log(fd)):
@@ -76,7 +77,7 @@ class SwitchMachine(DiskMachine):
 
     def _prepare(self, paths: list[str], new: list[str], **kind: bool) -> Switch:
         descriptors = {path: os.open(path, os.O_RDWR) for path in new}
-        wanted = Exchange(tuple(paths), descriptors, **kind)  # type: ignore[arg-type]  # flags, both of them
+        wanted = Exchange(tuple(paths), descriptors, **kind)
         return prepare_switch(self.chain, wanted, pending_path=self._log, holder="")
 
     def _exchange(

@@ -35,6 +35,7 @@ from mullion.services.partition.partition import Partition, Surroundings
 from mullion.services.partition.record import PREFIX, PartitionRecord, key_of
 from mullion.services.partition.runtime import Runtime
 from mullion.services.partition.saving import changed_since
+from mullion.services.partition.upkeep import resize_disk, upgrade_provider
 
 log = logging.getLogger(__name__)
 
@@ -377,6 +378,22 @@ class PartitionController:
     async def reset(self, name: str) -> OperationView:
         allowed = (*_UP, PartitionState.FAILED) if self.find(name).has_processes() else _UP
         return await self._act(name, "reset", allowed, self._reset)
+
+    async def resize_disk(self, name: str, disk_id: str, size_bytes: int) -> OperationView:
+        """Begin to let a disk of a partition that is up grow. Raises: StateError."""
+
+        async def work(_operation: Operation) -> Mapping[str, object]:
+            return await resize_disk(self.find(name), disk_id, size_bytes)
+
+        return await self._act(name, "resize-disk", _UP, work)
+
+    async def upgrade_provider(self, name: str) -> OperationView:
+        """Begin to replace the provider of a partition by one of the code that is installed now. Raises: StateError."""
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await upgrade_provider(self.find(name), operation.stage)
+
+        return await self._act(name, "upgrade-provider", (*_UP, PartitionState.FAILED), work)
 
     def console(self, name: str) -> ConsoleHub:
         """The serial console of a partition, shared by all who look at it.

@@ -338,6 +338,17 @@ class Partition:
             )
         return await self.runtime.link.request(command, **arguments)
 
+    async def replace_provider(self) -> None:
+        """End the provider cleanly and start another one at once, on the same chains; the caller holds the lock.
+
+        Raises: what the start raises; then the reconciling goes on to try.
+        """
+        try:
+            await self.runtime.stop_provider()
+            await self._apply(Step.START_PROVIDER, lambda _text: None)
+        finally:
+            self._dirty.set()
+
     async def reset(self) -> None:
         """Press the reset button."""
         async with self.lock:

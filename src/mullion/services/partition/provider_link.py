@@ -91,6 +91,20 @@ class ProviderFleet:
                 waiting.set_exception(UnavailableError("the zygote died", remedy="Try again: a new one is started."))
         self._waiting.clear()
 
+    async def renew(self) -> None:
+        """Start another zygote, of the code that is installed now; the old one ends when it has answered.
+
+        Providers stay. Raises: DeadlineError when it does not answer.
+        """
+        waiting = list(self._waiting.values())
+        if waiting and (await asyncio.wait(waiting, timeout=_START_DEADLINE_S))[1]:
+            raise DeadlineError("providers that are being started keep the zygote busy", remedy="Try again later.")
+        writer, reader_task = self._writer, self._reader_task
+        if writer is not None and reader_task is not None:
+            writer.close()
+            await asyncio.wait([reader_task], timeout=_GIVE_UP_S)
+        await self.open()
+
     async def spawn(self, spec: Mapping[str, Any]) -> ProcessIdentity:
         """Fork a provider and return when it serves its disks. One that is not waited for any more is ended.
 

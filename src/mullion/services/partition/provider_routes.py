@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
-from litestar import delete, get, post
+from litestar import Response, delete, get, post
 from litestar.params import JSONBody, QueryParameter
 from msgspec import Meta, Struct, convert
 
-from mullion.model.views import ProviderDiskView, ProviderView, TraceView
-from mullion.parent.api import PathName, Service
+from mullion.model.views import OperationView, ProviderDiskView, ProviderView, TraceView
+from mullion.parent.api import PathName, Service, accepted
 from mullion.services.partition.controller import PartitionController
 
 _TAGS: Final = ["providers"]
@@ -28,6 +28,12 @@ class FaultOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
     disk: str
     rules: Annotated[list[dict[str, Any]], Meta(max_length=16)]
+
+
+class ResizeOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """`size_bytes`: the new size, a multiple of 512."""
+
+    size_bytes: Annotated[int, Meta(gt=0, le=1 << 41)]
 
 
 @get("/1.0/partitions/{name:str}/provider", tags=_TAGS)
@@ -66,6 +72,20 @@ async def set_faults(
     return _present(await partition.ask_provider("status"))
 
 
+@post("/1.0/partitions/{name:str}/provider/upgrade", tags=_TAGS, status_code=202)
+async def upgrade_provider(partitions: Service[PartitionController], name: PathName) -> Response[OperationView]:
+    """Replace it, under a guest that runs, by one of the code that is installed now."""
+    return accepted(await partitions.upgrade_provider(name))
+
+
+@post("/1.0/partitions/{name:str}/disks/{disk:str}/resize", tags=_TAGS, status_code=202)
+async def resize_disk(
+    partitions: Service[PartitionController], name: PathName, disk: PathName, data: JSONBody[ResizeOptions]
+) -> Response[OperationView]:
+    """Make a disk larger while the guest uses it."""
+    return accepted(await partitions.resize_disk(name, disk, data.size_bytes))
+
+
 def _present(status: Mapping[str, Any]) -> ProviderView:
     return ProviderView(
         partition=status["partition"],
@@ -93,4 +113,4 @@ def _present_disk(disk: Mapping[str, Any]) -> ProviderDiskView:
     )
 
 
-ROUTES: Final = (show_provider, start_trace, read_trace, stop_trace, set_faults)
+ROUTES: Final = (show_provider, start_trace, read_trace, stop_trace, set_faults, upgrade_provider, resize_disk)
