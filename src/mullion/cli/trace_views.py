@@ -67,7 +67,7 @@ class TraceSummary:
             self._kinds.setdefault((view.id, request[1]), _Kind()).add(request)
 
     def facts(self) -> list[dict[str, object]]:
-        """A row for each kind of request on each disk; latencies are upper ends of powers of two."""
+        """A row for each kind of request on each disk; latencies are upper ends, sizes lower ends of powers of two."""
         return [
             {
                 "disk": disk,
@@ -77,7 +77,7 @@ class TraceSummary:
                 "failed": one.failed,
                 "sequential": round(one.sequential / one.count, 3),
                 "latency_us": {str(percent): percentile(one.latencies, percent) for percent in _PERCENTS},
-                "median_bytes": percentile(one.sizes, 50) // 2 + 1 if one.bytes else 0,
+                "median_bytes": percentile(one.sizes, 50) // 2 if one.bytes else 0,
             }
             for (disk, kind), one in sorted(self._kinds.items())
         ]
