@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from tests.framework.missed_runs import miss_runs, outcome, rewrite
 from tests.framework.service import Service
 
-from mullion.parent.schedules import ScheduleRecord
-from mullion.parent.store import Put, SqliteStore
 from mullion.vhd import inspect_chain
 
 pytestmark = pytest.mark.contract
-
-PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -30,42 +25,6 @@ def service(short_tmp: Path) -> Iterator[Service]:
         yield made
     finally:
         made.end()
-
-
-def rewrite(service: Service, change: Callable[[ScheduleRecord], ScheduleRecord]) -> None:
-    """Change all schedules in the store of a service that does not run."""
-
-    async def main() -> None:
-        store = await SqliteStore.open(service.paths.database)
-        for entry in await store.list("schedules/"):
-            record = change(msgspec.json.decode(entry.value, type=ScheduleRecord))
-            await store.transact((), [Put(entry.key, msgspec.json.encode(record))])
-        await store.close()
-
-    asyncio.run(main())
-
-
-def miss_runs(service: Service) -> None:
-    """Stop the service, and start it a day later as far as its schedules know."""
-    service.end()
-    rewrite(
-        service,
-        lambda record: msgspec.structs.replace(record, begun_s=record.begun_s - 86_400, last_s=None, last_result=""),
-    )
-    service.start()
-
-
-def outcome(service: Service) -> str:
-    """How the run of the only schedule went, once it has ended."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while True:
-        (view,) = service.cli("checkpoint", "schedule", "list", "web", "--format", "json").json
-        if view["last_error"] is not None:
-            return f"failed: {view['last_error']['message']}"
-        if view["last_result"]:
-            return str(view["last_result"])
-        assert time.monotonic() < deadline_s, "the run does not end"
-        time.sleep(0.05)
 
 
 def checkpoints(service: Service) -> list[tuple[str, str]]:
@@ -86,16 +45,16 @@ def test_missed_runs_are_one_and_only_what_the_schedule_made_goes(service: Servi
     service.cli("checkpoint", "schedule", "set", "web", "--every", "1h", "--keep", "1")
     write(service, b"one")
     miss_runs(service)
-    assert outcome(service).startswith("made ")
+    assert outcome(service, "checkpoint").startswith("made ")
     ((_, _), (first, schedule)) = checkpoints(service)
     assert schedule == "default"
 
     miss_runs(service)  # and nothing was written
-    assert outcome(service) == f"nothing was written since {first}"
+    assert outcome(service, "checkpoint") == f"nothing was written since {first}"
 
     write(service, b"two")
     miss_runs(service)
-    made = outcome(service)
+    made = outcome(service, "checkpoint")
     assert made.endswith(f", deleted {first}"), made
     assert [name for name, _ in checkpoints(service)] == ["by-hand", made.split()[1].rstrip(",")]
     kinds = [event["kind"] for event in map(msgspec.json.decode, service.cli(
@@ -109,7 +68,7 @@ def test_a_run_that_fails_says_why(service: Service) -> None:
     Path(service.paths.disks, "web.vhd").rename(Path(service.home, "web.vhd"))
     rewrite(service, lambda record: msgspec.structs.replace(record, begun_s=record.begun_s - 2 * 86_400))
     service.start()
-    assert "web.vhd" in outcome(service)
+    assert "web.vhd" in outcome(service, "checkpoint")
     shown = service.cli("checkpoint", "schedule", "list", "web").stdout
     assert "failed: " in shown
     events = service.cli("events", "--format", "json").stdout
