@@ -1,4 +1,4 @@
-"""TLS for NBD: contexts of a server and of a client, from a folder of PEM files.
+"""TLS for NBD: the context of a server, from a folder of PEM files.
 
 Spec: "The NBD protocol", section "TLS support". The files are called as QEMU (`tls-creds-x509,dir=`) and libnbd
 (`tls-certificates=`) call them, so that one folder serves all of them:
@@ -9,8 +9,8 @@ Spec: "The NBD protocol", section "TLS support". The files are called as QEMU (`
 | `server-cert.pem`, `server-key.pem` | its own | |
 | `client-cert.pem`, `client-key.pem` | | its own |
 
-Invariants: TLS 1.2 or newer; no connection without a certificate that the authority signed, in either direction.
-Not handled: revocation lists (take another authority), pre-shared keys.
+Invariants: TLS 1.2 or newer; no connection without a certificate that the authority signed.
+Not handled: our own client, revocation lists (take another authority), pre-shared keys.
 """
 
 from __future__ import annotations
@@ -34,16 +34,6 @@ def server_context(folder: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _load(context, folder, SERVER_CERTIFICATE, SERVER_KEY)
     context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def client_context(folder: str) -> ssl.SSLContext:
-    """A client that shows its certificate and checks the server's, and its name, against the authority.
-
-    Raises: NotFoundError, DeniedError, InvalidError.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    _load(context, folder, CLIENT_CERTIFICATE, CLIENT_KEY)
     return context
 
 
