@@ -17,7 +17,7 @@ lock=requirements/runtime.lock
 case $level in
 runtime) ;;
 dev)
-    packages="$packages libnbd-bin file nbdkit 7zip fdisk genisoimage libvhdi-utils gcc binutils libc6-dev openssh-server python3-swift restic borgbackup"
+    packages="$packages libnbd-bin file nbdkit 7zip fdisk genisoimage libvhdi-utils gcc binutils libc6-dev openssh-server python3-swift restic borgbackup ntfs-3g"
     lock=requirements/dev.lock
     ;;
 *)

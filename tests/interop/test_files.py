@@ -117,6 +117,31 @@ def test_what_cannot_be_had_is_explained(service: Service, words: tuple[str, ...
     assert said in done.stderr
 
 
+def test_hostile_names_stay_inside(service: Service, tmp_path: Path) -> None:
+    """Names that no system would write: patched into the folders of an ext2, where nothing is checksummed."""
+    root = tmp_path / "tree"
+    (root / "inner").mkdir(parents=True)
+    for name in ("AAAAAAAA", "inner/DDDDDDDDDDDD", "EEEEEEEE"):
+        (root / name).write_bytes(b"hostile")
+    image = make_ext(tmp_path / "hostile.img", root, "ext2", "4M")
+    patched = image.read_bytes()
+    for old, new in ((b"AAAAAAAA", b"../../xx"), (b"DDDDDDDDDDDD", b"../../../zzz"), (b"EEEEEEEE", b"\x1b[2Jcaf\xe9")):
+        patched = patched.replace(old, new)
+    image.write_bytes(patched)
+    service.cli("vhd", "convert", str(image), f"{service.paths.disks}/hostile.vhd", "--from", "raw")
+    service.cli("partition", "create", "hostile", "--memory", "128M", "--disk", "hostile")
+    assert "?[2Jcaf\\xe9" in service.cli("files", "ls", "hostile").stdout.replace("\\udce9", "\\xe9")
+    target = tmp_path / "here/out"
+    target.parent.mkdir()
+    refused = service.cli("files", "get", "hostile:/", str(target), check=False)
+    assert (refused.status, "its name is none" in refused.stderr) == (8, True), refused.stderr
+    assert os.listdir(target.parent) == []
+    service.cli("files", "get", "hostile:/", str(target), "--skip")
+    assert sorted(os.listdir(os.fsencode(target))) == [b"\x1b[2Jcaf\xe9", b"inner", b"lost+found"]
+    assert os.listdir(target / "inner") == []
+    assert sorted(os.listdir(tmp_path)) == ["here", "hostile.img", "tree"]
+
+
 class _UnixConnection(http.client.HTTPConnection):
     """What curl --unix-socket does."""
 

@@ -15,8 +15,8 @@ from tests.interop.test_vhd_files import content_of, needs_fixtures, opened
 from tests.interop.test_vhd_fixtures import unpacked
 
 from mullion.base.errors import MullionError
-from mullion.media.filesystems import free_extents
 from mullion.media.filesystems.free_allocation import clear_bits
+from mullion.media.filesystems.freespace import free_extents
 from mullion.media.foreign import open_foreign
 from mullion.vhd import create_dynamic, open_chain
 

@@ -141,7 +141,7 @@ def compact(
 
 
 def _find_free(face: Face) -> FindFree:
-    from mullion.media.filesystems import free_extents_of
+    from mullion.media.filesystems.freespace import free_extents_of
 
     return lambda device: free_extents_of(device, doubt=lambda text: face.note(f"counts as used: {text}"))
 

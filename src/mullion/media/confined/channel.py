@@ -23,6 +23,8 @@ HOLE_BYTES: Final = struct.Struct("<Q")
 FRAME_LIMIT_BYTES: Final = 4 << 20
 READ_LIMIT_BYTES: Final = 1 << 20
 
+_SMALL_BYTES: Final = 16 << 10
+
 COMMAND: Final = b"C"
 DATA: Final = b"D"
 WANT: Final = b"R"
@@ -36,17 +38,27 @@ NOTE: Final = b"N"
 
 def send(fd: int, kind: bytes, payload: bytes = b"") -> None:
     """Send a whole frame. Raises: OSError."""
-    frame = memoryview(HEAD.pack(kind, len(payload)) + payload)
-    while frame:
-        frame = frame[os.write(fd, frame) :]
+    head = HEAD.pack(kind, len(payload))
+    if len(payload) <= _SMALL_BYTES:
+        _write(fd, head + payload)
+    else:  # a second call is cheaper than a copy
+        _write(fd, head)
+        _write(fd, payload)
+
+
+def _write(fd: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def receive_exactly(fd: int, count: int) -> bytes:
     """So many bytes; fewer only when the other side has closed. Raises: OSError."""
-    parts = bytearray()
-    while len(parts) < count:
-        part = os.read(fd, count - len(parts))
+    parts, left = [], count
+    while left:
+        part = os.read(fd, left)
         if not part:
             break
-        parts += part
-    return bytes(parts)
+        parts.append(part)
+        left -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -202,29 +202,31 @@ class VolumeReader:
         buffer = bytearray(max(0, min(length, self._volume.length - offset)))
         if buffer:
             self._device.pread(self._volume.offset + offset, buffer)
-        self._send(channel.DATA, bytes(buffer))
+        self._send(channel.DATA, buffer)
 
     def _take(self, count: int, deadline: float) -> bytes:
         assert self._socket is not None
-        parts = bytearray()
-        while len(parts) < count:
+        parts, left = [], count
+        while left:
             self._socket.settimeout(max(0.001, deadline - time.monotonic()))
             try:
-                part = self._socket.recv(count - len(parts))
+                part = self._socket.recv(left)
             except TimeoutError as error:
                 raise self._death(f"it computed for {DEADLINE_S:g} s without a result") from error
             except ConnectionError:
                 part = b""
             if not part:
                 raise self._death(None)
-            parts += part
-        return bytes(parts)
+            parts.append(part)
+            left -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _send(self, kind: bytes, payload: bytes) -> None:
+    def _send(self, kind: bytes, payload: bytes | bytearray) -> None:
         assert self._socket is not None
         self._socket.settimeout(DEADLINE_S)
         try:
-            self._socket.sendall(channel.HEAD.pack(kind, len(payload)) + payload)
+            self._socket.sendall(channel.HEAD.pack(kind, len(payload)))
+            self._socket.sendall(payload)
         except TimeoutError as error:
             raise self._death(f"it took nothing for {DEADLINE_S:g} s") from error
         except ConnectionError as error:
