@@ -103,6 +103,7 @@ class Ring:
         self._size = size
         self._barrier = barrier
         self._turn = turn
+        self._lane = turn.lane  # one look at a flag a batch is all that a disk without caps pays
         self._admitted = 0  # requests that may be served without asking the turn again
         self._paid_bytes = 0  # of `bytes`, while a cap is on
         self._paid_requests = 0
@@ -146,7 +147,7 @@ class Ring:
                     if not self._event_idx:
                         self._used[0] = _NO_NOTIFY
                     count = min(count, size - (index & (size - 1)), ANNOUNCE_REQUESTS)
-                    if self._turn.is_limited or self._admitted:
+                    if self._lane.is_limited or self._admitted:
                         count = self._admit(count)
                         if not count:
                             return Drained.CAPPED

@@ -69,7 +69,7 @@ class Turn:
 
     def __init__(self, throttle: Throttle, lane: Lane) -> None:
         self._throttle = throttle
-        self._lane = lane
+        self.lane = lane
         self.tickets: list[tuple[Bucket, float, float]] = []
         self.request = (False, 0)
         self.since_s = 0.0
@@ -79,16 +79,16 @@ class Turn:
     @property
     def is_limited(self) -> bool:
         """Whether `ask` has to be asked at all."""
-        return self._lane.is_limited
+        return self.lane.is_limited
 
     def ask(self, is_write: bool, size_bytes: int) -> float:
         """0.0: go ahead, it is charged. Else the seconds after which to ask again, for the same request."""
         with self._throttle.changed:
-            return self._lane.ask(self, is_write, size_bytes, self._throttle.clock())
+            return self.lane.ask(self, is_write, size_bytes, self._throttle.clock())
 
     def wait(self, is_write: bool, size_bytes: int, is_gone: Callable[[], bool]) -> bool:
         """Sleep until the request may go ahead; False when the client went away meanwhile."""
-        changed, lane, clock = self._throttle.changed, self._lane, self._throttle.clock
+        changed, lane, clock = self._throttle.changed, self.lane, self._throttle.clock
         with changed:
             while (left_s := lane.ask(self, is_write, size_bytes, clock())) > 0.0:
                 changed.wait(min(left_s, _LOOK_S))
@@ -100,7 +100,7 @@ class Turn:
     def leave(self) -> None:
         """This ring or connection ends; what it had asked for is not waited for."""
         with self._throttle.changed:
-            self._lane.leave(self, self._throttle.clock())
+            self.lane.leave(self, self._throttle.clock())
 
 
 class Lane:

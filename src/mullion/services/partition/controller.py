@@ -10,6 +10,7 @@ about it; a start that fails leaves the partition `failed` with its reason, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from mullion.base.errors import AlreadyExistsError, ConflictError, NotFoundError, StateError
+from mullion.base.errors import AlreadyExistsError, ConflictError, NotFoundError, StateError, UnavailableError
 from mullion.base.paths import HostPaths
 from mullion.base.units import utc_now
 from mullion.hypervisor.console import ConsoleHub
@@ -217,7 +218,8 @@ class PartitionController:
         self._check_layers(partition, definition)
         await partition.save(definition=msgspec.structs.replace(definition, power=record.desired))
         self._events.publish("partition.updated", f"partition/{name}")
-        await partition.follow_limits()
+        with contextlib.suppress(UnavailableError):  # a provider that dies just now: the next one starts with them
+            await partition.follow_limits()
         await self._follow_power(name, definition.power)
         return await partition.view()
 
