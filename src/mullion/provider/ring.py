@@ -151,8 +151,11 @@ class Ring:
                         count = self._admit(count)
                         if not count:
                             return Drained.CAPPED
-                        self._run(count)
-                        self._paid_requests = self.requests
+                        try:
+                            self._run(count)
+                        finally:
+                            self._admitted -= (self.next_index - index) & 0xFFFF
+                            self._paid_requests = self.requests
                     else:
                         self._run(count)
                     spent += (self.next_index - index) & 0xFFFF
@@ -275,10 +278,7 @@ class Ring:
                     break
         finally:
             self.next_index = index
-            served = (index - first) & 0xFFFF
-            self.requests += served
-            if self._admitted:
-                self._admitted -= served
+            self.requests += (index - first) & 0xFFFF
             self.bytes += moved
 
     def _admit(self, count: int) -> int:
@@ -319,8 +319,6 @@ class Ring:
             self.next_index = (self.next_index + 1) & 0xFFFF
             self._used[1] = self.next_index
             self.requests += 1
-            if self._admitted:
-                self._admitted -= 1
 
     def _serve_inflight(self) -> None:
         """Serve again what an earlier process had taken and not answered (inflight.py)."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from collections.abc import Iterator
 
 import pytest
 from tests.framework.virtqueue import GranuleDisk, GuestSide
 
+from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.layers import Limits, Throttle
 from mullion.provider.memory import GuestFault
 from mullion.provider.ring import Drained
+from mullion.wire.vhost_user import Log
 from mullion.wire.vhost_user.client import GUEST_BASE
 from mullion.wire.vhost_user.driver import Segment
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
@@ -155,3 +158,19 @@ def test_a_ring_that_ends_does_not_hold_up_the_next(guest: CappedGuest) -> None:
     guest.now_s += 1.0
     assert guest.drain() is Drained.IDLE
     assert len(guest.driver.collect()) == 3
+
+
+def test_a_cap_holds_while_the_guests_memory_is_copied(guest: CappedGuest) -> None:
+    """Requests go another way then, and are paid for all the same."""
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, 4096)
+    guest.new_ring(log=DirtyLog(Log(4096, 0), fd))
+    os.close(fd)
+    guest.cap(iops=100)
+    guest.now_s = 5.0
+    submit(guest, 14)
+    assert guest.drain() is Drained.CAPPED
+    assert len(guest.driver.collect()) == 10
+    guest.now_s += 0.02
+    guest.drain()
+    assert len(guest.driver.collect()) == 2
