@@ -314,10 +314,11 @@ class _Collapse(Switch):
     def _check_sizes(self) -> None:
         upper, lower = self._upper.size_bytes, self._image.size_bytes
         below = max((image.size_bytes for image in self._chain.images[2:]), default=0)
-        if upper < lower or (upper > lower < below):
+        is_fixed = self._image.header is None  # whose file may be cut off where a power cut meets its growth
+        if upper < lower or (upper > lower and (is_fixed or lower < below)):
             raise InvalidError(
                 f"{self._upper.path} has {upper} bytes, {self._image.path} {lower}: merging them in use would change "
-                "the size of the disk or show what lies below",
+                "the size of the disk, show what lies below, or grow a fixed disk",
                 remedy="Stop the partition, then merge them with mullion vhd merge.",
             )
 

@@ -77,6 +77,7 @@ class TopWriter:
         """The structures of the file were changed by somebody else, while nothing was pending and no room taken."""
         assert not self.has_pending
         self._next = self.image.footer_offset
+        self._has_grown = self._has_grown or not self.image.has_tail  # a change that was cut off: closing ends the file
         with self._state:
             self._clean_bits.clear()
 

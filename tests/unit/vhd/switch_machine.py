@@ -70,8 +70,11 @@ class SwitchMachine(DiskMachine):
             "/proc/self/fd"
         ):  # an exchange that was cut off had some too; a process takes all along
             with contextlib.suppress(OSError):
-                is_ours = os.readlink(f"/proc/self/fd/{entry}").startswith(f"{self.folder}/")
-                if is_ours and not fcntl.fcntl(int(entry), fcntl.F_GETFL) & os.O_PATH:  # those pin inodes
+                name = os.readlink(f"/proc/self/fd/{entry}").removesuffix(" (deleted)")
+                is_disk = name.startswith(f"{self.folder}/") and name.endswith(
+                    ".vhd"
+                )  # and no log: its map has it open
+                if is_disk and not fcntl.fcntl(int(entry), fcntl.F_GETFL) & os.O_PATH:  # those pin inodes
                     os.close(int(entry))
         super()._come_back(under_way, wanted, power=power)
 
