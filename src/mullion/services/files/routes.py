@@ -125,10 +125,14 @@ async def _frames(answer: FilesAnswer) -> AsyncIterator[bytes]:
     waiting = bytearray()
     async for kind, payload in answer.frames():
         waiting += channel.HEAD.pack(kind, len(payload))
-        waiting += payload
-        if len(waiting) >= _BATCH_BYTES:
+        is_large = len(payload) >= _BATCH_BYTES
+        if not is_large:
+            waiting += payload
+        if is_large or len(waiting) >= _BATCH_BYTES:
             yield bytes(waiting)
             waiting.clear()
+        if is_large:
+            yield payload  # as it came, without a copy
     yield bytes(waiting)
 
 
