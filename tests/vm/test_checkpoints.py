@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from tests.framework.guest_console import logged_in
+from tests.framework.guest_console import GuestConsole, logged_in
 from tests.framework.service import GUEST_S, Service
 from tests.vm.test_survival import begin_iocheck, end_iocheck, start_guest, wait_for_another_provider, wait_for_writes
 
@@ -107,7 +107,7 @@ def test_a_death_in_the_middle_of_merges_loses_nothing(
         service.start()
     service.cli("checkpoint", "delete", "web", "c2")
     wait_until_merged(service, "web")
-    with logged_in(service, "web") as console:
+    with GuestConsole(service, "web") as console:  # where the load has gone on
         wait_for_writes(console)
         report = end_iocheck(console)
     assert (report.wrong, report.errors) == (0, 0)
