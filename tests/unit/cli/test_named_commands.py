@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from mullion.cli.root import root
 pytestmark = pytest.mark.unit
 
 SOURCE = Path(__file__).parents[3] / "src/mullion"
-NAMED = re.compile(r"\bmullion ((?:[a-z]+ )?[a-z]+)\b((?: (?:\{\}|[A-Za-z./-]+))*)")
+NAMED = re.compile(r"\bmullion ((?:[a-z]+ )?[a-z]+(?:-[a-z]+)*)\b((?: (?:\{\}|[A-Za-z./-]+))*)")
 GLOBAL = {name for option in GLOBAL_OPTIONS for name in option.opts}
 
 
@@ -32,11 +33,11 @@ def texts(path: Path) -> Iterator[str]:
 
 
 def find_command(words: list[str]) -> click.Command | None:
-    """The command of these words, as many of them as are one's name; None when the first is none."""
+    """The command of these words, as many of them as are one's name; None when one below a group is none."""
     command: click.Command | None = root
     ctx = click.Context(root)
     for word in words:
-        if not isinstance(command, click.Group):
+        if not isinstance(command, click.Group) or not word.islower():
             break
         command = command.get_command(ctx, word)
     return command
@@ -51,7 +52,8 @@ def test_commands_that_are_named_exist() -> None:
                 group = find_command([first])
                 if group is None:  # prose: "mullion is …"
                     continue
-                command = find_command([first, *more])
+                deeper = rest.split() if isinstance(find_command([first, *more]), click.Group) else []
+                command = find_command([first, *more, *itertools.takewhile(str.isalpha, deeper)])
                 assert command is not None, f"{path}: mullion {words}"
                 seen += 1
                 known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)} | GLOBAL
