@@ -29,9 +29,8 @@ def wait_until_merged(service: Service, name: str) -> None:
     wanted = {f"{name}.vhd", f"{name}-data.vhd"}
     deadline_s = time.monotonic() + GUEST_S
     while layer_files(service, name) != wanted:
-        assert time.monotonic() < deadline_s, (
-            service.cli("checkpoint", "list", name, check=False).stdout + service.tail("data/mullion.log")
-        )
+        listed = service.cli("checkpoint", "list", name, check=False).stdout
+        assert time.monotonic() < deadline_s, listed + service.tail("data/mullion.log")
         time.sleep(0.1)
 
 
