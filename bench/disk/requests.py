@@ -1,7 +1,7 @@
 """CPU of the back end a request, over vhost-user: a dynamic disk and a chain of 8 against QCOW2 of the same depth.
 
 Peer: `qemu-storage-daemon`, every file by io_uring. The load (`vhost_loadgen.c`) sleeps between interrupts, as guests
-do, and checks every byte. In the chains each layer holds an eighth of the disk's 64 KiB pieces, at random places, the same
+do, and checks every byte. In the chains each layer holds an eighth of the 64 KiB pieces, at random places, the same
 on both sides. Writes are 4 KiB at random places of the disk, with a flush after every 32: both sides make them
 durable by fdatasync. The rounds of both take turns, the page cache is warm.
 """
