@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from http.client import HTTPConnection, HTTPResponse
 
 _LINE_LIMIT_BYTES: Final = 4 * 1024 * 1024
+_SMALL_BYTES: Final = 16 * 1024
 
 
 class Answer(NamedTuple):
@@ -185,6 +186,8 @@ class Body:
         self._connection = connection
         self._response = response
         self._timeout_s = timeout_s
+        self._waiting = b""
+        """What came with what was asked for: small things come together."""
 
     def header(self, name: str) -> str | None:
         return self._response.getheader(name)
@@ -207,15 +210,18 @@ class Body:
 
     def read_exactly(self, count: int) -> bytes:
         """So many bytes. Raises: UnavailableError when the answer ends before."""
-        part = b""
         with self._connection._translated(self._timeout_s), contextlib.suppress(ConnectionError):
-            part = self._response.read(count)
-        if len(part) < count:
+            while len(self._waiting) < count <= _SMALL_BYTES and (part := self._response.read1(_SMALL_BYTES)):
+                self._waiting += part
+            if len(self._waiting) < count:
+                self._waiting += self._response.read(count - len(self._waiting))
+        if len(self._waiting) < count:
             raise UnavailableError(
                 f"the service at {self._connection.where} ended the answer before it was whole",
                 remedy="Look whether it runs (`mullion status`) and what its log says; then try again.",
             )
-        return part
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return taken
 
     def close(self) -> None:
         self._response.close()
