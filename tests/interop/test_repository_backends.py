@@ -23,7 +23,7 @@ from mullion.repository.s3 import S3Backend
 from mullion.repository.sftp import SftpBackend
 from mullion.repository.verify import verify
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.interop
 
 KINDS = ("fake", "folder", "sftp", "s3")
 

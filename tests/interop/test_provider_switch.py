@@ -22,7 +22,7 @@ from mullion.wire.vhost_user.client import FrontEnd
 from mullion.wire.vhost_user.driver import attach
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.interop
 
 DISK_BYTES = 16 * MIB
 

@@ -12,7 +12,7 @@ from tests.framework.service import Service
 
 from mullion.vhd import inspect_chain
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.interop
 
 
 @pytest.fixture

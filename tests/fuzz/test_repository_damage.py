@@ -16,7 +16,7 @@ from mullion.repository.fake import FakeBackend
 from mullion.repository.prune import prune
 from mullion.repository.verify import repair_index, verify
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.fuzz
 
 
 def tiny() -> tuple[Repository, FakeBackend, Manifest, bytes]:
