@@ -146,6 +146,7 @@ class Daemon:
             stack.push_async_callback(files.close)
             log.info("partitions are adopted %.3f s after the start", time.monotonic() - self._begun_s)
             await operations.recover()
+            await backups.homecomings.resume()
             stack.push_async_callback(operations.close)
             await fleet.open()
             await schedules.open()

@@ -191,6 +191,14 @@ class PartitionPaths:
     def nbd(self, disk_id: str) -> str:
         return self._socket(f"{disk_id}.nbd")
 
+    def backing(self, disk_id: str) -> str:
+        """Where the blocks of a disk are read that are not home from its backup yet."""
+        return self._socket(f"{disk_id}.home")
+
+    @property
+    def backup_server_identity(self) -> str:
+        return f"{self.run}/backup.pid"
+
     def _socket(self, name: str) -> str:
         path = f"{self.run}/{name}"
         if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mullion.cli import complete
+from mullion.cli.backup_files import get_files, list_files, print_file
 from mullion.cli.backup_options import keep_options, kept_rules, repository_option
 from mullion.cli.backup_schedule import schedule
 from mullion.cli.face import Face, pass_face
@@ -213,6 +214,7 @@ def _verified(operation: OperationView) -> str:
 @click.argument("name", metavar="BACKUP")
 @repository_option
 @click.option("--as", "partition", metavar="NAME", help="The new partition's name; that of the old one if it is free.")
+@click.option("--instant", is_flag=True, help="Make it ready to start at once; its blocks come while it runs.")
 @click.option("--disk", metavar="ID", help="Only this disk, into --to.")
 @click.option("--to", "path", metavar="PATH", help="The new file for --disk: a name in the pool or a path.")
 @wait_option
@@ -223,6 +225,7 @@ def restore_backup(
     *,
     repository: str | None,
     partition: str | None,
+    instant: bool,
     disk: str | None,
     path: str | None,
     wait: bool,
@@ -232,17 +235,27 @@ def restore_backup(
     \b
     Examples:
       mullion backup restore 4f2a91c0 --as web-restored
+      mullion backup restore 4f2a91c0 --as web-now --instant
       mullion backup restore 4f2a91c0 --disk disk0 --to rescued
     """
     if (disk is None) != (path is None):
         raise click.UsageError("--disk and --to belong together")
-    begun = face.client.restore_backup(name, repository=repository, name=partition, disk=disk, path=path)
+    if disk is not None and instant:
+        raise click.UsageError("--instant is for whole partitions")
+    begun = face.client.restore_backup(
+        name, repository=repository, name=partition, disk=disk, path=path, instant=instant
+    )
 
     def sentence(operation: OperationView) -> str:
         result = operation.result or {}
         if disk is not None:
             return f"{disk} of backup {name} is in {result.get('path')}"
         restored = str(result.get("partition"))
+        if (homecoming := result.get("homecoming")) is not None:
+            return (
+                f"partition {restored} can be started: {face.command('partition', 'start', restored)}. "
+                f"Its blocks come while it runs: {face.command('operation', 'show', str(homecoming))}"
+            )
         return f"partition {restored} is there again. Start it: {face.command('partition', 'start', restored)}"
 
     conclude(face, begun, wait=wait, sentence=sentence)
@@ -289,3 +302,5 @@ def prune_backups(
 
 
 backup.add_command(schedule)
+for command in (list_files, print_file, get_files):
+    backup.add_command(command)

@@ -20,6 +20,7 @@ from mullion.cli.tables import printable, table
 if TYPE_CHECKING:
     from mullion.media.filesystems.entries import FileEntry, Piece
     from mullion.media.filesystems.extract import Extracted, TreeSource
+    from mullion.model.views import FileVolumeView
 
 _MARKS: Final = {"folder": "d", "link": "l", "file": "-", "other": "?"}
 _SUFFIXES: Final = {"folder": "/", "link": "@"}
@@ -37,6 +38,23 @@ def show_list(face: Face, answer: Iterator[FileEntry], *, long: bool, recursive:
         _print_json(entries)
     else:
         _print_entries(face, entries, long=long, recursive=recursive)
+
+
+def show_volumes(face: Face, views: Sequence[FileVolumeView]) -> None:
+    """One line for each volume."""
+    rows = [
+        (
+            view.disk,
+            str(view.number),
+            view.type,
+            view.filesystem,
+            view.label or "-",
+            format_size(view.size_bytes),
+            "yes" if view.readable else "no",
+        )
+        for view in views
+    ]
+    face.say(table(("DISK", "NUMBER", "TYPE", "HOLDS", "LABEL", "SIZE", "READABLE"), rows, right=(1, 5)))
 
 
 def show_content(answer: Iterable[Piece]) -> None:
@@ -73,6 +91,16 @@ def fetch(
 
     with storage_explained(target):
         return extract(source, path, target, force=force, links=links, skip=skip, progress=progress)
+
+
+def fetch_into(face: Face, source: TreeSource, path: str, destination: str, default: str, **how: bool) -> None:
+    """Bring a file or a folder into a destination, and say so; `how` are the flags of `fetch`."""
+    from mullion.cli.vhd.meter import metered
+
+    wanted = targets([path], destination, default)
+    with metered(face, "get", after="What was finished is there; nothing else is.") as progress:
+        done = [fetch(source, one, target, **how, progress=progress) for one, target in wanted]
+    show_fetched(face, wanted, done)
 
 
 def show_fetched(face: Face, wanted: Sequence[tuple[str, str]], results: Sequence[Extracted]) -> None:

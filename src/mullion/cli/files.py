@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import click
 
-from mullion.base.units import format_size
 from mullion.cli import complete
 from mullion.cli.face import Face, pass_face
-from mullion.cli.file_views import fetch, show_content, show_fetched, show_list, targets
+from mullion.cli.file_source import FileSource, volume_options
+from mullion.cli.file_views import fetch_into, show_content, show_list, show_volumes
 from mullion.cli.lazy import Group
-from mullion.cli.tables import table
 
-if TYPE_CHECKING:
-    from mullion.client.transport import Body
-    from mullion.media.filesystems.entries import FileEntry, Piece
-
-_NOTES_HEADER: Final = "mullion-notes"
 _Callback = TypeVar("_Callback", bound=Callable[..., object])
 
 
@@ -62,17 +54,10 @@ class _Choice(NamedTuple):
 
 def _choice_options(command: _Callback) -> _Callback:
     """Which volume, and how the instant is taken."""
-    disk = click.option("--disk", metavar="ID", help="The disk, where several have files.")
-    volume = click.option(
-        "--volume",
-        type=click.IntRange(min=0, max=9999),
-        metavar="N",
-        help="The volume, where the disk has several; 0 is the whole disk.",
-    )
     consistent = click.option(
         "--consistent", is_flag=True, help="Of now: freeze the guest's filesystems for that instant, by its agent."
     )
-    return disk(volume(consistent(command)))
+    return volume_options(consistent(command))
 
 
 @click.group(cls=Group, short_help="List and fetch files inside partitions, running or not.")
@@ -114,7 +99,7 @@ def list_files(
     if shows_volumes:
         _list_volumes(face, place, disk, consistent=consistent)
         return
-    source = _Source(face, place, _Choice(disk, volume, consistent))
+    source = _source(face, place, _Choice(disk, volume, consistent))
     show_list(face, source.list(place.path, recursive=recursive), long=long, recursive=recursive)
 
 
@@ -131,7 +116,7 @@ def print_file(face: Face, *, place: Place, disk: str | None, volume: int | None
       mullion files cat web:/etc/hostname
       mullion files cat web@before-upgrade:/etc/fstab
     """
-    show_content(_Source(face, place, _Choice(disk, volume, consistent)).read(place.path))
+    show_content(_source(face, place, _Choice(disk, volume, consistent)).read(place.path))
 
 
 @files.command("get")
@@ -165,54 +150,18 @@ def get_files(
       mullion files get web:/etc/hostname .
       mullion files get web@before-upgrade:/var/log copy-of-log
     """
-    from mullion.cli.vhd.meter import metered
-
-    wanted = targets([place.path], destination, place.partition)
-    source = _Source(face, place, _Choice(disk, volume, consistent))
-    with metered(face, "get", after="What was finished is there; nothing else is.") as progress:
-        done = [
-            fetch(source, path, target, force=force, links=links, skip=skip, progress=progress)
-            for path, target in wanted
-        ]
-    show_fetched(face, wanted, done)
+    source = _source(face, place, _Choice(disk, volume, consistent))
+    fetch_into(face, source, place.path, destination, place.partition, force=force, links=links, skip=skip)
 
 
-class _Source:
+def _source(face: Face, place: Place, choice: _Choice) -> FileSource:
     """The files of a volume, as the service gives them."""
-
-    def __init__(self, face: Face, place: Place, choice: _Choice) -> None:
-        self._face = face
-        self._place = place
-        self._choice = choice
-
-    def list(self, path: str, *, recursive: bool) -> Iterator[FileEntry]:
-        from mullion.media.filesystems.entries import FileEntry
-
-        body = self._face.client.file_list(
-            self._place.partition, self._place.checkpoint, path, recursive=recursive, **self._choice._asdict()
-        )
-        return (piece for piece in self._pieces(body) if isinstance(piece, FileEntry))
-
-    def read(self, path: str) -> Generator[Piece, None, None]:
-        """A file: its entry, then its bytes."""
-        return self._pieces(self._frames(path, only_file=True))
-
-    def tree(self, path: str) -> Generator[Piece, None, None]:
-        """A file or a folder with everything in it."""
-        return self._pieces(self._frames(path, only_file=False))
-
-    def _frames(self, path: str, *, only_file: bool) -> Body:
-        return self._face.client.file_frames(
-            self._place.partition, self._place.checkpoint, path, only_file=only_file, **self._choice._asdict()
-        )
-
-    def _pieces(self, body: Body) -> Generator[Piece, None, None]:
-        from mullion.media.filesystems.frames import read_pieces
-
-        with contextlib.closing(body):
-            for note in json.loads(body.header(_NOTES_HEADER) or "[]"):
-                self._face.note(str(note))
-            yield from read_pieces(body.read_exactly)
+    client, where = face.client, (place.partition, place.checkpoint)
+    return FileSource(
+        face,
+        lambda path, recursive: client.file_list(*where, path, recursive=recursive, **choice._asdict()),
+        lambda path, only_file: client.file_frames(*where, path, only_file=only_file, **choice._asdict()),
+    )
 
 
 def _list_volumes(face: Face, place: Place, disk: str | None, *, consistent: bool) -> None:
@@ -220,16 +169,4 @@ def _list_volumes(face: Face, place: Place, disk: str | None, *, consistent: boo
     if face.is_json:
         face.emit_json(views)
         return
-    rows = [
-        (
-            view.disk,
-            str(view.number),
-            view.type,
-            view.filesystem,
-            view.label or "-",
-            format_size(view.size_bytes),
-            "yes" if view.readable else "no",
-        )
-        for view in views
-    ]
-    face.say(table(("DISK", "NUMBER", "TYPE", "HOLDS", "LABEL", "SIZE", "READABLE"), rows, right=(1, 5)))
+    show_volumes(face, views)

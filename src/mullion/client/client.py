@@ -52,6 +52,8 @@ TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.5
 _PAGE: Final = 1000
 _SILENCE_S: Final = 60.0
+_BACKUP_SILENCE_S: Final = 330.0
+"""A repository may be far away, and its index long."""
 _T = TypeVar("_T")
 
 
@@ -279,8 +281,8 @@ class Client:
         )
         return self._stream(f"/partitions/{_part(partition)}/files/list{query}")
 
-    def _stream(self, path: str) -> Body:
-        body = self._transport.stream(f"/1.0{path}", {}, _SILENCE_S)
+    def _stream(self, path: str, silence_s: float = _SILENCE_S) -> Body:
+        body = self._transport.stream(f"/1.0{path}", {}, silence_s)
         if isinstance(body, Answer):
             raise _error_of(body)
         return body
@@ -350,10 +352,32 @@ class Client:
         name: str | None = None,
         disk: str | None = None,
         path: str | None = None,
+        instant: bool = False,
     ) -> OperationView:
-        """A whole partition as a new one, or one disk into a new file."""
-        fields = {"repository": repository, "name": name, "disk": disk, "path": path}
+        """A whole partition as a new one, at once if it is `instant`; or one disk into a new file."""
+        fields = {"repository": repository, "name": name, "disk": disk, "path": path, "instant": instant}
         return self._post(f"/backups/{_part(backup)}/restore", fields, OperationView)
+
+    def backup_volumes(
+        self, backup: str, *, repository: str | None = None, disk: str | None = None
+    ) -> list[FileVolumeView]:
+        path = f"/backups/{_part(backup)}/files/volumes{_query(repository=repository, disk=disk)}"
+        return self._get(path, list[FileVolumeView])
+
+    def backup_files(
+        self,
+        backup: str,
+        what: str,
+        *,
+        repository: str | None = None,
+        path: str = "/",
+        disk: str | None = None,
+        volume: int | None = None,
+        recursive: bool = False,
+    ) -> Body:
+        """A `list`, a `file` or a `tree` of a backup's disks, as frames; close it."""
+        query = _query(repository=repository, path=path, disk=disk, volume=volume, recursive=recursive)
+        return self._stream(f"/backups/{_part(backup)}/files/{what}{query}", _BACKUP_SILENCE_S)
 
     def backup_schedules(self, partition: str | None = None) -> list[BackupScheduleView]:
         return self._get(f"/backup-schedules{_query(partition=partition)}", list[BackupScheduleView])

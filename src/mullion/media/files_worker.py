@@ -1,6 +1,6 @@
-"""The process that reads files out of a partition's disks for the service, one request each.
+"""The process that reads files out of a partition's disks, or those of a backup, for the service; one request each.
 
-    service ── C ──► this process ── opens the chains, starts ──► confined reader (`media.confined.file_reader`)
+    service ── C ──► this process ── opens the disks, starts ──► confined reader (`media.confined.file_reader`)
             ◄─ N J B Z … E ──         passes on what it says         which alone sees what the guest wrote
 
 It speaks `media.confined.channel` on a socket that it inherits: one command (C), an answer. `E` has an error as
@@ -17,8 +17,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -36,8 +37,19 @@ from mullion.vhd import open_chain
 LISTER: Final = "mullion files ls"
 
 
+class BackupSource(msgspec.Struct, frozen=True):
+    """A backup in a repository: `secret` has its passphrase and the storage's credentials."""
+
+    url: str
+    secret: dict[str, Any]
+    backup: str
+
+
 class FilesCommand(msgspec.Struct, frozen=True):
-    """What is to be read. `chains` are the files of each disk, top first; `label` is what messages call it all."""
+    """What is to be read. `label` is what messages call it all.
+
+    `chains` are the files of each disk, top first; or it is the disks of a `backup`.
+    """
 
     label: str
     chains: dict[str, tuple[str, ...]]
@@ -47,6 +59,10 @@ class FilesCommand(msgspec.Struct, frozen=True):
     disk: str | None = None
     volume: int | None = None
     recursive: bool = False
+    backup: BackupSource | None = None
+
+
+Opener = Callable[[], BlockDevice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +75,15 @@ class _OpenDisk:
 def answer(command: FilesCommand, fd: int) -> None:
     """Do what the command says, and say it on the channel, but for the end. Raises: MullionError; OSError."""
     with contextlib.ExitStack() as stack:
-        disks = {disk: _open_disk(stack, chain) for disk, chain in _chosen_chains(command).items()}
+        openers = _openers(command, stack)
+        disks = {disk: _open_disk(stack, opener) for disk, opener in _chosen(command, openers).items()}
         if command.operation == "volumes":
             for disk, opened in disks.items():
                 for volume in opened.volumes:
                     channel.send(fd, channel.ENTRY, msgspec.json.encode(_found(disk, volume)))
             return
         disk, volume = _chosen_volume(command, disks)
-        label = f"{command.label}: {disk}" if len(command.chains) > 1 else command.label
+        label = f"{command.label}: {disk}" if len(openers) > 1 else command.label
         reader = stack.enter_context(open_volume(disks[disk].device, volume, label, LISTER))
         pieces: Iterator[Piece]
         match command.operation:
@@ -94,21 +111,40 @@ def _send_piece(fd: int, piece: Piece) -> None:
         channel.send(fd, channel.CONTENT, piece)
 
 
-def _chosen_chains(command: FilesCommand) -> Mapping[str, Sequence[str]]:
-    """The chains that have to be opened. Raises: NotFoundError."""
+def _openers(command: FilesCommand, stack: contextlib.ExitStack) -> Mapping[str, Opener]:
+    """For each disk that there is, how it is opened. Raises: what opening the repository raises."""
+    if command.backup is None:
+        return {disk: partial(_open_chain, chain) for disk, chain in command.chains.items()}
+    from mullion.repository import Repository
+    from mullion.repository.credentials import Credentials
+    from mullion.repository.location import open_backend
+
+    source = command.backup
+    backend = open_backend(source.url, Credentials(**source.secret["credentials"]))
+    repository = stack.enter_context(Repository.open(backend, source.secret["passphrase"]))
+    manifest = repository.backup(source.backup)
+    return {disk: partial(repository.open_disk, manifest, disk) for disk in manifest.disks}
+
+
+def _open_chain(chain: Sequence[str]) -> BlockDevice:
+    return open_chain(chain[0], read_only=True, allowed_dirs=sorted({os.path.dirname(path) for path in chain}))
+
+
+def _chosen(command: FilesCommand, openers: Mapping[str, Opener]) -> Mapping[str, Opener]:
+    """The disks that have to be opened. Raises: NotFoundError."""
     if command.disk is None:
-        return command.chains
-    if command.disk not in command.chains:
+        return openers
+    if command.disk not in openers:
         raise NotFoundError(
-            f"{command.label} has no disk {command.disk!r}; it has: {', '.join(command.chains) or 'none'}",
+            f"{command.label} has no disk {command.disk!r}; it has: {', '.join(openers) or 'none'}",
             remedy="Choose one of these with --disk.",
         )
-    return {command.disk: command.chains[command.disk]}
+    return {command.disk: openers[command.disk]}
 
 
-def _open_disk(stack: contextlib.ExitStack, chain: Sequence[str]) -> _OpenDisk:
-    folders = sorted({os.path.dirname(path) for path in chain})
-    device = stack.enter_context(open_chain(chain[0], read_only=True, allowed_dirs=folders))
+def _open_disk(stack: contextlib.ExitStack, opener: Opener) -> _OpenDisk:
+    device = opener()
+    stack.callback(device.close)
     volumes, problems = list_volumes(device)
     return _OpenDisk(device, volumes, tuple(f"partition table: {problem}" for problem in problems))
 

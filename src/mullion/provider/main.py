@@ -27,13 +27,14 @@ from typing import Final
 from mullion import __version__
 from mullion.base.errors import InvalidError, MullionError, NoSpaceError, OperationFailedError
 from mullion.base.listener import bind_listener
+from mullion.provider.backing import Homecoming
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control import Action, Command, ControlServer, close_all
 from mullion.provider.control_client import encode
 from mullion.provider.device import DirectDevice
 from mullion.provider.exchanging import Exchangeable, exchange_chains
 from mullion.provider.layers.commands import Handler, LayerControl
-from mullion.provider.resizing import grow, wanted_size
+from mullion.provider.resizing import HOLD_S, grow, wanted_size
 from mullion.provider.space import Shortage, SpaceGate, is_no_space
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.startup import (
@@ -44,7 +45,7 @@ from mullion.provider.startup import (
     open_chain_files,
     set_process_name,
 )
-from mullion.provider.turnstile import HeldDevice, Turnstile
+from mullion.provider.turnstile import HeldDevice, Turnstile, holding
 from mullion.provider.vhost_export import Served, VhostExport
 from mullion.vhd import Chain
 from mullion.vhd.pending import log_path
@@ -66,6 +67,7 @@ class _Disk:
     blk: BlkDevice | None = None
     vhost: VhostExport | None = None
     nbd: NbdExport | None = None
+    homecoming: Homecoming | None = None
 
 
 class Provider:
@@ -137,6 +139,10 @@ class Provider:
     def _serve(self, served: _Disk, sockets: dict[str, socket.socket]) -> None:
         disk, chain = served.spec, served.chain
         self._gate.register(disk.id, disk.chain[0])
+        if disk.backing is not None:
+            announce = partial(self._notify, "disk-home", disk.id, "")
+            served.homecoming = Homecoming(disk.id, chain, disk.backing, announce)
+            served.homecoming.start()
         self._layers.add(disk.id, chain, disk.limits, partial(_use, served))
         lane = self._layers.lane(disk.id)
         if disk.vhost_user is not None:
@@ -202,6 +208,8 @@ class Provider:
                         export.stop()
                     except MullionError as error:
                         errors.append(error)
+            if served.homecoming is not None:  # after the requests that it answers
+                served.homecoming.stop()
         return errors
 
     def _close_chains(self) -> list[Exception]:
@@ -221,6 +229,7 @@ class Provider:
         return {name: partial(_without_fds, action) for name, action in plain.items()} | {
             "switch": self._switch,
             "resize": partial(_with_fields, self._resize),
+            "release-backing": partial(_with_fields, self._release_backing),
             **{name: partial(_with_fields, handler) for name, handler in self._layers.handlers().items()},
         }
 
@@ -256,6 +265,7 @@ class Provider:
             **self._layers.disk_status(disk.id),
             "vhost_user": None,
             "nbd": None,
+            "backing": None if served.homecoming is None else served.homecoming.status(),
         }
         if vhost is not None:
             counters = vhost.counters
@@ -304,11 +314,7 @@ class Provider:
         }
 
     def _resize(self, fields: Mapping[str, object]) -> Mapping[str, object]:
-        served = next((served for served in self._disks if served.spec.id == fields.get("disk")), None)
-        if served is None:
-            raise InvalidError(
-                f"resize: {fields.get('disk')!r} is no disk of this provider", remedy="See its `status`."
-            )
+        served = self._named(fields, "resize")
         old_bytes = served.chain.size_bytes
         size_bytes = wanted_size(served.chain, fields)
         stall_ms = grow(served.chain, served.turnstile, size_bytes)
@@ -324,6 +330,24 @@ class Provider:
             "stall_ms": round(stall_ms, 3),
             "announced": is_announced,
         }
+
+    def _release_backing(self, fields: Mapping[str, object]) -> Mapping[str, object]:
+        """All is home: read without the backing from now on. May be repeated."""
+        served = self._named(fields, "release-backing")
+        if served.homecoming is not None:
+            with holding([served.turnstile], HOLD_S):
+                served.homecoming.release()
+            served.homecoming = None
+        return {"disk": served.spec.id}
+
+    def _named(self, fields: Mapping[str, object], command: str) -> _Disk:
+        """The disk that a command names. Raises: InvalidError."""
+        served = next((served for served in self._disks if served.spec.id == fields.get("disk")), None)
+        if served is None:
+            raise InvalidError(
+                f"{command}: {fields.get('disk')!r} is no disk of this provider", remedy="See its `status`."
+            )
+        return served
 
     def _retry(self) -> Mapping[str, object]:
         self._gate.retry()

@@ -21,7 +21,7 @@ from mullion.vhd.offline import reload
 from mullion.vhd.resize import grow_file
 from mullion.vhd.storage import storage_explained
 
-_HOLD_S: Final = 20.0
+HOLD_S: Final = 20.0
 
 
 def wanted_size(chain: Chain, fields: Mapping[str, object]) -> int:
@@ -51,7 +51,7 @@ def grow(chain: Chain, turnstile: Turnstile, size_bytes: int) -> float:
     with storage_explained(top.path):
         chain.flush()  # so that little is left to be flushed while requests wait
         begun_s = time.monotonic()
-        with holding([turnstile], _HOLD_S):
+        with holding([turnstile], HOLD_S):
             with chain.settled():
                 try:
                     grow_file(top, size_bytes, chain.file_io)

@@ -2,8 +2,8 @@
 
 JSON: `{"partition": name, "control": socket path, "log": file, "pending_dir": folder or null, "uid": number or null,
 "gid": number or null, "disks": [{"id": name, "chain": [paths, top first], "read_only": false, "serial": text,
-"vhost_user": socket path or null, "nbd": socket path or null, "limits": {caps of `layers.limits`}}, …], "limits": {caps
-of all disks together}, "allow_faults": false}`.
+"vhost_user": socket path or null, "nbd": socket path or null, "limits": {caps of `layers.limits`}, "backing": socket
+path or null}, …], "limits": {caps of all disks together}, "allow_faults": false}`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class DiskSpec:
     nbd: str | None = None
     serial: str = ""
     limits: Limits = NO_LIMITS
+    backing: str | None = None
+    """The NBD socket that is read where no file has anything, whose export is called as the disk is."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object], where: str) -> Self:
@@ -48,6 +50,7 @@ class DiskSpec:
             nbd=_socket(fields, "nbd", where),
             serial=_text(fields, "serial", where, ""),
             limits=Limits.from_fields(fields.get("limits", {}), f"{where}.limits"),
+            backing=_socket(fields, "backing", where),
         )
 
 

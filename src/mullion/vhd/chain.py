@@ -49,6 +49,13 @@ class Unfinished(Protocol):
         ...
 
 
+class Backing(Protocol):
+    """What a chain reads where its files have nothing."""
+
+    def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers one after the other; past its own end with zeros."""
+
+
 class Chain:
     """A disk made of one or more VHD files; a `BlockDevice`. Make it with `open_chain` or `from_descriptors`.
 
@@ -56,6 +63,9 @@ class Chain:
     say in which (descriptor, offset) a granule begins that can be read, or overwritten, in one piece; `mixed_read` has
     the levels of `mapping.Level` for the others that were read, and whoever uses one adds its granule to `mixed_used`.
     A granule that is in none of them, and any request that is short: `preadv` or `pwritev`.
+
+    `backing`, of a disk that is being restored, is what it reads where no file has anything. It may be set and taken
+    away while nobody reads or writes; `fill` brings home what it has.
     """
 
     def __init__(
@@ -74,6 +84,7 @@ class Chain:
         self._write_lock = threading.Lock()
         self._unfinished: list[Unfinished] = []
         self._finish_lock = threading.Lock()
+        self.backing: Backing | None = None
         self._make_map()
         self.warnings: list[str] = [f"{self._top.path}: {text}" for text in said]
         for image in images:
@@ -249,10 +260,14 @@ class Chain:
             return
         for segment, part in zip(segments, _split(buffers, segments), strict=True):
             self._read_segment(segment, part, offset)
+            offset += segment[2]
 
     def _read_segment(self, segment: Segment, buffers: Sequence[memoryview], offset: int) -> None:
         fd, at, _ = segment
         if fd == NOWHERE:
+            if self.backing is not None:
+                self.backing.preadv(offset, buffers)
+                return
             for buffer in buffers:
                 for start in range(0, len(buffer), len(ZEROS)):
                     step = min(len(ZEROS), len(buffer) - start)
@@ -417,7 +432,7 @@ class Chain:
             if place is not None:
                 self._io.write_zeros(self._top.fd, place, length)
                 return
-        if all(fd == NOWHERE for fd, _, _ in self._map.segments(offset, length)):
+        if self.backing is None and all(fd == NOWHERE for fd, _, _ in self._map.segments(offset, length)):
             return
         head = min(length, -offset % SECTOR_BYTES)
         tail = (offset + length) % SECTOR_BYTES if length > head else 0
@@ -442,6 +457,35 @@ class Chain:
                 return None
         return data + within
 
+    # ------------------------------------------------------------------ bringing home what the backing has
+
+    def lacks(self, offset: int, length: int) -> bool:
+        """Whether there is a sector in the range that no file has."""
+        return any(fd == NOWHERE for fd, _, _ in self._map.segments(offset, length))
+
+    def fill(self, offset: int, data: Buffer) -> None:
+        """Write into the top, a differencing disk, what of a range of whole sectors no file has.
+
+        `data` is what the backing has there: no reader sees a difference, and what was written meanwhile stays.
+        Durable after `flush`. Raises: as `pwrite`.
+        """
+        view = memoryview(data)
+        self._check_range(offset, len(view))
+        self._check_writable()
+        base = offset
+        for at, count in self._pieces(offset, len(view)):
+            with self._write_lock:
+                self._check_open()
+                writer = self._writer
+                assert writer is not None, "a differencing disk"
+                assert writer.is_child, "a differencing disk"
+                for fd, _, length in self._map.segments(at, count):
+                    if fd == NOWHERE:
+                        if writer.is_full:
+                            writer.flush()
+                        self._write_child(writer, at >> self.block_shift, at, [view[at - base :][:length]], length)
+                    at += length  # noqa: PLW2901 - the segments of this piece, one behind the other
+
     # ------------------------------------------------------------------ what is where
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
@@ -463,7 +507,7 @@ class Chain:
             return self._extent_of_fixed(offset, end)
         stop = min(end, (offset | self._mask) + 1)
         fd, _, count = self._map.segments(offset, stop - offset)[0]
-        if fd != NOWHERE:
+        if fd != NOWHERE or self.backing is not None:
             return offset + count, ExtentKind.DATA
         if offset + count < stop:
             return offset + count, ExtentKind.HOLE

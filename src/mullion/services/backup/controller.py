@@ -18,7 +18,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgspec
 
@@ -30,9 +30,20 @@ from mullion.hypervisor.firmware_state import restore_firmware_state
 from mullion.model.definition import PartitionDefinition, PowerState
 from mullion.model.views import BackupView, OperationView, RepositoryView
 from mullion.parent.events import Events
+from mullion.parent.operations import InterruptedError as OperationInterruptedError
 from mullion.parent.operations import Operation, Operations
 from mullion.parent.store import Condition, Delete, Put, Store
-from mullion.services.backup.record import BASES, MARK, REPOSITORIES, BackupBase, RepositoryRecord, base_key
+from mullion.services.backup.instant import Homecomings
+from mullion.services.backup.record import (
+    BASES,
+    MARK,
+    REPOSITORIES,
+    BackupBase,
+    RepositoryRecord,
+    base_key,
+    unfinished,
+    unfinished_in,
+)
 from mullion.services.backup.worker_link import run_worker
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.checkpoint.record import CheckpointRecord
@@ -80,6 +91,14 @@ class BackupController:
         self._partitions = partitions
         self._checkpoints = checkpoints
         self._disks = disks
+        self.homecomings = Homecomings(
+            operations=operations,
+            events=events,
+            paths=paths,
+            partitions=partitions,
+            checkpoints=checkpoints,
+            source=self.source,
+        )
         self._repositories: dict[str, tuple[RepositoryRecord, int]] = {}
         self._bases: dict[str, tuple[BackupBase, int]] = {}
 
@@ -92,6 +111,37 @@ class BackupController:
             base = BackupBase.decode(entry.value)
             self._bases[base.key] = (base, entry.revision)
         self._partitions.on_deleted.append(self._forget_partition)
+        self.homecomings.open()
+        self._operations.register_resume("backup.create", self._give_up_backup)
+        self._operations.register_resume("backup.restore", self._give_up_restore)
+
+    async def _give_up_backup(self, operation: Operation) -> NoReturn:
+        """The service ended during a backup: its checkpoint goes, so that nothing grows until the next one."""
+        name = operation.target.removeprefix("backup/")
+        used = {base.checkpoint for base, _ in self._bases.values()}
+        stale = [
+            record
+            for record in self._checkpoints.records(name)
+            if record.schedule.startswith(MARK) and record.id not in used
+        ]
+        if stale:
+            await self._checkpoints.remove(name, stale)
+        raise OperationInterruptedError(
+            f"the backup of {name} was interrupted: the service ended before it was done",
+            remedy=f"Start it again: mullion backup create {name}. What was stored already is used.",
+            operation=operation.id,
+        )
+
+    async def _give_up_restore(self, operation: Operation) -> NoReturn:
+        """The service ended during a restore: what was not finished goes."""
+        for path in await asyncio.to_thread(unfinished_in, self._paths.disks):
+            log.info("%s was not restored to its end: removed", path)
+            await asyncio.to_thread(_unlink, path)
+        raise OperationInterruptedError(
+            f"the restore of {operation.target} was interrupted: the service ended before it was done",
+            remedy="Start it again; under another name where its disks are there already (`mullion disk list`).",
+            operation=operation.id,
+        )
 
     async def _forget_partition(self, partition: Partition) -> None:
         """Its backups stay; there is nothing to build on any more."""
@@ -188,10 +238,15 @@ class BackupController:
         self, repository: str, action: str, operation: Operation | None = None, **arguments: object
     ) -> Mapping[str, Any]:
         """Have a worker act on a repository. Raises: what it ends with."""
-        record, _ = self._find(repository)
-        with open(self._secret_path(repository), "rb") as file:
-            secret = json.loads(file.read())
-        return await self._work({"action": action, "url": record.url, "secret": secret, **arguments}, operation)
+        url, secret = self.source(repository)
+        return await self._work({"action": action, "url": url, "secret": secret, **arguments}, operation)
+
+    def source(self, repository: str | None) -> tuple[str, dict[str, Any]]:
+        """Where a repository is, and its secret: for the process that reads it. Raises: as `choose`."""
+        record, _ = self._find(self.choose(repository))
+        with open(self._secret_path(record.name), "rb") as file:
+            secret: dict[str, Any] = json.loads(file.read())
+        return record.url, secret
 
     async def _work(self, request: Mapping[str, object], operation: Operation | None = None) -> Mapping[str, Any]:
         def tell(stage: str, done: int, total: int) -> None:
@@ -245,19 +300,17 @@ class BackupController:
         try:
             made = await self._store_disks(operation, partition, repository, checkpoint, base)
         except BaseException:
-            await asyncio.shield(self._checkpoints.remove(name, [checkpoint]))
+            with contextlib.suppress(NotFoundError):  # the partition was deleted meanwhile
+                await asyncio.shield(self._checkpoints.remove(name, [checkpoint]))
             raise
+        if all(partition is not one for one in self._partitions.all()):
+            return _result(repository, made)  # deleted meanwhile: the backup is good, nothing builds on it
         await self._set_base(
             known[0] if known is not None else None, BackupBase(name, repository, made["id"], checkpoint.id)
         )
         await self._drop_stale(name, repository, keep=checkpoint.id)
         self._events.publish("backup.created", f"partition/{name}", {"backup": made["id"], "repository": repository})
-        return {
-            "backup": made["id"],
-            "repository": repository,
-            "read_bytes": sum(disk["read_bytes"] for disk in made["disks"]),
-            "new_bytes": made["new_bytes"],
-        }
+        return _result(repository, made)
 
     async def _store_disks(
         self,
@@ -368,10 +421,18 @@ class BackupController:
     # -- restoring -----------------------------------------------------------------------------------------------------
 
     async def restore(
-        self, repository: str | None, backup: str, *, name: str | None, disk: str | None, path: str | None
+        self,
+        repository: str | None,
+        backup: str,
+        *,
+        name: str | None,
+        disk: str | None,
+        path: str | None,
+        instant: bool = False,
     ) -> OperationView:
         """Begin to bring back a whole partition as a new one, or one disk into a new file.
 
+        An `instant` one can be started at once; its blocks come home meanwhile, by another operation.
         Raises: as `show`; AlreadyExistsError; InvalidError.
         """
         chosen = self.choose(repository)
@@ -384,16 +445,16 @@ class BackupController:
                     field="disk",
                 )
             return await self._restore_disk(chosen, view, disk, self._disks.resolve(path))
-        return await self._restore_partition(chosen, view, name or view.partition)
+        return await self._restore_partition(chosen, view, name or view.partition, instant=instant)
 
     async def _restore_disk(self, repository: str, view: BackupView, disk: str, path: str) -> OperationView:
         async def work(operation: Operation) -> Mapping[str, object]:
-            await self._ask(repository, "restore", operation, backup=view.id, disks={disk: path}, blobs={})
+            await self._bring_back(operation, repository, view, {disk: path}, {})
             return {"path": path}
 
         return await self._operations.start("backup.restore", f"disk/{path}", work, cancellable=True)
 
-    async def _restore_partition(self, repository: str, view: BackupView, name: str) -> OperationView:
+    async def _restore_partition(self, repository: str, view: BackupView, name: str, *, instant: bool) -> OperationView:
         if any(partition.name == name for partition in self._partitions.all()):
             raise AlreadyExistsError(
                 f"there is a partition {name!r}",
@@ -415,17 +476,62 @@ class BackupController:
             os.makedirs(folder, mode=0o750, exist_ok=True)
             os.makedirs(self._paths.disks, mode=0o750, exist_ok=True)
             blobs = {blob: f"{folder}/{blob}" for blob in view.blobs}
-            await self._ask(repository, "restore", operation, backup=view.id, disks=paths, blobs=blobs)
-            await self._partitions.create(wanted)
-            partition = self._partitions.find(name)
-            if view.blobs:
-                restore = restore_firmware_state
-                await asyncio.to_thread(restore, partition.runtime.paths, folder, partition.record.run_as)
-            await asyncio.to_thread(shutil.rmtree, folder)
+            try:
+                result: dict[str, object] = {"partition": name, "disks": paths}
+                await self._bring_back(operation, repository, view, {} if instant else paths, blobs)
+                if instant:
+                    result["homecoming"] = await self.homecomings.create(wanted, view, paths)
+                else:
+                    await self._create_restored(wanted, paths)
+                partition = self._partitions.find(name)
+                if view.blobs:
+                    restore = restore_firmware_state
+                    await asyncio.to_thread(restore, partition.runtime.paths, folder, partition.record.run_as)
+            finally:
+                await asyncio.to_thread(shutil.rmtree, folder)
             self._events.publish("backup.restored", f"partition/{name}", {"backup": view.id})
-            return {"partition": name, "disks": paths}
+            return result
 
         return await self._operations.start("backup.restore", f"partition/{name}", work, cancellable=True)
+
+    async def _bring_back(
+        self,
+        operation: Operation,
+        repository: str,
+        view: BackupView,
+        disks: Mapping[str, str],
+        blobs: Mapping[str, str],
+    ) -> None:
+        """Have a worker restore disks and blobs; what it has not finished goes. Raises: as `_ask`."""
+        try:
+            await self._ask(repository, "restore", operation, backup=view.id, disks=dict(disks), blobs=dict(blobs))
+        finally:
+            for path in disks.values():
+                _unlink(unfinished(path))
+
+    async def _create_restored(self, wanted: PartitionDefinition, disks: Mapping[str, str]) -> None:
+        """A partition on disks that were restored for it, which go when it cannot be."""
+        try:
+            await self._partitions.create(wanted)
+        except BaseException:
+            for path in disks.values():
+                _unlink(path)
+            raise
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _result(repository: str, made: Mapping[str, Any]) -> dict[str, object]:
+    """What a backup's operation ends with."""
+    return {
+        "backup": made["id"],
+        "repository": repository,
+        "read_bytes": sum(disk["read_bytes"] for disk in made["disks"]),
+        "new_bytes": made["new_bytes"],
+    }
 
 
 def _blobs(checkpoint: CheckpointRecord) -> dict[str, str]:

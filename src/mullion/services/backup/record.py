@@ -8,6 +8,8 @@ The base's checkpoint stays until the next backup: what its child holds is what 
 
 from __future__ import annotations
 
+import glob
+import os
 from typing import Final, Self
 
 import msgspec
@@ -16,6 +18,7 @@ REPOSITORIES: Final = "repositories/"
 BASES: Final = "backup-bases/"
 MARK: Final = "backup:"
 """Begins the `schedule` of checkpoints that backups made: they come and go with them."""
+_UNFINISHED: Final = ".restoring"
 
 
 class RepositoryRecord(msgspec.Struct, frozen=True):
@@ -55,6 +58,17 @@ class BackupBase(msgspec.Struct, frozen=True):
     @classmethod
     def decode(cls, value: bytes) -> Self:
         return msgspec.json.decode(value, type=cls)
+
+
+def unfinished(path: str) -> str:
+    """What a disk that is being restored is called until it is whole."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}{_UNFINISHED}")
+
+
+def unfinished_in(folder: str) -> list[str]:
+    """Disks that were being restored when the service was killed."""
+    return glob.glob(f"{glob.escape(folder)}/.*{_UNFINISHED}")
 
 
 def base_key(partition: str, repository: str) -> str:

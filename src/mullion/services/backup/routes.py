@@ -76,12 +76,16 @@ class Pruning(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Restoration(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole partition, under `name` or the one it had; or one `disk` into a new file `path`."""
+    """A whole partition, under `name` or the one it had; or one `disk` into a new file `path`.
+
+    An `instant` partition can be started at once: its blocks come while it runs.
+    """
 
     repository: str | None = None
     name: str | None = None
     disk: str | None = None
     path: str | None = None
+    instant: bool = False
 
 
 @get("/1.0/repositories", tags=_TAGS)
@@ -134,7 +138,14 @@ async def restore_backup(
     """Bring a partition back as a new one, or one disk into a new file."""
     wanted = data or Restoration()
     return accepted(
-        await backups.restore(wanted.repository, backup, name=wanted.name, disk=wanted.disk, path=wanted.path)
+        await backups.restore(
+            wanted.repository,
+            backup,
+            name=wanted.name,
+            disk=wanted.disk,
+            path=wanted.path,
+            instant=wanted.instant,
+        )
     )
 
 

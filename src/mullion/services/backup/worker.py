@@ -13,7 +13,9 @@ When the service's end is closed the work is given up at once: a repository is w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -25,7 +27,7 @@ from typing import Any, Final
 import msgspec
 
 from mullion.base.block import BlockDevice
-from mullion.base.errors import InvalidError, MullionError, OperationFailedError
+from mullion.base.errors import AlreadyExistsError, InvalidError, MullionError, NotFoundError, OperationFailedError
 from mullion.base.units import format_time
 from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.credentials import Credentials
@@ -33,9 +35,13 @@ from mullion.repository.location import open_backend
 from mullion.repository.prune import prune
 from mullion.repository.retention import Retention, plan_retention
 from mullion.repository.verify import verify
+from mullion.services.backup.record import unfinished
+from mullion.services.backup.server import serve
 from mullion.vhd import create_dynamic, open_chain
 from mullion.vhd.diff import changed
 from mullion.vhd.storage import storage_explained
+
+log = logging.getLogger(__name__)
 
 REQUEST_LIMIT_BYTES: Final = 4 * 1024 * 1024
 _NICE: Final = 10
@@ -52,6 +58,7 @@ class _Line:
         self._connection = connection
         self._lock = threading.Lock()
         self._told_s = 0.0
+        self._is_let_go = False
 
     def read_request(self) -> Request:
         data = bytearray()
@@ -67,8 +74,16 @@ class _Line:
 
     def _watch(self) -> None:
         """Nobody waits any more: end, whatever is being done."""
-        self._connection.recv(1)
-        os._exit(1)
+        try:
+            self._connection.recv(1)
+        except ConnectionError:
+            log.info("the service was killed with words of ours unread")
+        if not self._is_let_go:
+            os._exit(1)
+
+    def let_go(self) -> None:
+        """What is done outlives the service from here on."""
+        self._is_let_go = True
 
     def progress(self, stage: str, done: int, total: int) -> None:
         now_s = time.monotonic()
@@ -98,7 +113,7 @@ def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
 def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
     """Back up frozen chains. Where a disk says since which file, only what the layers above it hold is read."""
     with _open(request) as repository:
-        base = repository.backup(request["base"]) if request["base"] else None
+        base = _base(repository, request["base"])
         with begin_backup(
             repository,
             request["partition"],
@@ -119,6 +134,15 @@ def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
                 with open(path, "rb") as content:
                     backup.add_blob(name, content)
             return _described(backup.commit())
+
+
+def _base(repository: Repository, backup_id: str | None) -> Manifest | None:
+    """The backup to build on; none when it was forgotten meanwhile: then everything is read again."""
+    if backup_id is None:
+        return None
+    with contextlib.suppress(NotFoundError):
+        return repository.backup(backup_id)
+    return None
 
 
 def _list(request: Request, _tell: Tell) -> Mapping[str, Any]:
@@ -173,26 +197,52 @@ def _prune(request: Request, tell: Tell) -> Mapping[str, Any]:
 
 
 def _restore(request: Request, tell: Tell) -> Mapping[str, Any]:
-    """Disks into new files, blobs into others; what was made is taken away again when it does not come to its end."""
-    made: list[str] = []
+    """Disks into new files, blobs into others. The disks get their names when all of them are there and durable.
+
+    Until then each is a file of another name beside (`unfinished`), which the service takes away when we do not.
+    """
+    with _open(request) as repository:
+        manifest = repository.backup(request["backup"])
+        for path in request["disks"].values():
+            if os.path.lexists(path):
+                raise AlreadyExistsError(f"{path} exists already", remedy="Choose another name.", path=path)
+        for disk, path in request["disks"].items():
+            source = repository.open_disk(manifest, disk)
+            with storage_explained(path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(unfinished(path))
+                create_dynamic(unfinished(path), source.size_bytes)
+                with open_chain(unfinished(path), holder="mullion backup restore") as target:
+                    source.restore(target, is_zero=True, progress=tell)
+        for blob, path in request["blobs"].items():
+            if blob in manifest.blobs:
+                _write_blob(repository.open_blob(manifest, blob), path)
+        for path in request["disks"].values():
+            with storage_explained(path):
+                _publish(path)
+        return {"disks": request["disks"]}
+
+
+def _publish(path: str) -> None:
+    """Give a finished file its name, which nobody has; durable."""
+    os.link(unfinished(path), path)
+    os.unlink(unfinished(path))
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with _open(request) as repository:
-            manifest = repository.backup(request["backup"])
-            for disk, path in request["disks"].items():
-                source = repository.open_disk(manifest, disk)
-                with storage_explained(path):
-                    create_dynamic(path, source.size_bytes)
-                    made.append(path)
-                    with open_chain(path, holder="mullion backup restore") as target:
-                        source.restore(target, is_zero=True, progress=tell)
-            for blob, path in request["blobs"].items():
-                if blob in manifest.blobs:
-                    _write_blob(repository.open_blob(manifest, blob), path)
-            return {"disks": request["disks"]}
-    except BaseException:
-        for path in made:
-            os.unlink(path)
-        raise
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _serve(request: Request, line: _Line) -> None:
+    """Serve a backup's disks until we are told to end, whatever becomes of the service."""
+
+    def ready() -> None:
+        line.let_go()
+        line.tell({"result": {}})
+
+    with _open(request) as repository:
+        serve(repository, request, ready)
 
 
 def _write_blob(source: BlockDevice, path: str) -> None:
@@ -244,10 +294,14 @@ _ACTIONS: Final[Mapping[str, Callable[[Request, Tell], Mapping[str, Any]]]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="mullion.services.backup.worker")
     parser.add_argument("--fd", type=int, required=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     line = _Line(socket.socket(fileno=parser.parse_args().fd))
-    os.nice(_NICE)
     try:
         request = line.read_request()
+        if request["action"] == "serve":  # a guest waits for it
+            _serve(request, line)
+            return 0
+        os.nice(_NICE)
         line.tell({"result": _ACTIONS[request["action"]](request, line.progress)})
     except MullionError as error:
         line.tell({"error": error.to_wire()})

@@ -136,6 +136,10 @@ class CheckpointController:
     def _pinned(self, partition: str) -> set[str]:
         return {disk.path for record in self._of(partition).values() for disk in record.disks}
 
+    def wake(self, partition: Partition) -> None:
+        """The layers of a partition may be merged again."""
+        self._keeper(partition).wake()
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def tree(self, name: str) -> CheckpointTreeView:
@@ -210,6 +214,7 @@ class CheckpointController:
         partition = self._partitions.find(name)
         async with contextlib.AsyncExitStack() as stack:
             async with partition.lock:
+                _check_home(partition)
                 if partition.has_processes():
                     tops = await self._freeze_present(partition, stack, consistent=consistent)
                 else:
@@ -366,6 +371,7 @@ class CheckpointController:
         self, say: Callable[[str], None], partition: Partition, wanted: CheckpointRecord
     ) -> tuple[CheckpointRecord, float]:
         """Make a checkpoint; the caller holds the lock. What is there now stems from it, unless it is a passing one."""
+        _check_home(partition)
         written = [disk.id for disk in partition.record.definition.disks if not disk.read_only]
         heads = {disk: layers_of(partition, disk).head for disk in written}
         if not heads:
@@ -557,6 +563,18 @@ class CheckpointController:
             [Condition(record.key, self._revisions[record.key]) for record in moved],
             [Put(record.key, record.encode()) for record in moved],
             moved,
+        )
+
+
+def _check_home(partition: Partition) -> None:
+    """Raises: StateError while blocks are missing: no layer of such a disk can be read without the backup."""
+    if partition.record.coming_home:
+        raise StateError(
+            f"partition {partition.name} was restored instantly, and not all of its blocks are there yet",
+            state="coming home",
+            required="whole",
+            remedy="Let it run until they are; how far that is: mullion operation list",
+            partition=partition.name,
         )
 
 

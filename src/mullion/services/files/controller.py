@@ -23,7 +23,7 @@ from mullion.base.errors import DeadlineError, MullionError, UnavailableError
 from mullion.base.process import Spawned, attach, wait_or_kill
 from mullion.media.confined import channel
 from mullion.media.errors import ReaderDiedError
-from mullion.media.files_worker import FilesCommand
+from mullion.media.files_worker import BackupSource, FilesCommand
 from mullion.model.views import FileVolumeView
 from mullion.parent.faults import error_view
 from mullion.services.checkpoint.controller import CheckpointController
@@ -36,6 +36,7 @@ _TURN_S: Final = 10.0
 """How long a request waits for its turn."""
 _SILENCE_S: Final = 30.0
 """How long the process may say nothing: more than the confined reader is given."""
+_BACKUP_SILENCE_S: Final = 300.0
 _CLIENT_S: Final = 60.0
 """How long a client may take nothing."""
 _TOTAL_S: Final = 6 * 3600.0
@@ -59,6 +60,13 @@ class FilesRequest(msgspec.Struct, frozen=True):
     volume: int | None = None
     recursive: bool = False
     consistent: bool = False
+    backup: BackupSource | None = None
+    """Then it is that backup's disks, and `partition` is what messages call it."""
+
+    @property
+    def silence_s(self) -> float:
+        """How long the process may say nothing; a repository may be far away, and its index long."""
+        return _SILENCE_S if self.backup is None else _BACKUP_SILENCE_S
 
     @property
     def label(self) -> str:
@@ -188,7 +196,9 @@ class FilesController:
     @contextlib.asynccontextmanager
     async def _chains(self, request: FilesRequest) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
         """The chains of the disks, which stay as they are inside this block."""
-        if request.checkpoint:
+        if request.backup is not None:
+            yield {}
+        elif request.checkpoint:
             async with self._checkpoints.reading(request.partition, request.checkpoint) as chains:
                 yield chains
         else:
@@ -205,6 +215,7 @@ class FilesController:
             disk=request.disk,
             volume=request.volume,
             recursive=request.recursive,
+            backup=request.backup,
         )
         async with _worker(command) as frames:
             while True:
@@ -262,12 +273,12 @@ def _end(process: Spawned) -> None:
 async def _next_frame(frames: asyncio.StreamReader, request: FilesRequest) -> Frame:
     """Raises: ReaderDiedError when there is none."""
     try:
-        async with asyncio.timeout(_SILENCE_S):
+        async with asyncio.timeout(request.silence_s):
             kind, length = channel.HEAD.unpack(await frames.readexactly(channel.HEAD.size))
             if length > channel.FRAME_LIMIT_BYTES:
                 raise ReaderDiedError(f"{request.label}: the reader announced {length} bytes")
             return kind, await frames.readexactly(length)
     except TimeoutError as error:
-        raise ReaderDiedError(f"{request.label}: the reader said nothing for {_SILENCE_S:g} s") from error
+        raise ReaderDiedError(f"{request.label}: the reader said nothing for {request.silence_s:g} s") from error
     except asyncio.IncompleteReadError as error:
         raise ReaderDiedError(f"{request.label}: the reader ended before its answer did") from error

@@ -5,6 +5,8 @@
     files/content   a file, byte by byte                                               application/octet-stream
     files/tree      a file or a folder with everything in it, holes and all            application/vnd.mullion.files
 
+Those of a backup are at `/1.0/backups/ID/files/…`: `volumes`, and as frames `list`, `file` and `tree`.
+
 All are of a checkpoint (`checkpoint=NAME`) or of the partition as it is at this instant. What fails before the first
 byte is an error with its status; what fails later ends a list with `{"error": …}`, a tree with its frame of an error
 (`media.confined.channel` has the frames), and the connection of a content before its end. The header `mullion-notes`
@@ -19,15 +21,17 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 from litestar import get
-from litestar.params import QueryParameter
+from litestar.params import PathParameter, QueryParameter
 from litestar.response import Stream
 
 from mullion.base.errors import MullionError
 from mullion.base.units import MIB
 from mullion.media.confined import channel
+from mullion.media.files_worker import BackupSource
 from mullion.media.filesystems.entries import public_fields, unpack_entry
 from mullion.model.views import FileVolumeView
 from mullion.parent.api import PathName, Service
+from mullion.services.backup.controller import BackupController
 from mullion.services.files.controller import FilesAnswer, FilesController, FilesRequest
 
 FRAMES_TYPE: Final = "application/vnd.mullion.files"
@@ -39,6 +43,9 @@ _Path = Annotated[str, QueryParameter(description="the path from the root of the
 _Checkpoint = Annotated[str, QueryParameter(description="a checkpoint's name or id; without: now", max_length=64)]
 _Disk = Annotated[str | None, QueryParameter(description="the disk's id, where there are several", max_length=64)]
 _Volume = Annotated[int | None, QueryParameter(ge=0, le=9999, description="the volume's number; 0 is the whole disk")]
+_Backup = Annotated[str, PathParameter(description="a backup's id, or its beginning", max_length=64)]
+_What = Annotated[Literal["list", "file", "tree"], PathParameter(description="what of the files is wanted")]
+_Repository = Annotated[str | None, QueryParameter(description="a repository; not needed when only one is known")]
 _Consistent = Annotated[bool, QueryParameter(description="freeze the guest's filesystems for that instant")]
 
 
@@ -112,7 +119,40 @@ async def read_tree(
     return _stream(answer, _frames(answer), FRAMES_TYPE)
 
 
-ROUTES: Final = (list_volumes, list_files, read_file, read_tree)
+@get("/1.0/backups/{backup:str}/files/volumes", tags=_TAGS)
+async def list_backup_volumes(
+    files: Service[FilesController],
+    backups: Service[BackupController],
+    backup: _Backup,
+    repository: _Repository = None,
+    disk: _Disk = None,
+) -> list[FileVolumeView]:
+    """The volumes of a backup's disks and what they hold."""
+    source = BackupSource(*backups.source(repository), backup)
+    return list(await files.volumes(FilesRequest(backup, "", "volumes", disk=disk, backup=source)))
+
+
+@get("/1.0/backups/{backup:str}/files/{what:str}", tags=_TAGS)
+async def read_backup(
+    files: Service[FilesController],
+    backups: Service[BackupController],
+    backup: _Backup,
+    what: _What,
+    *,
+    repository: _Repository = None,
+    path: _Path = "/",
+    disk: _Disk = None,
+    volume: _Volume = None,
+    recursive: bool = False,
+) -> Stream:
+    """Files of a backup: what is at a path (`list`), a `file`, or a file or folder with everything in it (`tree`)."""
+    source = BackupSource(*backups.source(repository), backup)
+    operation = "read" if what == "file" else what
+    answer = await files.begin(FilesRequest(backup, "", operation, path, disk, volume, recursive, backup=source))
+    return _stream(answer, _frames(answer), FRAMES_TYPE)
+
+
+ROUTES: Final = (list_volumes, list_files, read_file, read_tree, list_backup_volumes, read_backup)
 
 
 def _stream(answer: FilesAnswer, content: AsyncIterator[bytes], media_type: str) -> Stream:

@@ -33,7 +33,7 @@ from mullion.parent.operations import Operation, Operations, Work
 from mullion.parent.store import Condition, Delete, Put, Store
 from mullion.services.disk.controller import DiskController
 from mullion.services.partition.partition import Partition, Surroundings
-from mullion.services.partition.record import PREFIX, PartitionRecord, key_of
+from mullion.services.partition.record import PREFIX, BackupOrigin, DiskLayers, PartitionRecord, key_of
 from mullion.services.partition.runtime import Runtime
 from mullion.services.partition.saving import changed_since
 from mullion.services.partition.upkeep import resize_disk, upgrade_provider
@@ -161,8 +161,14 @@ class PartitionController:
 
     # -- definitions ---------------------------------------------------------------------------------------------------
 
-    async def create(self, definition: PartitionDefinition) -> PartitionView:
-        """Keep a new definition; one that is wanted running is started.
+    async def create(
+        self,
+        definition: PartitionDefinition,
+        *,
+        layers: Mapping[str, DiskLayers] | None = None,
+        origin: BackupOrigin | None = None,
+    ) -> PartitionView:
+        """Keep a new definition; one that is wanted running is started. `layers` and `origin` are of its record.
 
         Raises: AlreadyExistsError; InvalidError.
         """
@@ -183,6 +189,8 @@ class PartitionController:
             uuid=definition.uuid or str(uuid.uuid4()),
             created_at=utc_now(),
             user_id=self._allocate_uid(used) if self._allocate_uid is not None else None,
+            layers=dict(layers or {}),
+            origin=origin,
         )
         partition = self._hold(record, 0)  # before the store has it, so that no second one takes the name or the id
         try:

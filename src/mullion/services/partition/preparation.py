@@ -138,6 +138,7 @@ def provider_spec(
                 "vhost_user": paths.vhost_user(disk.id) if disk.transport is Transport.VHOST_USER else None,
                 "nbd": paths.nbd(disk.id),
                 "limits": disk_limits(record.definition, disk.id),
+                "backing": paths.backing(disk.id) if disk.id in record.coming_home else None,
             }
             for disk in disks
         ],

@@ -48,6 +48,8 @@ class DiskLayers(msgspec.Struct, frozen=True):
     parents: dict[str, str | None]
     """Each file's parent; None for the definition's file."""
     merging: Merging | None = None
+    is_coming_home: bool = False
+    """What no file has is in the backup that the record names: until all is home, none of them can be read alone."""
 
 
 class DiskStamp(msgspec.Struct, frozen=True):
@@ -92,6 +94,13 @@ class SavedPhase(enum.Enum):
     COMPLETE = "complete"
 
 
+class BackupOrigin(msgspec.Struct, frozen=True):
+    """The backup that a partition's disks are coming home from."""
+
+    repository: str
+    backup: str
+
+
 class PartitionRecord(msgspec.Struct, frozen=True):
     """One partition in the store. What is wanted of it is all in the definition; acts change its `power`."""
 
@@ -108,6 +117,12 @@ class PartitionRecord(msgspec.Struct, frozen=True):
     checkpoint: str | None = None
     """The id of the checkpoint that the present was made from."""
     saved: SavedState | None = None
+    origin: BackupOrigin | None = None
+
+    @property
+    def coming_home(self) -> tuple[str, ...]:
+        """The disks of which some blocks are still in the backup only."""
+        return tuple(disk for disk, layers in self.layers.items() if layers.is_coming_home)
 
     @property
     def heads(self) -> dict[str, str]:

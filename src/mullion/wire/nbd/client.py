@@ -232,6 +232,12 @@ class NbdClient:
         finally:
             self._disconnect()
 
+    def abort(self) -> None:
+        """End the connection, from any thread: whoever waits for the server gets UnavailableError."""
+        if (connection := self._socket) is not None:
+            with contextlib.suppress(OSError):  # it ends just now
+                connection.shutdown(socket.SHUT_RDWR)
+
     def __enter__(self) -> NbdClient:
         return self
 

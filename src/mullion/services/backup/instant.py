@@ -1,0 +1,217 @@
+"""Partitions that start before their blocks are there: these come home from the backup while the guest runs.
+
+    NAME-disk0.vhd        empty: the definition's file
+    NAME-disk0-….avhd     the head over it: what the guest wrote, and what came home; it knows which sectors it has
+
+What neither has the provider reads from the backup's disk (`provider.backing`), which a server offers (`server`), and
+brings home in between. When all of it is there, durable: the record says so ─► the provider lets go of the backup ─►
+the server ends ─► the head is merged as after any checkpoint.
+
+A crash anywhere goes on: what came home is the head's, the record says what is missing, the provider waits for a
+server, and this operation, which is resumed, starts one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from mullion.base.errors import MullionError, OperationFailedError
+from mullion.base.paths import HostPaths
+from mullion.base.process import Spawned, read_identity
+from mullion.model.definition import PartitionDefinition
+from mullion.model.states import OperationState
+from mullion.model.views import BackupDiskView, BackupView
+from mullion.parent.events import Events
+from mullion.parent.operations import Operation, Operations
+from mullion.services.backup.worker_link import start_server
+from mullion.services.checkpoint.controller import CheckpointController
+from mullion.services.partition.controller import PartitionController
+from mullion.services.partition.partition import Partition
+from mullion.services.partition.record import BackupOrigin, DiskLayers
+from mullion.vhd import create_differencing, create_dynamic
+from mullion.vhd.storage import storage_explained
+
+log = logging.getLogger(__name__)
+
+KIND: Final = "backup.homecoming"
+_PREFIX: Final = "homecoming/"
+_POLL_S: Final = 0.25
+
+
+class Homecomings:
+    """The partitions that were restored instantly and are not whole yet. `source` is where a repository is."""
+
+    def __init__(
+        self,
+        *,
+        operations: Operations,
+        events: Events,
+        paths: HostPaths,
+        partitions: PartitionController,
+        checkpoints: CheckpointController,
+        source: Callable[[str | None], tuple[str, dict[str, Any]]],
+    ) -> None:
+        self._operations = operations
+        self._events = events
+        self._paths = paths
+        self._partitions = partitions
+        self._checkpoints = checkpoints
+        self._source = source
+        self._servers: dict[str, Spawned] = {}
+
+    def open(self) -> None:
+        """After a crash the operations go on."""
+        self._operations.register_resume(KIND, self._follow)
+
+    async def resume(self) -> None:
+        """Begin what a crash kept from beginning."""
+        for partition in self._partitions.all():
+            running = self._operations.list(target=f"{_PREFIX}{partition.name}", state=OperationState.RUNNING)
+            if partition.record.coming_home and not running:
+                await self._begin(partition.name)
+
+    async def _begin(self, name: str) -> str:
+        return (await self._operations.start(KIND, f"{_PREFIX}{name}", self._follow)).id
+
+    async def create(self, wanted: PartitionDefinition, view: BackupView, disks: Mapping[str, str]) -> str:
+        """Make a partition whose disks are a backup's; the operation that brings them home.
+
+        Raises: AlreadyExistsError; NoSpaceError; what making a partition raises.
+        """
+        layers: dict[str, DiskLayers] = {}
+        made: list[str] = []
+        try:
+            for disk in view.disks:
+                base = disks[disk.id]
+                head = f"{os.path.splitext(base)[0]}-{secrets.token_hex(4)}.avhd"
+                await asyncio.to_thread(_make_files, base, head, disk, made)
+                layers[disk.id] = DiskLayers(head, {base: None, head: base}, is_coming_home=True)
+            await self._partitions.create(wanted, layers=layers, origin=BackupOrigin(view.repository, view.id))
+        except BaseException:
+            for path in made:
+                os.unlink(path)
+            raise
+        return await self._begin(wanted.name)
+
+    # -- the operation -------------------------------------------------------------------------------------------------
+
+    async def _follow(self, operation: Operation) -> Mapping[str, object]:
+        """Keep a server for the partition while it runs, until all is home."""
+        name = operation.target.removeprefix(_PREFIX)
+        partition = next((one for one in self._partitions.all() if one.name == name), None)
+        if partition is None:
+            _gone(name)
+        while not await self._turn(operation, partition):
+            await asyncio.sleep(_POLL_S)
+            if all(partition is not one for one in self._partitions.all()):
+                await self._end_server(partition)
+                _gone(name)
+        await self._end_server(partition)
+        self._checkpoints.wake(partition)
+        self._events.publish("backup.home", f"partition/{name}")
+        return {"partition": name}
+
+    async def _turn(self, operation: Operation, partition: Partition) -> bool:
+        """Do what can be done now; whether all is home, and nobody reads the backup any more."""
+        try:
+            if not partition.has_processes():
+                await self._end_server(partition)
+                operation.stage("waiting until the partition is started")
+                return not partition.record.coming_home
+            if partition.record.coming_home:
+                await self._ensure_server(partition)
+            link = partition.runtime.link
+            if link is None:
+                return False
+            backings = {disk["id"]: disk["backing"] for disk in (await link.request("status"))["disks"]}
+            reading = {disk: backing for disk, backing in backings.items() if backing is not None}
+            for disk in [disk for disk, backing in reading.items() if backing["is_home"]]:
+                await self._come_home(partition, disk)
+                del reading[disk]
+            self._say(operation, reading)
+            return not reading and not partition.record.coming_home
+        except MullionError as error:
+            operation.stage(f"waiting: {error.message}")
+            return False
+
+    async def _come_home(self, partition: Partition, disk: str) -> None:
+        """All of a disk is there: first the record says so, then the provider reads on without the backup."""
+        async with partition.lock:
+            if disk in partition.record.coming_home:
+                layers = dict(partition.record.layers)
+                layers[disk] = msgspec.structs.replace(layers[disk], is_coming_home=False)
+                is_last = partition.record.coming_home == (disk,)
+                await partition.save(layers=layers, origin=None if is_last else partition.record.origin)
+            if partition.runtime.link is not None:
+                await partition.runtime.link.request("release-backing", disk=disk)
+
+    def _say(self, operation: Operation, reading: Mapping[str, Mapping[str, Any]]) -> None:
+        reasons = [str(backing["reason"]) for backing in reading.values() if backing["reason"]]
+        total = sum(backing["total_bytes"] for backing in reading.values())
+        done = sum(backing["done_bytes"] for backing in reading.values())
+        what = f"waiting: {reasons[0]}" if reasons else f"{', '.join(reading)} coming home"
+        operation.stage(what, done / total if total else None)
+
+    # -- the server ----------------------------------------------------------------------------------------------------
+
+    async def _ensure_server(self, partition: Partition) -> None:
+        """One that is alive; an earlier service's is taken over. Raises: what keeps it from starting."""
+        paths = partition.runtime.paths
+        if self._is_alive(partition):
+            return
+        origin = partition.record.origin
+        assert origin is not None, "blocks are missing"
+        url, secret = self._source(origin.repository)
+        uid, gid = partition.record.run_as or (None, None)
+        request = {
+            "action": "serve",
+            "url": url,
+            "secret": secret,
+            "backup": origin.backup,
+            "disks": {disk: paths.backing(disk) for disk in partition.record.coming_home},
+            "identity": paths.backup_server_identity,
+            "uid": uid,
+            "gid": gid,
+        }
+        self._servers[partition.name] = await start_server(request, self._paths.log)
+        log.info("%s: a server of backup %s is there", partition.name, origin.backup)
+
+    def _is_alive(self, partition: Partition) -> bool:
+        process = self._servers.get(partition.name)
+        if process is not None and process.poll() is not None:  # which also reaps it
+            del self._servers[partition.name]
+        identity = read_identity(partition.runtime.paths.backup_server_identity)
+        return identity is not None and identity.is_alive
+
+    async def _end_server(self, partition: Partition) -> None:
+        """It ends by itself, and soon, when it is asked to or its sockets are gone."""
+        identity = read_identity(partition.runtime.paths.backup_server_identity)
+        if identity is not None:
+            identity.send_signal(signal.SIGTERM)
+        process = self._servers.pop(partition.name, None)
+        if process is not None:
+            await asyncio.to_thread(process.wait)
+
+
+def _make_files(base: str, head: str, disk: BackupDiskView, made: list[str]) -> None:
+    """The two files of a disk; `made` gets what is there."""
+    with storage_explained(base):
+        create_dynamic(base, disk.size_bytes)
+        made.append(base)
+        create_differencing(head, base)
+        made.append(head)
+
+
+def _gone(name: str) -> NoReturn:
+    raise OperationFailedError(
+        f"partition {name} was deleted before all of its blocks were there",
+        remedy="The backup is whole: restore it again (mullion backup restore).",
+    )

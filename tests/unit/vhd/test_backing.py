@@ -1,0 +1,118 @@
+"""A chain over a backing: what no file has is read there, comes home, and never hides what was written."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mullion.base.block import ExtentKind
+from mullion.base.units import KIB, MIB, SECTOR_BYTES
+from mullion.vhd import Chain, create_differencing, create_dynamic, open_chain
+
+pytestmark = pytest.mark.unit
+
+SIZE_BYTES = 5 * MIB + 3 * SECTOR_BYTES
+
+
+class Content:
+    """What a backup's disk would give; shorter than the disk, as after a growth."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            buffer[:] = self.content[offset : offset + len(buffer)].ljust(len(buffer), b"\0")
+            offset += len(buffer)
+
+
+@pytest.fixture
+def content() -> bytes:
+    return random.Random(7).randbytes(5 * MIB)
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> str:
+    """A differencing disk over an empty one."""
+    create_dynamic(str(tmp_path / "base.vhd"), SIZE_BYTES)
+    create_differencing(str(tmp_path / "top.avhd"), str(tmp_path / "base.vhd"))
+    return str(tmp_path / "top.avhd")
+
+
+def read(chain: Chain, offset: int = 0, length: int = SIZE_BYTES) -> bytes:
+    buffer = bytearray(length)
+    chain.pread(offset, buffer)
+    return bytes(buffer)
+
+
+def bring_home(chain: Chain, content: bytes) -> None:
+    for offset in range(0, len(content), 64 * KIB):
+        chain.fill(offset, content[offset : offset + 64 * KIB])
+
+
+def test_what_no_file_has_is_read_from_the_backing(top: str, content: bytes) -> None:
+    with open_chain(top) as chain:
+        chain.backing = Content(content)
+        assert read(chain) == content.ljust(SIZE_BYTES, b"\0")
+        assert read(chain, 1_000_001, 77) == content[1_000_001:][:77]
+        chain.pwrite(700, b"x" * 100)  # parts of two sectors, which are completed from the backing
+        wanted = content[:700] + b"x" * 100 + content[800 : 8 * KIB]
+        assert read(chain, 0, 8 * KIB) == wanted
+        chain.backing = None
+        whole_sectors = wanted[SECTOR_BYTES : 2 * SECTOR_BYTES]
+        assert read(chain, 0, 2 * SECTOR_BYTES) == bytes(SECTOR_BYTES) + whole_sectors
+
+
+def test_nothing_counts_as_a_hole_before_all_is_home(top: str, content: bytes) -> None:
+    with open_chain(top) as chain:
+        assert {extent.kind for extent in chain.extents(0, SIZE_BYTES)} == {ExtentKind.HOLE}
+        chain.backing = Content(content)
+        assert {extent.kind for extent in chain.extents(0, SIZE_BYTES)} == {ExtentKind.DATA}
+
+
+@pytest.mark.parametrize("is_home_first", [False, True])
+def test_zeros_stay_zeros(top: str, content: bytes, is_home_first: bool) -> None:
+    """What the guest has zeroed or discarded does not show the backup's data again."""
+    with open_chain(top) as chain:
+        chain.backing = Content(content)
+        if is_home_first:
+            bring_home(chain, content)
+        chain.write_zeroes(MIB - 100, 64 * KIB)
+        bring_home(chain, content)
+        chain.backing = None
+        assert read(chain, MIB - 100, 64 * KIB) == bytes(64 * KIB)
+        assert read(chain, 0, MIB - 100) == content[: MIB - 100]
+
+
+def test_any_order_of_writes_and_homecoming_is_right(top: str, content: bytes) -> None:
+    """And what came home is durable after a flush: it is there when the chain is opened without the backing."""
+    chance = random.Random(11)
+    wanted = bytearray(content.ljust(SIZE_BYTES, b"\0"))
+    pieces = [(offset, min(64 * KIB, len(content) - offset)) for offset in range(0, len(content), 64 * KIB)]
+    chance.shuffle(pieces)
+    with open_chain(top) as chain:
+        chain.backing = Content(content)
+        for offset, length in pieces:
+            for _ in range(3):
+                at, count = chance.randrange(SIZE_BYTES), chance.choice((1, 512, 4096, 70_000))
+                count = min(count, SIZE_BYTES - at)
+                if chance.random() < 0.3:
+                    chain.write_zeroes(at, count)
+                    wanted[at : at + count] = bytes(count)
+                else:
+                    data = os.urandom(count)
+                    chain.pwrite(at, data)
+                    wanted[at : at + count] = data
+            if chain.lacks(offset, length):
+                chain.fill(offset, content[offset : offset + length])
+            assert not chain.lacks(offset, length)
+            chain.fill(offset, content[offset : offset + length])  # again: nothing changes
+        assert read(chain) == bytes(wanted)
+        chain.flush()
+        chain.abandon()
+    with open_chain(top) as chain:
+        assert read(chain) == bytes(wanted)
