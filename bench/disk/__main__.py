@@ -4,7 +4,7 @@ import sys
 from typing import Final
 
 import bench.disk
-from bench.disk import backup, caps, files, merge, requests
+from bench.disk import backup, caps, files, instant, merge, requests
 from bench.runner import Benchmarks, run_benchmarks
 
 BENCHMARKS: Final[Benchmarks] = {
@@ -13,6 +13,7 @@ BENCHMARKS: Final[Benchmarks] = {
     "merge": merge.run,
     "backup": backup.run,
     "files": files.run,
+    "instant": instant.run,
 }
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
 from mullion.base.block import ExtentKind
 from mullion.base.units import KIB, MIB, SECTOR_BYTES
@@ -116,3 +118,53 @@ def test_any_order_of_writes_and_homecoming_is_right(top: str, content: bytes) -
         chain.abandon()
     with open_chain(top) as chain:
         assert read(chain) == bytes(wanted)
+
+
+def test_a_power_cut_at_any_change_shows_what_was_flushed_and_never_less_than_the_backup(
+    tmp_path: Path, content: bytes
+) -> None:
+    """What came home is either there or still asked of the backing; what was written and not flushed, either or."""
+    fuse = 0
+    while True:
+        fuse += 1
+        folder = tmp_path / str(fuse)
+        folder.mkdir()
+        create_dynamic(str(folder / "base.vhd"), SIZE_BYTES)
+        create_differencing(str(folder / "top.avhd"), str(folder / "base.vhd"))
+        file_io = RecordingIO()
+        allowed = [{content[at : at + SECTOR_BYTES]} for at in range(0, 64 * KIB, SECTOR_BYTES)]
+        chain = open_chain(str(folder / "top.avhd"), file_io=file_io)
+        chain.backing = Content(content)
+        file_io.fuse = fuse
+        try:
+            _live(chain, content, allowed, random.Random(fuse % 4))
+            return
+        except KilledError:
+            chain.abandon()
+            file_io.cut_power(random.Random(fuse))
+        with open_chain(str(folder / "top.avhd")) as again:
+            again.backing = Content(content)
+            for number, values in enumerate(allowed):
+                assert read(again, number * SECTOR_BYTES, SECTOR_BYTES) in values, (fuse, number)
+        shutil.rmtree(folder)
+
+
+def _live(chain: Chain, content: bytes, allowed: list[set[bytes]], chance: random.Random) -> None:
+    """Writes, homecoming and flushes in the first 64 KiB; `allowed` is what each sector may hold after a power cut."""
+    for _ in range(12):
+        first = chance.randrange(len(allowed))
+        count = chance.randrange(1, min(20, len(allowed) - first + 1))
+        match chance.randrange(3):
+            case 0:
+                data = [chance.randbytes(SECTOR_BYTES) for _ in range(count)]
+                for number, sector in enumerate(data, first):
+                    allowed[number].add(sector)
+                chain.pwrite(first * SECTOR_BYTES, b"".join(data))
+            case 1:
+                offset = first * SECTOR_BYTES
+                chain.fill(offset, content[offset : offset + count * SECTOR_BYTES])
+            case 2:
+                chain.flush()
+                for number, values in enumerate(allowed):
+                    values.intersection_update({read(chain, number * SECTOR_BYTES, SECTOR_BYTES)})
+    chain.close()
