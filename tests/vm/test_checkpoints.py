@@ -81,6 +81,29 @@ def test_a_partition_goes_back_to_a_checkpoint_and_forth_again(service: Service,
     service.cli("partition", "stop", "web")
 
 
+@pytest.mark.parametrize("transport", [Transport.NBD, Transport.VHOST_USER])
+def test_a_guest_goes_on_where_its_memory_was(
+    shared_service: Service, iocheck_image: BuiltImage, transport: Transport
+) -> None:
+    service, name = shared_service, f"memory-{transport.value}"
+    start_guest(service, iocheck_image, name, transport)
+    with logged_in(service, name) as console:
+        console.command("MARK=before; echo before > /root/mark; sync; dd if=/dev/zero of=/dev/vdb bs=4k count=1")
+        service.cli("checkpoint", "create", name, "remembered", "--memory")
+        console.command("MARK=after; echo after > /root/mark; sync")
+    service.cli("checkpoint", "apply", name, "remembered", "--yes")
+    with GuestConsole(service, name) as console:  # the shell is the one that was there
+        console.type("\n")
+        console.wait_for("# ")
+        assert "before before" in console.command("echo $MARK $(cat /root/mark)")
+        console.command("dd if=/dev/vdb of=/dev/null bs=64k count=16 && echo again > /root/mark && sync")
+    view = service.partition(name)
+    assert view.state.value == "running"
+    service.cli("checkpoint", "delete", name, "remembered")
+    wait_until_merged(service, name)
+    service.cli("partition", "stop", name, "--force")
+
+
 @pytest.mark.parametrize("victim", ["provider", "service"])
 def test_a_death_in_the_middle_of_merges_loses_nothing(
     service: Service, iocheck_image: BuiltImage, victim: str
