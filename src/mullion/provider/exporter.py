@@ -33,11 +33,10 @@ from mullion.base.files import replace_file
 from mullion.base.listener import bind_listener, bind_tcp_listener
 from mullion.base.process import ProcessIdentity
 from mullion.provider.control import Command, ControlServer, close_all
-from mullion.provider.control_client import encode
 from mullion.provider.export_spec import ExportedDisk, ExportSpec
 from mullion.provider.merger import yield_to_others
 from mullion.provider.spec import DiskSpec
-from mullion.provider.startup import drop_privileges, open_chain_files, set_process_name
+from mullion.provider.startup import drop_privileges, open_chain_files, report, set_process_name
 from mullion.vhd import Chain
 from mullion.vhd.held import ChangedSince
 from mullion.wire.nbd import Export, NbdServer
@@ -186,9 +185,9 @@ def run_export(spec: ExportSpec, report_fd: int) -> int:
     except (MullionError, OSError) as error:
         failure = error if isinstance(error, MullionError) else _cannot_start(spec, error)
         log.error("%s: %s", spec.partition, failure)
-        _report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
+        report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
         return 1
-    _report(report_fd, {"ready": True, "pid": os.getpid()})
+    report(report_fd, {"ready": True, "pid": os.getpid()})
     exporter.run()
     log.info("%s: the exporter ends", spec.partition)
     exporter.close()
@@ -197,12 +196,6 @@ def run_export(spec: ExportSpec, report_fd: int) -> int:
 
 def _cannot_start(spec: ExportSpec, error: OSError) -> MullionError:
     return OperationFailedError(f"the exporter cannot start: {error}", remedy=f"See {spec.log}.")
-
-
-def _report(fd: int, message: Mapping[str, object]) -> None:
-    """Nobody may wait for it any more, which is no reason to end."""
-    with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as file:
-        file.write(encode(message))
 
 
 def main() -> int:

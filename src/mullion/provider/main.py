@@ -30,7 +30,6 @@ from mullion.base.listener import bind_listener
 from mullion.provider.backing import Homecoming
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control import Action, Command, ControlServer, close_all
-from mullion.provider.control_client import encode
 from mullion.provider.device import DirectDevice
 from mullion.provider.exchanging import Exchangeable, exchange_chains
 from mullion.provider.layers.commands import Handler, LayerControl
@@ -43,6 +42,7 @@ from mullion.provider.startup import (
     give_file,
     has_log,
     open_chain_files,
+    report,
     set_process_name,
 )
 from mullion.provider.turnstile import HeldDevice, Turnstile, holding
@@ -382,7 +382,7 @@ def run(spec: ProviderSpec, report_fd: int) -> int:
         provider.open()
     except MullionError as error:
         log.error("%s: %s", spec.partition, error)
-        _report(report_fd, {"error": error.to_wire(), "pid": os.getpid()})
+        report(report_fd, {"error": error.to_wire(), "pid": os.getpid()})
         return 1
     except OSError as error:
         failure: MullionError = OperationFailedError(f"the provider cannot start: {error}", remedy=f"See {spec.log}.")
@@ -390,9 +390,9 @@ def run(spec: ProviderSpec, report_fd: int) -> int:
             folders = " or ".join(sorted({os.path.dirname(disk.chain[0]) for disk in spec.disks}))
             failure = NoSpaceError(f"no space left in {folders}: the provider cannot finish what it left unwritten")
         log.error("%s: %s", spec.partition, failure)
-        _report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
+        report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
         return 1
-    _report(report_fd, provider.ready())
+    report(report_fd, provider.ready())
     provider.run()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
@@ -403,12 +403,6 @@ def run(spec: ProviderSpec, report_fd: int) -> int:
         log.error("%s: ended with unflushed data: %s", spec.partition, error)
         return 1
     return 0
-
-
-def _report(fd: int, message: Mapping[str, object]) -> None:
-    """Nobody may wait for it any more, which is no reason to end."""
-    with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as file:
-        file.write(encode(message))
 
 
 def _without_fds(action: Callable[[], Mapping[str, object]], command: Command) -> Mapping[str, object]:

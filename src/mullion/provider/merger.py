@@ -40,7 +40,7 @@ from mullion.base.process import ProcessIdentity
 from mullion.provider.control import Command, ControlServer, close_all
 from mullion.provider.control_client import encode
 from mullion.provider.merge_spec import MergeSpec
-from mullion.provider.startup import drop_privileges, set_process_name
+from mullion.provider.startup import drop_privileges, report, set_process_name
 from mullion.vhd.layer_merge import LayerFiles, LayerMerged, merge_layer
 from mullion.vhd.pacing import Pace, StoppedError
 
@@ -198,9 +198,9 @@ def run_merge(spec: MergeSpec, report_fd: int) -> int:
     except (MullionError, OSError) as error:
         failure = error if isinstance(error, MullionError) else _cannot_start(spec, error)
         log.error("%s: %s", spec.partition, failure)
-        _report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
+        report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
         return 1
-    _report(report_fd, {"ready": True, "pid": os.getpid()})
+    report(report_fd, {"ready": True, "pid": os.getpid()})
     status = merger.run()
     log.info("%s: the merge of %s into %s ends: %s", spec.partition, spec.upper, spec.lower, merger.status()["state"])
     return status
@@ -208,12 +208,6 @@ def run_merge(spec: MergeSpec, report_fd: int) -> int:
 
 def _cannot_start(spec: MergeSpec, error: OSError) -> MullionError:
     return OperationFailedError(f"the merge worker cannot start: {error}", remedy=f"See {spec.log}.")
-
-
-def _report(fd: int, message: Mapping[str, object]) -> None:
-    """Nobody may wait for it any more, which is no reason to end."""
-    with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as file:
-        file.write(encode(message))
 
 
 def main() -> int:

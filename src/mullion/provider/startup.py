@@ -8,12 +8,15 @@ show a disk, and to find a chain's files before each start): docs/threat-model.m
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from typing import Final
 
 from mullion.base.errors import DeniedError, InvalidError, MullionError, NotFoundError
+from mullion.provider.control_client import encode
 from mullion.provider.spec import DiskSpec
 from mullion.vhd.locking import lock_file
 from mullion.vhd.pending import log_path
@@ -99,6 +102,12 @@ def drop_privileges(uid: int | None, gid: int | None) -> None:
             os.setresuid(uid, uid, uid)
     except PermissionError as error:
         raise DeniedError(f"cannot become user {uid}, group {gid}: {error.strerror}") from error
+
+
+def report(fd: int, message: Mapping[str, object]) -> None:
+    """Tell whoever waits for the start, and close the descriptor. Nobody may wait any more: no reason to end."""
+    with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as file:
+        file.write(encode(message))
 
 
 def set_process_name(name: str) -> None:
