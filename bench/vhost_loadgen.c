@@ -17,6 +17,7 @@
  *   seed=1
  *   flush=0         every so many requests are followed by a FLUSH, which counts as one
  *   report=0        after every so many requests a line: seconds of CLOCK_MONOTONIC, requests done
+ *   longest=0       1: such a line has a third number, the longest of the requests since the line before, in us
  * PID is the back-end's process: its CPU time, all threads, is read right before and after the measured part.
  * The answer is one line of JSON. Exit status: 0 all right, 1 wrong bytes or failed requests, 2 cannot run.
  */
@@ -64,7 +65,8 @@ static char *data;
 static uint64_t block_of[QUEUE_SIZE];
 static uint16_t avail_idx, seen_idx, kicked_idx;
 static long depth = 32, count = 100000, warm, first, blocks, request_bytes = 4096, indirect = 1, event_idx = 1,
-            inflight = 1, seed = 1, busy_wait = 1, flush_every, report_every;
+            inflight = 1, seed = 1, busy_wait = 1, flush_every, report_every, with_longest;
+static double submitted_s[QUEUE_SIZE], longest_s;
 static uint64_t bad, failed, calls, kicks;
 
 static void die(const char *what) { perror(what); exit(2); }
@@ -191,6 +193,13 @@ static uint64_t next_random(void)
     return state;
 }
 
+static double now_s(clockid_t clock)
+{
+    struct timespec t;
+    if (clock_gettime(clock, &t)) die("clock");
+    return t.tv_sec + t.tv_nsec / 1e9;
+}
+
 static void submit(unsigned i, uint64_t block, int type)
 {
     struct slot *s = &slots[i];
@@ -199,6 +208,7 @@ static void submit(unsigned i, uint64_t block, int type)
     s->header = (struct header){ type, 0, block * (BLOCK / 512) };
     s->status = 0xFF;
     block_of[i] = block;
+    if (with_longest) submitted_s[i] = now_s(CLOCK_MONOTONIC);
     if (is_write)
         for (long at = 0; at < request_bytes; at += BLOCK) pattern((uint64_t *)(buffer + at), block + at / BLOCK);
     struct desc *d = indirect ? s->table : &descs[i * 3];
@@ -238,17 +248,14 @@ static void sleep_until_used(void)
     }
 }
 
-static double now_s(clockid_t clock)
-{
-    struct timespec t;
-    if (clock_gettime(clock, &t)) die("clock");
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
-
 static void complete(unsigned i, int is_write)
 {
     static uint64_t expected[BLOCK / 8];
     char *buffer = data + i * MAX_REQUEST;
+    if (with_longest) {
+        double took_s = now_s(CLOCK_MONOTONIC) - submitted_s[i];
+        if (took_s > longest_s) longest_s = took_s;
+    }
     if (slots[i].status) { failed++; return; }
     if (is_write || slots[i].header.type == FLUSH) return;
     for (long at = 0; at < request_bytes; at += BLOCK) {
@@ -295,7 +302,10 @@ static void run(long total, int is_write, int is_sequential)
         if (busy_wait) avail->used_event = seen_idx - 1;
         if (report_every && completed - reported >= report_every) {
             reported = completed;
-            printf("%.6f %ld\n", now_s(CLOCK_MONOTONIC), completed);
+            printf("%.6f %ld", now_s(CLOCK_MONOTONIC), completed);
+            if (with_longest) printf(" %.0f", longest_s * 1e6);
+            putchar('\n');
+            longest_s = 0;
             fflush(stdout);
         }
     }
@@ -307,7 +317,8 @@ int main(int argc, char **argv)
     struct { const char *name; long *value; } keys[] = {
         { "depth", &depth }, { "count", &count }, { "warm", &warm }, { "first", &first }, { "blocks", &blocks },
         { "bytes", &request_bytes }, { "indirect", &indirect }, { "event_idx", &event_idx }, { "inflight", &inflight },
-        { "seed", &seed }, { "flush", &flush_every }, { "report", &report_every } };
+        { "seed", &seed }, { "flush", &flush_every }, { "report", &report_every },
+        { "longest", &with_longest } };
     for (int i = 4; i < argc; i++) {
         char *value = strchr(argv[i], '=');
         if (!value) { fprintf(stderr, "%s: KEY=VALUE\n", argv[i]); return 2; }

@@ -18,6 +18,7 @@ from bench.vhd.scratch import run_program
 from tests.framework.providers import Control, LoneProvider
 
 from mullion.provider.spec import DiskSpec, ProviderSpec
+from mullion.vhd import create_differencing
 
 LOADGEN: Final = Path(__file__).parents[1] / "vhost_loadgen.c"
 _START_S: Final = 30.0
@@ -45,6 +46,10 @@ class BackEnd:
         """Change the caps of a disk; in force when this returns."""
         raise NotImplementedError
 
+    def push(self, disk: str, path: str) -> None:
+        """Make an empty layer at `path`, and go on writing there; in force when this returns."""
+        raise NotImplementedError
+
     def __enter__(self) -> Self:
         return self
 
@@ -62,6 +67,7 @@ class OurProvider(BackEnd):
     def __init__(self, folder: str, disks: dict[str, Sequence[str]]) -> None:
         """`disks`: chains, top first, by name."""
         super().__init__()
+        self._chains = {name: list(chain) for name, chain in disks.items()}
         self.vhost = {name: f"{folder}/{name}.v" for name in disks}
         self.nbd = {name: f"{folder}/{name}.n" for name in disks}
         specs = tuple(
@@ -80,15 +86,41 @@ class OurProvider(BackEnd):
         if "error" in answer:
             raise BenchFault(f"the provider refused the caps: {answer}")
 
+    def push(self, disk: str, path: str) -> None:
+        chain = self._chains[disk]
+        create_differencing(path, chain[0], lock_parent=False)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            wanted = {"id": disk, "chain": [path, *chain], "new": [path]}
+            answer = self._control.ask("switch", fds=[fd], disks=[wanted])
+        finally:
+            os.close(fd)
+        if "error" in answer:
+            raise BenchFault(f"the provider refused the layer: {answer}")
+        chain.insert(0, path)
+
 
 class StorageDaemon(BackEnd):
     """`qemu-storage-daemon` with a throttle group over each disk where caps are wanted."""
 
     name = "qemu-storage-daemon"
 
-    def __init__(self, folder: str, disks: dict[str, str], *, driver: str = "qcow2", with_caps: bool = False) -> None:
-        """`disks`: the path of the top, by name. Backing files are opened as the images say, by io_uring too."""
+    def __init__(
+        self,
+        folder: str,
+        disks: dict[str, str],
+        *,
+        driver: str = "qcow2",
+        with_caps: bool = False,
+        with_nbd: bool = False,
+    ) -> None:
+        """`disks`: the path of the top, by name. Backing files are opened as the images say, by io_uring too.
+
+        With caps, or over NBD, the NBD server has one nameless export: that is for a single disk.
+        """
         super().__init__()
+        self._tops = {name: (path, name) for name, path in disks.items()}
+        self._driver = driver
         argv = ["qemu-storage-daemon", "--chardev", f"socket,path={folder}/qmp,server=on,wait=off,id=m"]
         argv += ["--monitor", "chardev=m"]
         for name, path in disks.items():
@@ -100,11 +132,11 @@ class StorageDaemon(BackEnd):
             node = f"t-{name}" if with_caps else name
             address = f"addr.type=unix,addr.path={self.vhost[name]}"
             argv += ["--export", f"type=vhost-user-blk,id=v-{name},node-name={node},{address},writable=on"]
-        if with_caps:
+        if with_caps or with_nbd:
             argv += ["--nbd-server", f"addr.type=unix,addr.path={folder}/qemu.n"]
-            argv += [
-                x for name in disks for x in ("--export", f"type=nbd,id=n-{name},node-name=t-{name},name=,writable=on")
-            ]
+            for name in disks:
+                node = f"t-{name}" if with_caps else name
+                argv += ["--export", f"type=nbd,id=n-{name},node-name={node},name=,writable=on"]
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
         self._held.callback(process.wait)
         self._held.callback(process.terminate)
@@ -115,6 +147,15 @@ class StorageDaemon(BackEnd):
     def set_caps(self, disk: str, *, iops: int = 0, bytes_per_s: int = 0) -> None:
         limits = {"iops-total": iops, "bps-total": bytes_per_s}
         self._qmp.ask("qom-set", path=f"/objects/g-{disk}", property="limits", value=limits)
+
+    def push(self, disk: str, path: str) -> None:
+        below, node = self._tops[disk]
+        run_program("qemu-img", "create", "-q", "-f", self._driver, "-b", below, "-F", self._driver, path)
+        overlay = f"o{os.path.basename(path).partition('.')[0]}"
+        file = {"driver": "file", "filename": path, "aio": "io_uring"}
+        self._qmp.ask("blockdev-add", **{"driver": self._driver, "node-name": overlay, "file": file, "backing": None})
+        self._qmp.ask("blockdev-snapshot", node=node, overlay=overlay)
+        self._tops[disk] = (path, overlay)
 
 
 def _blockdevs(name: str, path: str, driver: str) -> list[str]:
