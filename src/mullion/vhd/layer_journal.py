@@ -46,9 +46,9 @@ from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image, open_file
 from mullion.vhd.locking import is_locked_for_merge
 from mullion.vhd.parents import real_path, shown
+from mullion.vhd.publish import hidden_beside
 
 _SUFFIX: Final = ".mullion-merging"
-_NAME_LIMIT: Final = 255
 _PATH_LIMIT: Final = 4096
 _SLOT: Final = struct.Struct("<8sQI4xQQQQQII")
 _SEAL: Final = struct.Struct("<I")
@@ -80,13 +80,7 @@ class Mark:
 
 def layer_journal_path(lower_path: str) -> str:
     """Where the journal of a merge into that file is: beside what it really is."""
-    return _beside(os.path.realpath(lower_path))
-
-
-def _beside(real: str) -> str:
-    folder, name = os.path.split(real)
-    room = _NAME_LIMIT - len(_SUFFIX) - 1
-    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:room])}{_SUFFIX}")
+    return hidden_beside(os.path.realpath(lower_path), _SUFFIX)
 
 
 def read_mark(path: str) -> Mark | None:
@@ -109,7 +103,7 @@ def check_whole(image: Image, child: Image | None) -> None:
     Raises: DiskBusyError while something is merged into it; HalfMergedError when that was interrupted;
     VhdDamagedError for a journal that cannot be understood.
     """
-    mark = read_mark(_beside(real_path(image.fd)))
+    mark = read_mark(hidden_beside(real_path(image.fd), _SUFFIX))
     if mark is None or mark.is_done or mark.lower_id != image.footer.unique_id:
         return
     if child is not None and child.footer.unique_id == mark.upper_id:

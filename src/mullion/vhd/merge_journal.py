@@ -32,12 +32,12 @@ from mullion.vhd.errors import VhdDamagedError
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image, open_file
 from mullion.vhd.parents import CHAIN_LIMIT, real_path
+from mullion.vhd.publish import hidden_beside
 
 JOURNAL_LIMIT: Final = 1 << 20
 
 _MAGIC: Final = b"mullion-merge 1 "
 _SUFFIX: Final = ".mullion-merge"
-_NAME_LIMIT: Final = 255
 _PATH_LIMIT: Final = 4096
 
 
@@ -79,9 +79,7 @@ class Journal:
 
 def journal_path(top_path: str) -> str:
     """Where the journal of a chain is: beside the file that the chain's top really is."""
-    folder, name = os.path.split(os.path.realpath(top_path))
-    room = _NAME_LIMIT - len(_SUFFIX) - 1
-    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:room])}{_SUFFIX}")
+    return hidden_beside(os.path.realpath(top_path), _SUFFIX)
 
 
 def read_journal(path: str) -> Journal | None:

@@ -16,6 +16,7 @@ from typing import Final
 
 from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
 
+_NAME_LIMIT: Final = 255
 _NO_TMPFILE: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
@@ -65,6 +66,13 @@ def new_file(path: str, *, replace: bool = False, durable: bool = True) -> Itera
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def hidden_beside(path: str, suffix: str) -> str:
+    """The name of a hidden file that belongs to another: `.NAME` and the suffix, in its folder, never too long."""
+    folder, name = os.path.split(path)
+    room = _NAME_LIMIT - len(suffix) - 1
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:room])}{suffix}")
 
 
 def _beside(path: str) -> str:
