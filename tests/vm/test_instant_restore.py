@@ -100,6 +100,7 @@ def test_what_came_home_is_what_was_backed_up(service: Service, iocheck_image: B
     refused = service.cli("checkpoint", "create", "now", check=False)
     assert refused.status == 6
     assert "operation list" in refused.stderr
+    assert "coming home from backup" in str(service.partition("now").reason)
     with service.client() as client:
         client.wait(client.partition_action("now", "start", paused=True))
     provider = service.provider("now")

@@ -14,6 +14,7 @@ server, and this operation, which is resumed, starts one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -25,6 +26,7 @@ import msgspec
 
 from mullion.base.errors import MullionError, OperationFailedError
 from mullion.base.paths import HostPaths
+from mullion.base.pidfd import wait_process
 from mullion.base.process import Spawned, read_identity
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
@@ -44,6 +46,8 @@ log = logging.getLogger(__name__)
 KIND: Final = "backup.homecoming"
 _PREFIX: Final = "homecoming/"
 _POLL_S: Final = 0.25
+_STOP_S: Final = 15.0
+"""It waits for what it is reading; nobody waits for that any more."""
 
 
 class Homecomings:
@@ -136,10 +140,15 @@ class Homecomings:
             for disk in [disk for disk, backing in reading.items() if backing["is_home"]]:
                 await self._come_home(partition, disk)
                 del reading[disk]
-            self._say(operation, reading)
+            reasons = [str(backing["reason"]) for backing in reading.values() if backing["reason"]]
+            partition.runtime.waits_for_backup = reasons[0] if reasons else None
+            if reading:
+                _say(operation, reading)
             return not reading and not partition.record.coming_home
-        except MullionError as error:
-            operation.stage(f"waiting: {error.message}")
+        except (MullionError, OSError) as error:
+            why = error.message if isinstance(error, MullionError) else str(error)
+            partition.runtime.waits_for_backup = why
+            operation.stage(f"waiting: {why}")
             return False
 
     async def _come_home(self, partition: Partition, disk: str) -> None:
@@ -152,13 +161,6 @@ class Homecomings:
                 await partition.save(layers=layers, origin=None if is_last else partition.record.origin)
             if partition.runtime.link is not None:
                 await partition.runtime.link.request("release-backing", disk=disk)
-
-    def _say(self, operation: Operation, reading: Mapping[str, Mapping[str, Any]]) -> None:
-        reasons = [str(backing["reason"]) for backing in reading.values() if backing["reason"]]
-        total = sum(backing["total_bytes"] for backing in reading.values())
-        done = sum(backing["done_bytes"] for backing in reading.values())
-        what = f"waiting: {reasons[0]}" if reasons else f"{', '.join(reading)} coming home"
-        operation.stage(what, done / total if total else None)
 
     # -- the server ----------------------------------------------------------------------------------------------------
 
@@ -192,13 +194,32 @@ class Homecomings:
         return identity is not None and identity.is_alive
 
     async def _end_server(self, partition: Partition) -> None:
-        """It ends by itself, and soon, when it is asked to or its sockets are gone."""
-        identity = read_identity(partition.runtime.paths.backup_server_identity)
+        """End it, if there is one, and remove what leads to it."""
+        paths = partition.runtime.paths
+        identity = read_identity(paths.backup_server_identity)
         if identity is not None:
-            identity.send_signal(signal.SIGTERM)
+            if identity.send_signal(signal.SIGTERM):
+                try:
+                    async with asyncio.timeout(_STOP_S):
+                        await wait_process(identity)
+                except TimeoutError:
+                    log.warning("%s: the server of its backup did not end in time; killed", partition.name)
+                    identity.send_signal(signal.SIGKILL)
+            sockets = (paths.backing(disk.id) for disk in partition.record.definition.disks)
+            for path in (paths.backup_server_identity, *sockets):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
         process = self._servers.pop(partition.name, None)
         if process is not None:
             await asyncio.to_thread(process.wait)
+
+
+def _say(operation: Operation, reading: Mapping[str, Mapping[str, Any]]) -> None:
+    reasons = [str(backing["reason"]) for backing in reading.values() if backing["reason"]]
+    total = sum(backing["total_bytes"] for backing in reading.values())
+    done = sum(backing["done_bytes"] for backing in reading.values())
+    what = f"waiting: {reasons[0]}" if reasons else f"{', '.join(reading)} coming home"
+    operation.stage(what, done / total if total else None)
 
 
 def _make_files(base: str, head: str, disk: BackupDiskView, made: list[str]) -> None:

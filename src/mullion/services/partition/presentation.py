@@ -6,7 +6,7 @@ import os
 
 from mullion.model.states import PartitionState
 from mullion.model.views import AttachedDiskView, PartitionView, SavedStateView
-from mullion.services.partition.record import PartitionRecord
+from mullion.services.partition.record import BackupOrigin, PartitionRecord
 from mullion.services.partition.runtime import Runtime
 from mullion.services.partition.stalls import Stall
 
@@ -32,6 +32,8 @@ def present(
     elif is_tpm_lost(runtime):
         reason = "its TPM has ended: the guest gets no answer from it any more"
         remedy = f"Read {runtime.paths.tpm_log}; stop and start the partition: its TPM keeps what it knows."
+    elif record.coming_home and record.origin is not None:
+        reason, remedy = _coming_home(record, record.origin, runtime)
     machine, provider, run = runtime.machine, runtime.provider, runtime.started_with
     is_up = runtime.has_machine
     return PartitionView(
@@ -79,6 +81,16 @@ def is_tpm_lost(runtime: Runtime) -> bool:
     """Whether the guest was started with a TPM that has died: QEMU does not take another."""
     run = runtime.started_with
     return runtime.machine is not None and runtime.tpm is None and bool(run and run.definition and run.definition.tpm)
+
+
+def _coming_home(record: PartitionRecord, origin: BackupOrigin, runtime: Runtime) -> tuple[str, str]:
+    """What is to be said of a partition that was restored instantly and is not whole yet."""
+    if runtime.waits_for_backup is not None and runtime.has_machine:
+        reason = f"reads of blocks that are only in backup {origin.backup} wait: {runtime.waits_for_backup}"
+        return reason, "Mend the way to the repository: the partition goes on by itself, nothing is lost."
+    disks = ", ".join(record.coming_home)
+    reason = f"{disks} {'is' if len(record.coming_home) == 1 else 'are'} coming home from backup {origin.backup}"
+    return reason, "Let it run; how far that is: mullion operation list"
 
 
 def stall_reason(runtime: Runtime) -> str | None:

@@ -78,6 +78,8 @@ class Runtime:
     """Why the guest has no provider; the parent keeps trying."""
     unreachable: MullionError | None = None
     """Why a QEMU that runs cannot be spoken to."""
+    waits_for_backup: str | None = None
+    """Why reads wait of blocks that are not home yet; noted by who brings them home."""
     guest: GuestFacts = field(default_factory=GuestFacts)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _is_reconnecting: bool = False
