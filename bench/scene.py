@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -49,9 +49,12 @@ def iocheck_image() -> BuiltImage:
     _CACHE.mkdir(parents=True, exist_ok=True)
     if not program.exists() or program.stat().st_mtime < SOURCE.stat().st_mtime:
         build_iocheck(_CACHE)
-    return build_demo_image(
-        str(_IMAGES), cache_dir=str(_CACHE / "packages"), extra_files={"/usr/bin/iocheck": str(program)}
-    )
+    return image_with({"/usr/bin/iocheck": str(program)})
+
+
+def image_with(extra_files: Mapping[str, str]) -> BuiltImage:
+    """The demo image with more files in it: their paths in the guest, and here."""
+    return build_demo_image(str(_IMAGES), cache_dir=str(_CACHE / "packages"), extra_files=extra_files)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ import sys
 from typing import Final
 
 import bench.disk
-from bench.disk import backup, caps, checkpoint, files, instant, merge, requests
+from bench.disk import backup, caps, checkpoint, files, guest, instant, merge, requests
 from bench.runner import Benchmarks, run_benchmarks
 
 BENCHMARKS: Final[Benchmarks] = {
     "requests": requests.run,
+    "guest": guest.run,
     "caps": caps.run,
     "checkpoint": checkpoint.run,
     "merge": merge.run,

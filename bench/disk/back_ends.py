@@ -142,7 +142,7 @@ class StorageDaemon(BackEnd):
         self._held.callback(process.terminate)
         self.pid = process.pid
         _wait_for([f"{folder}/qmp", *self.vhost.values()], process)
-        self._qmp = self._held.enter_context(closing(_Monitor(f"{folder}/qmp")))
+        self._qmp = self._held.enter_context(closing(Monitor(f"{folder}/qmp")))
 
     def set_caps(self, disk: str, *, iops: int = 0, bytes_per_s: int = 0) -> None:
         limits = {"iops-total": iops, "bps-total": bytes_per_s}
@@ -181,7 +181,7 @@ def _wait_for(paths: Sequence[str], process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-class _Monitor:
+class Monitor:
     """A QMP connection, one command at a time."""
 
     def __init__(self, path: str) -> None:
