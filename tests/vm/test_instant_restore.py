@@ -101,6 +101,10 @@ def test_what_came_home_is_what_was_backed_up(service: Service, iocheck_image: B
     assert refused.status == 6
     assert "operation list" in refused.stderr
     assert "coming home from backup" in str(service.partition("now").reason)
+    for words in (("prune", backup), ("repository", "remove", "near")):
+        needed = service.cli("backup", *words, check=False)
+        assert needed.status == 4, needed
+        assert "coming home" in needed.stderr
     with service.client() as client:
         client.wait(client.partition_action("now", "start", paused=True))
     provider = service.provider("now")

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,13 +20,11 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
-from mullion.base.files import replace_file
+from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError, NotFoundError
 from mullion.base.paths import HostPaths
-from mullion.base.units import utc_now
 from mullion.hypervisor.firmware_state import restore_firmware_state
 from mullion.model.definition import PartitionDefinition, PowerState
-from mullion.model.views import BackupView, OperationView, RepositoryView
+from mullion.model.views import BackupView, OperationView
 from mullion.parent.events import Events
 from mullion.parent.operations import InterruptedError as OperationInterruptedError
 from mullion.parent.operations import Operation, Operations
@@ -37,14 +33,12 @@ from mullion.services.backup.instant import Homecomings
 from mullion.services.backup.record import (
     BASES,
     MARK,
-    REPOSITORIES,
     BackupBase,
-    RepositoryRecord,
     base_key,
     unfinished,
     unfinished_in,
 )
-from mullion.services.backup.worker_link import run_worker
+from mullion.services.backup.repositories import Repositories
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.checkpoint.record import CheckpointRecord
 from mullion.services.disk.controller import DiskController
@@ -53,25 +47,11 @@ from mullion.services.partition.partition import Partition
 
 log = logging.getLogger(__name__)
 
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _FIRMWARE: Final = "restored-firmware"
-CREDENTIALS: Final = frozenset(
-    {
-        "s3_access_key",
-        "s3_secret_key",
-        "s3_session_token",
-        "s3_region",
-        "sftp_key_file",
-        "sftp_key_passphrase",
-        "sftp_password",
-        "known_hosts",
-    }
-)
-"""The fields of `repository.credentials.Credentials`, which the service does not import."""
 
 
 class BackupController:
-    """The repositories that are known, and the backups in them."""
+    """Backups in the repositories that are known."""
 
     def __init__(
         self,
@@ -91,22 +71,20 @@ class BackupController:
         self._partitions = partitions
         self._checkpoints = checkpoints
         self._disks = disks
+        self.repositories = Repositories(store, events, paths)
         self.homecomings = Homecomings(
             operations=operations,
             events=events,
             paths=paths,
             partitions=partitions,
             checkpoints=checkpoints,
-            source=self.source,
+            source=self.repositories.source,
         )
-        self._repositories: dict[str, tuple[RepositoryRecord, int]] = {}
         self._bases: dict[str, tuple[BackupBase, int]] = {}
 
     async def open(self) -> None:
         """Read what is known."""
-        for entry in await self._store.list(REPOSITORIES):
-            repository = RepositoryRecord.decode(entry.value)
-            self._repositories[repository.name] = (repository, entry.revision)
+        await self.repositories.open()
         for entry in await self._store.list(BASES):
             base = BackupBase.decode(entry.value)
             self._bases[base.key] = (base, entry.revision)
@@ -150,132 +128,46 @@ class BackupController:
 
     # -- repositories --------------------------------------------------------------------------------------------------
 
-    def repositories(self) -> tuple[RepositoryView, ...]:
-        return tuple(
-            RepositoryView(record.name, record.url, record.added_at)
-            for record, _ in sorted(self._repositories.values(), key=lambda known: known[0].name)
-        )
-
-    async def add_repository(
-        self, name: str, url: str, passphrase: str, credentials: Mapping[str, str], *, create: bool
-    ) -> RepositoryView:
-        """Know a repository from now on; with `create` it is made. The passphrase is kept where only the service reads.
-
-        Raises: InvalidError; AlreadyExistsError; what the repository raises: WrongKeyError, Target… errors.
-        """
-        if not _NAME.fullmatch(name):
-            raise InvalidError(
-                f"{name!r} is not a name for a repository",
-                remedy="Choose lower-case letters, digits and hyphens, at most 32.",
-                field="name",
-            )
-        if name in self._repositories:
-            raise AlreadyExistsError(
-                f"there is a repository {name!r} already",
-                remedy="Choose another name, or remove that one first: mullion backup repository list",
-            )
-        unknown = set(credentials) - CREDENTIALS
-        if unknown:
-            raise InvalidError(
-                f"credentials of no storage: {', '.join(sorted(unknown))}",
-                remedy=f"Known are: {', '.join(sorted(CREDENTIALS))}.",
-                field="credentials",
-            )
-        secret = {"passphrase": passphrase, "credentials": dict(credentials)}
-        await self._work({"action": "add", "url": url, "secret": secret, "create": create})
-        record = RepositoryRecord(name, url, utc_now())
-        await asyncio.to_thread(self._write_secret, name, secret)
-        revision = await self._store.transact([Condition(record.key, 0)], [Put(record.key, record.encode())])
-        self._repositories[name] = (record, revision)
-        self._events.publish("backup.repository-added", f"repository/{name}", {"url": url})
-        return RepositoryView(name, url, record.added_at)
-
     async def remove_repository(self, name: str) -> None:
         """Forget a repository, with its passphrase and the checkpoints that its backups build on; its files stay.
 
-        Raises: NotFoundError.
+        Raises: NotFoundError; ConflictError while a partition needs it.
         """
-        record, revision = self._find(name)
+        name = self.repositories.choose(name)
+        for partition, origin in self.homecomings.origins(name):
+            raise ConflictError(
+                f"repository {name} is needed: partition {partition} is coming home from backup {origin.backup}",
+                remedy="Let that partition run until all is home: mullion operation list",
+            )
         for base, _ in [known for known in self._bases.values() if known[0].repository == name]:
             await self._drop_stale(base.partition, name, keep=None)
             await self._set_base(base, None)
-        await self._store.transact([Condition(record.key, revision)], [Delete(record.key)])
-        del self._repositories[name]
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._secret_path(name))
-        self._events.publish("backup.repository-removed", f"repository/{name}")
-
-    def _find(self, name: str) -> tuple[RepositoryRecord, int]:
-        try:
-            return self._repositories[name]
-        except KeyError:
-            raise NotFoundError(
-                f"there is no repository {name!r}",
-                remedy="Add one: mullion backup repository add NAME PLACE; those known: mullion backup repository list",
-            ) from None
-
-    def choose(self, name: str | None) -> str:
-        """The repository that is named, or the only one. Raises: NotFoundError; InvalidError."""
-        if name is not None:
-            return self._find(name)[0].name
-        if len(self._repositories) == 1:
-            return next(iter(self._repositories))
-        names = ", ".join(sorted(self._repositories))
-        raise InvalidError(
-            "which repository?" if names else "no repository is known",
-            remedy=f"Name one: {names}." if names else "Add one: mullion backup repository add NAME PLACE --create",
-            field="repository",
-        )
-
-    def _secret_path(self, name: str) -> str:
-        return f"{self._paths.secrets}/repository-{name}.json"
-
-    def _write_secret(self, name: str, secret: Mapping[str, object]) -> None:
-        os.makedirs(self._paths.secrets, mode=0o700, exist_ok=True)
-        replace_file(self._secret_path(name), json.dumps(secret).encode(), mode=0o600)
-
-    async def _ask(
-        self, repository: str, action: str, operation: Operation | None = None, **arguments: object
-    ) -> Mapping[str, Any]:
-        """Have a worker act on a repository. Raises: what it ends with."""
-        url, secret = self.source(repository)
-        return await self._work({"action": action, "url": url, "secret": secret, **arguments}, operation)
-
-    def source(self, repository: str | None) -> tuple[str, dict[str, Any]]:
-        """Where a repository is, and its secret: for the process that reads it. Raises: as `choose`."""
-        record, _ = self._find(self.choose(repository))
-        with open(self._secret_path(record.name), "rb") as file:
-            secret: dict[str, Any] = json.loads(file.read())
-        return record.url, secret
-
-    async def _work(self, request: Mapping[str, object], operation: Operation | None = None) -> Mapping[str, Any]:
-        def tell(stage: str, done: int, total: int) -> None:
-            if operation is not None:
-                operation.stage(stage, done / total if total else None)
-
-        return await run_worker(request, self._paths.log, tell)
+        await self.repositories.remove(name)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     async def list(self, repository: str | None, partition: str | None) -> tuple[BackupView, ...]:
-        """The backups in a repository, oldest first. Raises: as `choose`; what the repository raises."""
-        chosen = self.choose(repository)
-        found = await self._ask(chosen, "list", partition=partition)
+        """The backups in a repository, oldest first. Raises: as `Repositories.choose`; what the repository raises."""
+        chosen = self.repositories.choose(repository)
+        found = await self.repositories.ask(chosen, "list", partition=partition)
         return tuple(_view(chosen, fields) for fields in found["backups"])
 
     async def show(self, repository: str | None, backup: str) -> BackupView:
         """Raises: as `list`; NotFoundError."""
-        chosen = self.choose(repository)
-        return _view(chosen, await self._ask(chosen, "show", backup=backup))
+        chosen = self.repositories.choose(repository)
+        return _view(chosen, await self.repositories.ask(chosen, "show", backup=backup))
 
     # -- making --------------------------------------------------------------------------------------------------------
 
     async def create(
         self, partition: str, repository: str | None, *, consistent: bool = False, full: bool = False
     ) -> OperationView:
-        """Begin to back a partition up; `full` reads everything again. Raises: NotFoundError; as `choose`."""
+        """Begin to back a partition up; `full` reads everything again.
+
+        Raises: NotFoundError; as `Repositories.choose`.
+        """
         self._partitions.find(partition)
-        chosen = self.choose(repository)
+        chosen = self.repositories.choose(repository)
 
         async def work(operation: Operation) -> Mapping[str, object]:
             return await self._create(operation, partition, chosen, consistent=consistent, full=full)
@@ -332,7 +224,7 @@ class BackupController:
                 }
                 for disk, chain in chains.items()
             ]
-            return await self._ask(
+            return await self.repositories.ask(
                 repository,
                 "backup",
                 operation,
@@ -379,10 +271,10 @@ class BackupController:
 
     async def verify(self, repository: str | None, *, read_data: bool, part: tuple[int, int]) -> OperationView:
         """Begin to check a repository; `part` (number, of how many) reads the data of that share only."""
-        chosen = self.choose(repository)
+        chosen = self.repositories.choose(repository)
 
         async def work(operation: Operation) -> Mapping[str, object]:
-            return await self._ask(chosen, "verify", operation, read_data=read_data, part=list(part))
+            return await self.repositories.ask(chosen, "verify", operation, read_data=read_data, part=list(part))
 
         return await self._operations.start(
             "backup.verify", f"repository/{chosen}", work, cancellable=True, exclusive=False
@@ -402,10 +294,10 @@ class BackupController:
 
         With `partition`, and more exactly with `partition_id`, only those of one partition are judged.
         """
-        chosen = self.choose(repository)
+        chosen = self.repositories.choose(repository)
 
         async def work(operation: Operation) -> Mapping[str, object]:
-            return await self._ask(
+            return await self.repositories.ask(
                 chosen,
                 "prune",
                 operation,
@@ -414,6 +306,7 @@ class BackupController:
                 keep=dict(keep),
                 forget=list(forget),
                 dry_run=dry_run,
+                spared=[origin.backup for _, origin in self.homecomings.origins(chosen)],
             )
 
         return await self._operations.start("backup.prune", f"repository/{chosen}", work, cancellable=True)
@@ -435,7 +328,7 @@ class BackupController:
         An `instant` one can be started at once; its blocks come home meanwhile, by another operation.
         Raises: as `show`; AlreadyExistsError; InvalidError.
         """
-        chosen = self.choose(repository)
+        chosen = self.repositories.choose(repository)
         view = await self.show(chosen, backup)
         if disk is not None:
             if path is None or disk not in {one.id for one in view.disks}:
@@ -504,7 +397,9 @@ class BackupController:
     ) -> None:
         """Have a worker restore disks and blobs; what it has not finished goes. Raises: as `_ask`."""
         try:
-            await self._ask(repository, "restore", operation, backup=view.id, disks=dict(disks), blobs=dict(blobs))
+            await self.repositories.ask(
+                repository, "restore", operation, backup=view.id, disks=dict(disks), blobs=dict(blobs)
+            )
         finally:
             for path in disks.values():
                 _unlink(unfinished(path))

@@ -82,6 +82,14 @@ class Homecomings:
             if partition.record.coming_home and not running:
                 await self._begin(partition.name)
 
+    def origins(self, repository: str) -> list[tuple[str, BackupOrigin]]:
+        """The partitions whose blocks come from a repository, and from which backup."""
+        return [
+            (partition.name, partition.record.origin)
+            for partition in self._partitions.all()
+            if partition.record.origin is not None and partition.record.origin.repository == repository
+        ]
+
     async def _begin(self, name: str) -> str:
         return (await self._operations.start(KIND, f"{_PREFIX}{name}", self._follow)).id
 

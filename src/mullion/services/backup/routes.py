@@ -91,13 +91,13 @@ class Restoration(Struct, frozen=True, forbid_unknown_fields=True):
 @get("/1.0/repositories", tags=_TAGS)
 async def list_repositories(backups: Service[BackupController]) -> list[RepositoryView]:
     """The repositories that are known."""
-    return list(backups.repositories())
+    return list(backups.repositories.views())
 
 
 @post("/1.0/repositories", tags=_TAGS)
 async def add_repository(backups: Service[BackupController], data: JSONBody[NewRepository]) -> Response[RepositoryView]:
     """Know a repository from now on, or make it."""
-    view = await backups.add_repository(data.name, data.url, data.passphrase, data.credentials, create=data.create)
+    view = await backups.repositories.add(data.name, data.url, data.passphrase, data.credentials, create=data.create)
     return Response(view, status_code=201)
 
 

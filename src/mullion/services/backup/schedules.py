@@ -67,7 +67,7 @@ class BackupSchedules:
         """Make or change a schedule. Raises: NotFoundError; InvalidError."""
         self._partitions.find(partition)
         kept = {period: count for period, count in keep.items() if count}
-        options = ScheduleOptions(self._backups.choose(repository), kept, consistent)
+        options = ScheduleOptions(self._backups.repositories.choose(repository), kept, consistent)
         plain: dict[str, Any] = msgspec.to_builtins(options)
         return _view(self._schedules, await self._schedules.set(KIND, partition, name, rule, plain))
 

@@ -10,6 +10,7 @@ error to the guest.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -26,6 +27,7 @@ from mullion.base.listener import bind_listener
 from mullion.base.process import ProcessIdentity
 from mullion.repository import Repository
 from mullion.repository.disk import BackupDisk
+from mullion.repository.errors import TargetDeniedError, TargetFullError
 from mullion.wire.nbd import NbdExport
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,19 @@ class ServedDisk:
 
     def close(self) -> None:
         self._disk.close()
+
+
+@contextlib.contextmanager
+def held(repository: Repository, purpose: str) -> Iterator[None]:
+    """A lease for as long as something is read that a prune must not take away; a place that is read-only has none."""
+    try:
+        lease = repository.lease(purpose)
+    except (TargetDeniedError, TargetFullError) as error:
+        log.warning("%s: read without a lease: %s", repository.location, error)
+        yield
+        return
+    with lease:
+        yield
 
 
 def serve(repository: Repository, request: Mapping[str, Any], ready: Callable[[], None]) -> None:

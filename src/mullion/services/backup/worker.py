@@ -27,7 +27,14 @@ from typing import Any, Final
 import msgspec
 
 from mullion.base.block import BlockDevice
-from mullion.base.errors import AlreadyExistsError, InvalidError, MullionError, NotFoundError, OperationFailedError
+from mullion.base.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidError,
+    MullionError,
+    NotFoundError,
+    OperationFailedError,
+)
 from mullion.base.units import format_time
 from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.credentials import Credentials
@@ -36,7 +43,7 @@ from mullion.repository.prune import prune
 from mullion.repository.retention import Retention, plan_retention
 from mullion.repository.verify import verify
 from mullion.services.backup.record import unfinished
-from mullion.services.backup.server import serve
+from mullion.services.backup.server import held, serve
 from mullion.vhd import create_dynamic, open_chain
 from mullion.vhd.diff import changed
 from mullion.vhd.storage import storage_explained
@@ -179,6 +186,12 @@ def _prune(request: Request, tell: Tell) -> Mapping[str, Any]:
     with _open(request) as repository:
         if request["forget"]:
             doomed = [repository.backup(text).id for text in request["forget"]]
+            for backup_id in request["spared"]:
+                if backup_id in doomed:
+                    raise ConflictError(
+                        f"backup {backup_id} is needed: the blocks of a partition are coming home from it",
+                        remedy="Let that partition run until all is home: mullion operation list",
+                    )
         else:
             judged = [
                 manifest
@@ -186,7 +199,9 @@ def _prune(request: Request, tell: Tell) -> Mapping[str, Any]:
                 if request["partition_id"] in (None, manifest.partition_id)
             ]
             kept = plan_retention(judged, Retention(**request["keep"]))
-            doomed = [backup_id for backup_id, rules in kept.items() if not rules]
+            doomed = [
+                backup_id for backup_id, rules in kept.items() if not rules and backup_id not in request["spared"]
+            ]
         done = prune(repository, doomed, dry_run=request["dry_run"], progress=tell)
         return {
             "forgotten": list(done.forgotten) if not request["dry_run"] else doomed,
@@ -201,7 +216,7 @@ def _restore(request: Request, tell: Tell) -> Mapping[str, Any]:
 
     Until then each is a file of another name beside (`unfinished`), which the service takes away when we do not.
     """
-    with _open(request) as repository:
+    with _open(request) as repository, held(repository, "restore"):
         manifest = repository.backup(request["backup"])
         for path in request["disks"].values():
             if os.path.lexists(path):
@@ -241,7 +256,7 @@ def _serve(request: Request, line: _Line) -> None:
         line.let_go()
         line.tell({"result": {}})
 
-    with _open(request) as repository:
+    with _open(request) as repository, held(repository, "instant restore"):
         serve(repository, request, ready)
 
 

@@ -128,7 +128,7 @@ async def list_backup_volumes(
     disk: _Disk = None,
 ) -> list[FileVolumeView]:
     """The volumes of a backup's disks and what they hold."""
-    source = BackupSource(*backups.source(repository), backup)
+    source = BackupSource(*backups.repositories.source(repository), backup)
     return list(await files.volumes(FilesRequest(backup, "", "volumes", disk=disk, backup=source)))
 
 
@@ -146,7 +146,7 @@ async def read_backup(
     recursive: bool = False,
 ) -> Stream:
     """Files of a backup: what is at a path (`list`), a `file`, or a file or folder with everything in it (`tree`)."""
-    source = BackupSource(*backups.source(repository), backup)
+    source = BackupSource(*backups.repositories.source(repository), backup)
     operation = "read" if what == "file" else what
     answer = await files.begin(FilesRequest(backup, "", operation, path, disk, volume, recursive, backup=source))
     return _stream(answer, _frames(answer), FRAMES_TYPE)

@@ -1,0 +1,159 @@
+"""The repositories that are known, their secrets, and the workers that act on them.
+
+A repository's record is in the store; its passphrase and the credentials of its storage are in a file that only the
+service reads, and go to a worker by the socket between the two: never into arguments, environment, log or store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
+from mullion.base.files import replace_file
+from mullion.base.paths import HostPaths
+from mullion.base.units import utc_now
+from mullion.model.views import RepositoryView
+from mullion.parent.events import Events
+from mullion.parent.operations import Operation
+from mullion.parent.store import Condition, Delete, Put, Store
+from mullion.services.backup.record import REPOSITORIES, RepositoryRecord
+from mullion.services.backup.worker_link import run_worker
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+CREDENTIALS: Final = frozenset(
+    {
+        "s3_access_key",
+        "s3_secret_key",
+        "s3_session_token",
+        "s3_region",
+        "sftp_key_file",
+        "sftp_key_passphrase",
+        "sftp_password",
+        "known_hosts",
+    }
+)
+"""The fields of `repository.credentials.Credentials`, which the service does not import."""
+
+
+class Repositories:
+    """The repositories that backups of this host may go to."""
+
+    def __init__(self, store: Store, events: Events, paths: HostPaths) -> None:
+        self._store = store
+        self._events = events
+        self._paths = paths
+        self._known: dict[str, tuple[RepositoryRecord, int]] = {}
+
+    async def open(self) -> None:
+        """Read what is known."""
+        for entry in await self._store.list(REPOSITORIES):
+            record = RepositoryRecord.decode(entry.value)
+            self._known[record.name] = (record, entry.revision)
+
+    def views(self) -> tuple[RepositoryView, ...]:
+        """By name."""
+        return tuple(
+            RepositoryView(record.name, record.url, record.added_at)
+            for record, _ in sorted(self._known.values(), key=lambda known: known[0].name)
+        )
+
+    async def add(
+        self, name: str, url: str, passphrase: str, credentials: Mapping[str, str], *, create: bool
+    ) -> RepositoryView:
+        """Know a repository from now on; with `create` it is made. The passphrase is kept where only the service reads.
+
+        Raises: InvalidError; AlreadyExistsError; what the repository raises: WrongKeyError, Target… errors.
+        """
+        if not _NAME.fullmatch(name):
+            raise InvalidError(
+                f"{name!r} is not a name for a repository",
+                remedy="Choose lower-case letters, digits and hyphens, at most 32.",
+                field="name",
+            )
+        if name in self._known:
+            raise AlreadyExistsError(
+                f"there is a repository {name!r} already",
+                remedy="Choose another name, or remove that one first: mullion backup repository list",
+            )
+        unknown = set(credentials) - CREDENTIALS
+        if unknown:
+            raise InvalidError(
+                f"credentials of no storage: {', '.join(sorted(unknown))}",
+                remedy=f"Known are: {', '.join(sorted(CREDENTIALS))}.",
+                field="credentials",
+            )
+        secret = {"passphrase": passphrase, "credentials": dict(credentials)}
+        await self.work({"action": "add", "url": url, "secret": secret, "create": create})
+        record = RepositoryRecord(name, url, utc_now())
+        await asyncio.to_thread(self._write_secret, name, secret)
+        revision = await self._store.transact([Condition(record.key, 0)], [Put(record.key, record.encode())])
+        self._known[name] = (record, revision)
+        self._events.publish("backup.repository-added", f"repository/{name}", {"url": url})
+        return RepositoryView(name, url, record.added_at)
+
+    async def remove(self, name: str) -> None:
+        """Forget a repository and its secrets; its files stay. Raises: NotFoundError."""
+        record, revision = self._find(name)
+        await self._store.transact([Condition(record.key, revision)], [Delete(record.key)])
+        del self._known[name]
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._secret_path(name))
+        self._events.publish("backup.repository-removed", f"repository/{name}")
+
+    def _find(self, name: str) -> tuple[RepositoryRecord, int]:
+        try:
+            return self._known[name]
+        except KeyError:
+            raise NotFoundError(
+                f"there is no repository {name!r}",
+                remedy="Add one: mullion backup repository add NAME PLACE; those known: mullion backup repository list",
+            ) from None
+
+    def choose(self, name: str | None) -> str:
+        """The repository that is named, or the only one. Raises: NotFoundError; InvalidError."""
+        if name is not None:
+            return self._find(name)[0].name
+        if len(self._known) == 1:
+            return next(iter(self._known))
+        names = ", ".join(sorted(self._known))
+        raise InvalidError(
+            "which repository?" if names else "no repository is known",
+            remedy=f"Name one: {names}." if names else "Add one: mullion backup repository add NAME PLACE --create",
+            field="repository",
+        )
+
+    def source(self, repository: str | None) -> tuple[str, dict[str, Any]]:
+        """Where a repository is, and its secret: for the process that reads it. Raises: as `choose`."""
+        record, _ = self._find(self.choose(repository))
+        with open(self._secret_path(record.name), "rb") as file:
+            secret: dict[str, Any] = json.loads(file.read())
+        return record.url, secret
+
+    async def ask(
+        self, repository: str, action: str, operation: Operation | None = None, **arguments: object
+    ) -> Mapping[str, Any]:
+        """Have a worker act on a repository. Raises: what it ends with."""
+        url, secret = self.source(repository)
+        return await self.work({"action": action, "url": url, "secret": secret, **arguments}, operation)
+
+    async def work(self, request: Mapping[str, object], operation: Operation | None = None) -> Mapping[str, Any]:
+        """Have a worker carry out a request, and the operation say how far it is. Raises: what it ends with."""
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if operation is not None:
+                operation.stage(stage, done / total if total else None)
+
+        return await run_worker(request, self._paths.log, tell)
+
+    def _secret_path(self, name: str) -> str:
+        return f"{self._paths.secrets}/repository-{name}.json"
+
+    def _write_secret(self, name: str, secret: Mapping[str, object]) -> None:
+        os.makedirs(self._paths.secrets, mode=0o700, exist_ok=True)
+        replace_file(self._secret_path(name), json.dumps(secret).encode(), mode=0o600)
