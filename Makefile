@@ -47,7 +47,7 @@ bench: setup-dev ## the promises that are ratios, measured against other program
 bench-vhd: setup-dev ## the same for `mullion vhd`: disk files, without the service
 	@$(PYTHON) -m bench.vhd
 
-bench-disk: setup-dev ## the same for disks that run: requests, caps, merging, backup
+bench-disk: setup-dev ## the same for disks that run: requests, guests, caps, checkpoints, merging, backup, files
 	@$(PYTHON) -m bench.disk
 
 clean: ## remove what was built or installed here; guests and their disks stay

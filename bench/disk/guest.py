@@ -1,10 +1,10 @@
 """Requests of a guest, by the guest's clock, against a QCOW2 disk of the same QEMU: virtio-blk with an iothread.
 
-One guest has four disks: the one that it boots from, one of ours over NBD (the default where the processor is emulated),
-one of ours over vhost-user, and a QCOW2 that its QEMU serves itself (io_uring, an iothread of its own), plugged in by
-QEMU's second monitor. `bench/guest_io.c` in the guest takes them in turns, so that all three are measured by the same
-processor, kernel and program within seconds. The ratio is time: 1 means as fast, and 1 / 0.9 is the bar of "0.9 times
-as fast" for 1 MiB requests. The processor is emulated (TCG): most of a request's time is the guest's own work.
+One guest has four disks: the one that it boots from, one of ours over NBD (the default where the processor is
+emulated), one of ours over vhost-user, and a QCOW2 that its QEMU serves itself (io_uring, an iothread of its own),
+plugged in by QEMU's second monitor. `bench/guest_io.c` in the guest takes them in turns, so that all three are measured
+by the same processor, kernel and program within seconds. The ratio is time: 1 means as fast, and 1 / 0.9 is the bar of
+"0.9 times as fast" for 1 MiB requests. The processor is emulated (TCG): most of a request's time is the guest's work.
 """
 
 from __future__ import annotations
