@@ -40,6 +40,7 @@ class GranuleDisk:
         self.direct_write = dict(self.direct_read)
         self.mixed_read: dict[int, tuple[tuple[bytes, int, tuple[tuple[int, int] | None, ...]], ...]] = {}
         self.mixed_used: set[int] = set()
+        self.mixed_write_fd = -1
         self.room_bytes: int | None = None
         """How many bytes may still be written before the storage is full; None for no end."""
         self.failure: OSError | None = None

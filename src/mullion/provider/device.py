@@ -44,6 +44,14 @@ class DirectDevice(BlockDevice, Protocol):
         """Whoever reads through `mixed_read` adds the granule here, so that it is kept."""
         ...
 
+    @property
+    def mixed_write_fd(self) -> int:
+        """Units of the first level whose owner's descriptor this is can be overwritten in place, as in `direct_write`.
+
+        -1 when there are none.
+        """
+        ...
+
     def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill all buffers from the offset on."""
         ...

@@ -187,15 +187,15 @@ class Ring:
         base, memory = hot.guest_address, hot.view
         device = self._blk.device
         read_get, write_get, shift = device.direct_read.get, device.direct_write.get, device.block_shift
+        mixed_get, mixed_used, mixed_write_fd = device.mixed_read.get, device.mixed_used.add, device.mixed_write_fd
         if device.read_only:
-            write_get = _NOWHERE.get
+            write_get, mixed_write_fd = _NOWHERE.get, -1
         granule_bytes = 1 << shift
         sector_shift = shift - _SECTOR_SHIFT
         sector_mask = (1 << sector_shift) - 1
         whole_granules = device.size_bytes >> shift
         descriptors, used, used_words = self._descriptors, self._used, self._used_words
         preadv, pwritev = os.preadv, os.pwritev
-        mixed_get, mixed_used = device.mixed_read.get, device.mixed_used.add
         descriptor, three_descriptors, two_words = _DESCRIPTOR, _THREE_DESCRIPTORS, _TWO_WORDS
         index = first = self.next_index
         slot = index & (self._size - 1)
@@ -254,7 +254,17 @@ class Ring:
                                     written = length + 1
                                     moved += length
                             elif direction == _NEXT_2 and kind == 1:
-                                if (place := write_get(granule)) is not None:
+                                place = write_get(granule)
+                                if place is None and (levels := mixed_get(granule)) is not None:
+                                    owners, unit_shift, places = levels[0]
+                                    unit, last = inside >> unit_shift, (inside + length - 1) >> unit_shift
+                                    owner = owners[unit]
+                                    if unit == last or owners.count(owner, unit, last + 1) == last + 1 - unit:
+                                        shared = places[owner]
+                                        if shared is not None and shared[0] == mixed_write_fd:
+                                            mixed_used(granule)
+                                            place = shared
+                                if place is not None:
                                     fd, start = place
                                     if pwritev(fd, (piece,), start + inside) == length:
                                         memory[status - base] = 0

@@ -105,9 +105,15 @@ def _merge(planes: Sequence[bytes]) -> bytes:
 
 def runs(owners: bytes) -> Iterator[tuple[int, int, int]]:
     """The runs of equal owners: (owner, first unit, units)."""
-    for match in _RUNS.finditer(owners):
-        start, end = match.span()
-        yield owners[start], start, end - start
+    for owner, start, end in spans(owners, 0, len(owners)):
+        yield owner, start, end - start
+
+
+def spans(owners: bytes, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The runs of equal owners among units `first` to `end`: (owner, first unit, unit behind the last)."""
+    for match in _RUNS.finditer(owners, first, end):
+        start, stop = match.span()
+        yield owners[start], start, stop
 
 
 def set_runs(bits: int, sectors: int) -> Iterator[tuple[int, int]]:

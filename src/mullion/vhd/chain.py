@@ -31,7 +31,7 @@ from mullion.vhd.image import Image, load_image, open_file
 from mullion.vhd.layer_journal import check_marks
 from mullion.vhd.layout import DiskType
 from mullion.vhd.locking import lock_content, lock_file, unlock_file, write_holder
-from mullion.vhd.mapping import NOWHERE, Mapping, Segment
+from mullion.vhd.mapping import NOWHERE, Mapping, Place, Segment
 from mullion.vhd.parents import CHAIN_LIMIT, check_parent, load_parent, open_parents
 from mullion.vhd.pending import end_session
 from mullion.vhd.recovery import open_top
@@ -62,6 +62,7 @@ class Chain:
     For loops that cannot afford a call: `block_shift` is log2 of the granule's bytes; `direct_read` and `direct_write`
     say in which (descriptor, offset) a granule begins that can be read, or overwritten, in one piece; `mixed_read` has
     the levels of `mapping.Level` for the others that were read, and whoever uses one adds its granule to `mixed_used`.
+    Units there whose owner's descriptor is `mixed_write_fd` can be overwritten in place (-1: there are none).
     A granule that is in none of them, and any request that is short: `preadv` or `pwritev`.
 
     `backing`, of a disk that is being restored, is what it reads where no file has anything. It may be set and taken
@@ -101,6 +102,7 @@ class Chain:
         self.direct_write: dict[int, tuple[int, int]] = self._map.direct_write
         self.mixed_read = self._map.mixed
         self.mixed_used = self._map.used
+        self.mixed_write_fd: int = -1 if self._read_only else self._top.fd
 
     @classmethod
     def from_descriptors(
@@ -242,15 +244,10 @@ class Chain:
         granule = offset >> self.block_shift
         within = offset & self._mask
         if 0 < length <= self._mask + 1 - within and offset + length <= self._size and len(buffers) <= IOV_LIMIT:
-            place = self.direct_read.get(granule)
-            if place is None and (levels := self.mixed_read.get(granule)) is not None:
-                owners, unit_shift, places = levels[0]
-                first, last = within >> unit_shift, (within + length - 1) >> unit_shift
-                owner = owners[first]
-                if first == last or owners.count(owner, first, last + 1) == last + 1 - first:
-                    self.mixed_used.add(granule)
-                    place = places[owner]
+            place = self.direct_read.get(granule) or self._shared_place(granule, within, length)
             if place is not None and os.preadv(place[0], buffers, place[1] + within) == length:
+                return
+            if len(buffers) == 1 and self._read_shared(granule, within, buffers[0]):
                 return
         self._check_range(offset, length)
         self._check_open()
@@ -261,6 +258,36 @@ class Chain:
         for segment, part in zip(segments, _split(buffers, segments), strict=True):
             self._read_segment(segment, part, offset)
             offset += segment[2]
+
+    def _shared_place(self, granule: int, within: int, length: int) -> Place | None:
+        """Where a granule that files share would begin in the one file that all of this range lies in, if it does."""
+        levels = self.mixed_read.get(granule)
+        if levels is None:
+            return None
+        owners, unit_shift, places = levels[0]
+        first, last = within >> unit_shift, (within + length - 1) >> unit_shift
+        owner = owners[first]
+        if first != last and owners.count(owner, first, last + 1) != last + 1 - first:
+            return None
+        self.mixed_used.add(granule)
+        return places[owner]
+
+    def _read_shared(self, granule: int, within: int, buffer: memoryview) -> bool:
+        """Read a range of a granule that files share, run by run; False when that takes more than this."""
+        levels = self.mixed_read.get(granule)
+        if levels is None:
+            return False
+        owners, unit_shift, places = levels[0]
+        end = within + len(buffer)
+        self.mixed_used.add(granule)
+        for owner, run, after in bitmap.spans(owners, within >> unit_shift, ((end - 1) >> unit_shift) + 1):
+            place = places[owner]
+            if place is None:
+                return False
+            low, high = max(within, run << unit_shift), min(end, after << unit_shift)
+            if os.preadv(place[0], (buffer[low - within : high - within],), place[1] + low) != high - low:
+                return False
+        return True
 
     def _read_segment(self, segment: Segment, buffers: Sequence[memoryview], offset: int) -> None:
         fd, at, _ = segment
@@ -300,12 +327,10 @@ class Chain:
         length = sum(map(len, buffers))
         self._check_range(offset, length)
         self._check_writable()
-        place = self.direct_write.get(offset >> self.block_shift)
-        within = offset & self._mask
-        if place is not None and within + length <= self._mask + 1:
-            self._io.write_all(place[0], buffers, place[1] + within)
-            return
         if not length:
+            return
+        if (offset & self._mask) + length <= self._mask + 1:
+            self._write_piece(offset, buffers, length)
             return
         pieces = list(self._pieces(offset, length))
         for (at, count), part in zip(pieces, _split(buffers, [(0, 0, count) for _, count in pieces]), strict=True):
@@ -324,6 +349,9 @@ class Chain:
         granule = offset >> self.block_shift
         within = offset & self._mask
         place = self.direct_write.get(granule)
+        if place is None:
+            shared = self._shared_place(granule, within, length)
+            place = shared if shared is not None and shared[0] == self.mixed_write_fd else None
         if place is not None:
             self._put(place[1] + within, buffers, length)
             return
@@ -363,8 +391,8 @@ class Chain:
         data = writer.data_offset(block)
         sectors = self._top.block_bytes // SECTOR_BYTES
         first, end = within // SECTOR_BYTES, -(-(within + length) // SECTOR_BYTES)
-        wanted = bitmap.mask(first, end - first, sectors)
-        if data is not None and writer.bits(block) & wanted == wanted:
+        bits = wanted = bitmap.mask(first, end - first, sectors)
+        if data is not None and (bits := writer.bits(block)) & wanted == wanted:
             self._put(data + within, buffers, length)
         else:
             head, tail = within % SECTOR_BYTES, -(within + length) % SECTOR_BYTES
@@ -375,12 +403,13 @@ class Chain:
                 writer.write_new(block, within, buffers or (), length)  # a new block holds zeros already
             else:
                 self._put(data + within, buffers, length)
+                bits |= wanted
                 writer.set_bits(block, first, end - first)
             self._map.forget_sectors(granule, first % ((self._mask + 1) // SECTOR_BYTES), end - first)
         start = granule << self.block_shift
         here = min(self._mask + 1, self._size - start) // SECTOR_BYTES
         whole = bitmap.mask(start % self._top.block_bytes // SECTOR_BYTES, here, sectors)
-        if writer.bits(block) & whole == whole:
+        if bits & whole == whole:
             data = writer.data_offset(block)
             assert data is not None
             self._map.keep_top(granule, data + start % self._top.block_bytes)

@@ -88,6 +88,40 @@ def test_granule_that_files_share(features: int) -> None:
     side.close()
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_only_the_tops_units_of_a_shared_granule_are_overwritten_in_place(features: int, read_only: bool) -> None:
+    disk = GranuleDisk(DISK_BYTES, is_direct=lambda granule: granule != 1, read_only=read_only)
+    side = GuestSide(disk, features=features)
+    below = GranuleDisk(DISK_BYTES)
+    owners = bytes([1, 1, 2, 0] * 4)
+    disk.mixed_read[1] = ((owners, 12, (None, (disk.fd, 65536), (below.fd, 65536))),)
+    disk.mixed_write_fd = disk.fd
+    expected = BlkStatus.IOERR if read_only else BlkStatus.OK
+    for unit, units in ((0, 1), (1, 1), (4, 2), (2, 1), (3, 1), (1, 2)):
+        assert side.request(BlkRequest.OUT, 128 + unit * 8, pattern(unit, units * 4096))[0] == expected
+    if read_only:
+        assert disk.calls == []
+        assert disk.content(65536, 65536) == bytes(65536)
+    else:
+        assert disk.calls == [("write", 65536 + unit * 4096, units * 4096) for unit, units in ((2, 1), (3, 1), (1, 2))]
+        assert disk.content(65536 + 4 * 4096, 8192) == pattern(4, 8192)
+        assert disk.mixed_used == {1}
+    assert below.content(0, DISK_BYTES) == bytes(DISK_BYTES)
+    below.close()
+    side.close()
+
+
+def test_a_shared_granule_without_units_of_the_top_is_written_by_the_device(plain_guest: GuestSide) -> None:
+    below = GranuleDisk(DISK_BYTES)
+    plain_guest.disk.direct_read = plain_guest.disk.direct_write = {}
+    plain_guest.disk.mixed_read[0] = ((bytes([1, 2] * 8), 12, (None, (below.fd, 0), (below.fd, 65536))),)
+    plain_guest.disk.mixed_write_fd = plain_guest.disk.fd
+    assert plain_guest.request(BlkRequest.OUT, 0, pattern(1))[0] == BlkStatus.OK
+    assert plain_guest.disk.calls == [("write", 0, 4096)]
+    assert below.content(0, DISK_BYTES) == bytes(DISK_BYTES)
+    below.close()
+
+
 def test_request_across_granules(guest: GuestSide) -> None:
     data = os.urandom(8192)
     assert guest.request(BlkRequest.OUT, 120, data)[0] == BlkStatus.OK

@@ -310,6 +310,52 @@ def test_reads_and_writes_through_stale_looking_maps(layers: list[str]) -> None:
         assert 0 in chain.direct_read
 
 
+def test_what_the_top_owns_of_a_shared_granule_is_overwritten_in_place(layers: list[str], tmp_path: Path) -> None:
+    """No metadata changes, nothing waits for a flush; the files below stay as they are."""
+    with open_chain(layers[0]) as chain:
+        chain.pwrite(0, b"p" * MIB)
+    with open(layers[0], "rb") as file:
+        before = file.read()
+    with open_chain(layers[2], pending_path=str(tmp_path / "pending")) as chain:
+        chain.pwrite(8192, b"a" * 8192)
+        chain.flush()
+        assert read(chain, 0, 32 * KIB) == b"p" * 8192 + b"a" * 8192 + b"p" * 16 * KIB
+        assert chain.writer is not None
+        owned, start = 8192, chain.images[0].file_bytes
+        for offset, length in ((owned, 4096), (owned + 4096, 4096), (owned + 512, 1024), (owned + 100, 7)):
+            chain.pwrite(offset, b"b" * length)
+            assert not chain.writer.has_pending
+            assert read(chain, offset - 1, length + 2)[1:-1] == b"b" * length
+        assert chain.images[0].file_bytes == start
+        assert chain.mixed_write_fd == chain.images[0].fd
+        chain.pwrite(owned + 4096, b"c" * 8192)  # half of it is new to the top
+        assert chain.writer.has_pending
+        assert read(chain, 0, 32 * KIB) == b"p" * 8192 + b"b" * 4096 + b"c" * 8192 + b"p" * 12 * KIB
+    with open(layers[0], "rb") as file:
+        assert file.read() == before
+    with open_chain(layers[2], read_only=True) as chain:
+        assert chain.mixed_write_fd == -1
+        assert read(chain, 0, 32 * KIB) == b"p" * 8192 + b"b" * 4096 + b"c" * 8192 + b"p" * 12 * KIB
+
+
+def test_ranges_across_many_owners_are_read_whole(layers: list[str]) -> None:
+    """Runs of three files and of nobody, at every alignment, into one buffer and into several."""
+    content = bytearray(MIB)
+    for number, layer in enumerate(layers):
+        with open_chain(layer) as chain:
+            for place in range(number, 96, 5 - number):
+                data = bytes([1 + 70 * number + place]) * 4096
+                chain.pwrite(place * 4096, data)
+                content[place * 4096 : (place + 1) * 4096] = data
+    with open_chain(layers[2], read_only=True) as chain:
+        read(chain, 0, 512)  # now the granule is known
+        for offset, length in ((0, 400 * KIB), (4096, 64 * KIB), (511, 70_001), (5 * KIB + 5, 50_000), (7, 4096)):
+            assert read(chain, offset, length) == content[offset : offset + length]
+            pieces = [memoryview(bytearray(length // 2)), memoryview(bytearray(length - length // 2))]
+            chain.preadv(offset, pieces)
+            assert b"".join(pieces) == content[offset : offset + length]
+
+
 def test_extents_skip_what_is_empty_quickly(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}.vhd") for number in range(2)]
     create_dynamic(paths[0], 2040 * GIB)

@@ -20,6 +20,7 @@ class Layer:
     def __init__(self, below: DirectDevice) -> None:
         self.below = below
         self.mixed_used: set[int] = set()
+        self.mixed_write_fd = -1
         self.direct_read: Mapping[int, tuple[int, int]] = _NOWHERE
         self.direct_write: Mapping[int, tuple[int, int]] = _NOWHERE
         self.mixed_read: Mapping[int, tuple[tuple[bytes, int, tuple[tuple[int, int] | None, ...]], ...]] = _NOWHERE
