@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 from tests.framework.guest_console import logged_in
@@ -22,10 +23,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 
 def content_hash(service: Service, name: str, disk: str) -> str:
-    """Of a disk of a stopped partition: of its top file."""
-    files = [file for file in os.listdir(service.paths.disks) if file.startswith(f"{name}-{disk}")]
-    top = max(files, key=lambda file: file.endswith(".avhd"))
-    (found,) = service.cli("vhd", "hash", f"{service.paths.disks}/{top}", "--format", "json").json
+    """Of a disk of one file, of a stopped partition."""
+    (found,) = service.cli("vhd", "hash", f"{service.paths.disks}/{name}-{disk}.vhd", "--format", "json").json
     return str(found["sha256"])
 
 
@@ -36,12 +35,20 @@ def homecoming(service: Service, name: str) -> OperationView:
         return client.wait(found.id)
 
 
-def wait_until(what: str, is_so: object) -> None:
-    assert callable(is_so)
+def wait_until(what: str, is_so: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + GUEST_S
     while not is_so():
         assert time.monotonic() < deadline_s, what
         time.sleep(0.05)
+
+
+def wait_until_merged(service: Service) -> None:
+    """Until each disk of `now` is one file."""
+    names = ["now-disk0.vhd", "now-disk1.vhd"]
+    wait_until(
+        "layers are not merged",
+        lambda: sorted(file for file in os.listdir(service.paths.disks) if file.startswith("now")) == names,
+    )
 
 
 def test_a_guest_starts_from_its_backup(service: Service, iocheck_image: BuiltImage) -> None:
@@ -75,11 +82,7 @@ def test_a_guest_starts_from_its_backup(service: Service, iocheck_image: BuiltIm
     wait_until("the server stays", lambda: not os.path.exists(service.paths.partition("now").backing("disk1")))
     status = service.cli("provider", "show", "now", "--format", "json").json
     assert [disk.get("backing") for disk in status["disks"]] == [None, None]
-    names = {"now-disk0.vhd", "now-disk1.vhd"}
-    wait_until(
-        "layers are not merged",
-        lambda: {file for file in os.listdir(service.paths.disks) if file.startswith("now")} == names,
-    )
+    wait_until_merged(service)
     service.cli("partition", "stop", "now")
     assert service.cli("checkpoint", "create", "now").status == 0
 
@@ -111,6 +114,7 @@ def test_what_came_home_is_what_was_backed_up(service: Service, iocheck_image: B
     assert provider is not None
     provider.send_signal(signal.SIGKILL)
     assert homecoming(service, "now").state is OperationState.SUCCEEDED
+    wait_until_merged(service)
     service.cli("partition", "stop", "now", "--force")
     for disk in ("disk0", "disk1"):
-        wait_until("", lambda disk=disk: content_hash(service, "now", disk) == content_hash(service, "full", disk))
+        assert content_hash(service, "now", disk) == content_hash(service, "full", disk)
