@@ -4,7 +4,7 @@ An object is put once, whole, under a name, and never changed (leases are put ag
 letters, digits, `.`, `-` and `/`, at most 200 characters; nothing that a foreign storage lists may be anything else.
 
 Durability: when `put` returns, the object survives a power cut of the storage, as far as the storage can promise that;
-while it runs, the object is there whole or not at all. The suite of all: `tests/contract/test_repository_backends.py`.
+while it runs, the object is there whole or not at all. The suite of all: `tests/interop/test_repository_backends.py`.
 """
 
 from __future__ import annotations

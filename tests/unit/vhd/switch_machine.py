@@ -98,13 +98,16 @@ class SwitchMachine(DiskMachine):
                 switch = prepare()
             except OSError:
                 assert end == "full"
+                self.lacked_room = True
                 return False
             try:
                 switch.settle()
                 switch.exchange()
             except OSError:
                 assert end == "full"
-                switch.cancel()
+                self.lacked_room = True
+                with contextlib.suppress(OSError):  # nor was there room to undo it
+                    switch.cancel()
                 return False
             exchanged()
             burning, self.io.fuse = self.io.fuse, (self.io.fuse if end != "full" else None)
@@ -183,7 +186,12 @@ class SwitchMachine(DiskMachine):
                 size = inspect_chain(lower).size_bytes
                 self.promised[lower] = content.ljust(size, b"\0")
 
-        if self._exchange(prepare, exchanged, end, fuse, self._range(place, length)) and upper not in self.layers:
+        write = self._range(place, length)
+        done = self._exchange(prepare, exchanged, end, fuse, write)
+        if not done:  # the top may name its new parent by now: the service tries again, when there is room
+            done = self._exchange(prepare, exchanged, "", fuse, write)
+            assert done
+        if upper not in self.layers:
             self.promised.pop(upper, None)
             os.unlink(upper)
 

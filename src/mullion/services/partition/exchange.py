@@ -109,9 +109,10 @@ def _with_chain(disk: PreparedDisk, chain: tuple[str, ...]) -> PreparedDisk:
 
 
 async def follow_heads(partition: Partition) -> None:
-    """Before a provider is started: the chains are those of the record's heads. The caller holds the lock.
+    """Before a provider is started: the chains are those of the record's heads, as the files themselves name them.
 
-    Raises: what `Preparer.find_chain` raises.
+    A provider that was killed may have put a head on another parent without anybody having heard of it. The caller
+    holds the lock. Raises: what `Preparer.find_chain` raises.
     """
     await take_merged_heads(partition)
     heads = partition.record.heads
@@ -119,17 +120,13 @@ async def follow_heads(partition: Partition) -> None:
     if run is None:
         return
     preparer = partition.surroundings.preparer
-    chains = {}
-    for disk in run.disks:
-        head = heads.get(disk.id)
-        if head is not None and not disk.read_only and (disk.chain[0] != head or not _all_there(disk.chain)):
-            chains[disk.id] = await asyncio.to_thread(preparer.find_chain, partition.name, head)
-    if chains:
+    chains = {
+        disk.id: await asyncio.to_thread(preparer.find_chain, partition.name, heads[disk.id])
+        for disk in run.disks
+        if disk.id in heads and not disk.read_only
+    }
+    if any(disk.chain != chains.get(disk.id, disk.chain) for disk in run.disks):
         note_chains(partition, chains)
-
-
-def _all_there(paths: Sequence[str]) -> bool:
-    return all(map(os.path.exists, paths))
 
 
 async def take_merged_heads(partition: Partition) -> None:
