@@ -36,7 +36,7 @@ _PAGE_BYTES: Final = _PAGE_ENTRIES * ENTRY_BYTES
 _READ_BYTES: Final = 64 * KIB
 _SORT_PAGES: Final = 512
 _SKIP_ENTRIES: Final = 64
-_WINDOW_ENTRIES: Final = 1 << 14
+_WINDOW_ENTRIES: Final = 1 << 12
 _BLANK: Final = array("I", [UNALLOCATED]) * _PAGE_ENTRIES
 """The page of all stretches without a block, in every table: never written to."""
 _BLANK_STRETCH: Final = _BLANK[:_SKIP_ENTRIES]
