@@ -8,7 +8,7 @@ import struct
 import msgspec
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.unit.repository.disks import MemoryDisk, back_up, content_of, new_repository, scattered
 
@@ -46,6 +46,7 @@ def test_any_bytes_as_config_key_and_sealed_object(content: bytes) -> None:
 
 @EXAMPLES
 @given(st.binary(max_size=400))
+@example(b"\x81\xa2id\xa1\x80")
 def test_any_payload_as_manifest(payload: bytes) -> None:
     with contextlib.suppress(RepositoryDamagedError):
         found = manifest.decode(payload, "backups/0123456789abcdef", "here")

@@ -149,7 +149,7 @@ def living_holders(backend: Backend, keys: Keys, *, but: str = "") -> Iterator[H
             holder = msgspec.msgpack.decode(payload, type=Holder)
         except ObjectMissingError:
             continue  # given back since
-        except (RepositoryDamagedError, msgspec.DecodeError):
+        except (RepositoryDamagedError, msgspec.DecodeError, UnicodeDecodeError):
             # Its holder, if it lives, finds it gone and does not publish: safe, while keeping it would block for ever.
             log.warning("%s: %s is damaged and taken away", backend.location, listed.name)
             backend.delete(listed.name)

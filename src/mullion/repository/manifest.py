@@ -93,7 +93,7 @@ def decode(payload: bytes, name: str, location: str) -> Manifest:
     """Raises: RepositoryDamagedError when it is no manifest, or says what cannot be."""
     try:
         manifest = msgspec.msgpack.decode(payload, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(location, name, str(error)) from error
     if manifest_name(manifest.id) != name:
         raise _damaged(location, name, "it belongs to another name")

@@ -328,7 +328,7 @@ def _check_leases(repository: Repository, report: Report) -> None:
             msgspec.msgpack.decode(payload, type=Holder)
         except RepositoryDamagedError as error:
             report.add(error, name)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             report.say(name, f"{repository.location}: {name} is no lease: {error}")
         except ObjectMissingError:
             continue  # given back since
