@@ -105,13 +105,10 @@ async def switch_to_heads(partition: Partition, disk_ids: Sequence[str]) -> Mapp
     return await exchange_chains(partition, exchanges)
 
 
-async def put_on_top(partition: Partition, disk_ids: Sequence[str], **changes: Any) -> tuple[dict[str, str], float]:
-    """Freeze the heads of some disks at one instant, by steps 3 and 4 on children that step 2 has made before.
-
-    Answers with the children and with the time for which the guest's requests waited, in milliseconds.
-    """
-    children = await add_children(partition, {disk: layers_of(partition, disk).head for disk in disk_ids})
-    return children, await freeze_heads(partition, children, **changes)
+async def put_on_top(partition: Partition, disk_id: str) -> None:
+    """All steps for one disk: its head is frozen. Raises: as `make_children` and `freeze_heads`."""
+    children = await add_children(partition, {disk_id: layers_of(partition, disk_id).head})
+    await freeze_heads(partition, children)
 
 
 async def freeze_heads(

@@ -43,7 +43,7 @@ from mullion.services.checkpoint.layers import (
 )
 from mullion.services.checkpoint.merging import MergeStatus, forget_merge, merge_layer, merge_now, relink
 from mullion.services.checkpoint.record import CheckpointRecord
-from mullion.services.partition.exchange import Exchange, exchange_chains, note_chains
+from mullion.services.partition.exchange import Exchange, exchange_chains
 from mullion.services.partition.partition import Partition
 from mullion.services.partition.record import DiskLayers
 from mullion.services.partition.saving import unstamp
@@ -285,7 +285,7 @@ class LayerKeeper:
         held = await asyncio.to_thread(_held_bytes, layers.head)
         limit = self._limit_for(disk_id, held)
         if held > limit:
-            await put_on_top(self.partition, [disk_id])
+            await put_on_top(self.partition, disk_id)
             return
         if not is_served(self.partition):
             await asyncio.to_thread(merge_now, act.upper, act.lower, self._pending_dir)
@@ -296,7 +296,6 @@ class LayerKeeper:
             self.partition,
             [Exchange(disk_id, chain[1:], (act.lower,), collapse=True, limit_bytes=max(limit, held))],
         )
-        note_chains(self.partition, {disk_id: chain[1:]})
         await self._save(disk_id, msgspec.structs.replace(layers, head=act.lower))
 
     @property
