@@ -9,8 +9,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from tests.framework.exploring import load_profile
 from tests.framework.leftovers import Leftovers, checked_home
 from tests.framework.logs import log_tails
+
+load_profile()  # before the modules that build on it are imported
 
 LEFTOVERS = pytest.StashKey[Leftovers]()
 REAPED = pytest.StashKey[list[str]]()

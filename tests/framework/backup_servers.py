@@ -105,7 +105,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     try:
         assert process.stdout is not None
         _wait_for(process.stdout.fileno(), b"ready\n", process)
-        credentials = Credentials(s3_access_key="test:tester", s3_secret_key="testing")
+        credentials = Credentials(s3_access_key="test:tester", s3_secret_key=(folder / "key").read_text())
         yield S3Server(int((folder / "port").read_text()), credentials)
     finally:
         end_group(process)

@@ -3,13 +3,14 @@
     /usr/bin/python3 swift_server.py FOLDER BUCKET QUOTA_BYTES
 
 Proxy, account, container and object server listen on loopback ports of their own; objects, databases and rings are in
-FOLDER. Requests must be signed (AWS signature version 4) by the user `test:tester` with the key `testing`. When all
-listen, and the bucket is there, FOLDER/port has the proxy's port. Ends with its standard input.
+FOLDER. Requests must be signed (AWS signature version 4) by the user `test:tester` with the key in FOLDER/key, which is
+new each time. When all listen, and the bucket is there, FOLDER/port has the proxy's port. Ends with its standard input.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 
@@ -41,7 +42,7 @@ location = us-east-1
 check_bucket_owner = false
 [filter:tempauth]
 use = egg:swift#tempauth
-user_test_tester = testing .admin
+user_test_tester = {key} .admin
 user_test_reader = reading
 storage_url_scheme = http
 [filter:container-quotas]
@@ -115,8 +116,11 @@ def main(folder: str, bucket: str, quota_bytes: str) -> None:
         with open(f"{folder}/{kind}.conf", "w") as file:
             file.write(STORAGE.format(kind=kind, folder=folder))
         serve(sock, f"{folder}/{kind}.conf", kind)
+    key = secrets.token_hex(20)
+    with open(f"{folder}/key", "w") as file:
+        file.write(key)
     with open(f"{folder}/proxy.conf", "w") as file:
-        file.write(PROXY.format(folder=folder))
+        file.write(PROXY.format(folder=folder, key=key))
     sock = listen()
     application = serve(sock, f"{folder}/proxy.conf", "proxy")
     for path, headers in (

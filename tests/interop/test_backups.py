@@ -98,15 +98,15 @@ def test_the_whole_way_over_every_kind_of_storage(service: Service, tmp_path: Pa
     service.cli("vhd", "convert", str(image), f"{service.paths.disks}/mail.vhd", "--from", "raw")
     service.cli("partition", "create", "mail", "--memory", "128M", "--disk", "mail")
     with sftp_server(tmp_path / "sshd") as sftp, s3_server(tmp_path / "swift") as s3:
-        keys = {"s3_access_key": s3.credentials.s3_access_key, "s3_secret_key": s3.credentials.s3_secret_key}
+        keys = {name: str(getattr(s3.credentials, name)) for name in ("s3_access_key", "s3_secret_key")}
         add_repository(service, "near", f"{service.home}/near")
         add_repository(service, "shell", sftp_place(sftp, tmp_path / "far"), sftp_credentials(sftp))
-        add_repository(service, "bucket", f"s3+{s3.endpoint}/backup/web", {k: str(v) for k, v in keys.items()})
+        add_repository(service, "bucket", f"s3+{s3.endpoint}/backup/web", keys)
         for name in ("near", "shell", "bucket"):
             there_and_back(service, name)
             files_out_of_it(service, name, tmp_path)
         assert secret_places(service, PASSPHRASE) == [f"{service.home}/passphrase"]
-        assert secret_places(service, "testing") == [f"{service.home}/bucket.toml"]
+        assert secret_places(service, keys["s3_secret_key"]) == [f"{service.home}/bucket.toml"]
     assert stat_bits(service.paths.secrets) == "0o700"
     for path in Path(service.paths.secrets).iterdir():
         assert stat_bits(path) == "0o600", path
