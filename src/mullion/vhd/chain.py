@@ -325,8 +325,9 @@ class Chain:
     def pwritev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write the buffers (of bytes) one after the other from the offset on."""
         length = sum(map(len, buffers))
-        self._check_range(offset, length)
-        self._check_writable()
+        if offset < 0 or offset + length > self._size or self._read_only:
+            self._check_range(offset, length)
+            self._check_writable()
         if not length:
             return
         if (offset & self._mask) + length <= self._mask + 1:
@@ -356,7 +357,8 @@ class Chain:
             self._put(place[1] + within, buffers, length)
             return
         with self._write_lock:
-            self._check_open()
+            if self._is_closed:
+                self._check_open()
             writer = self._writer
             if writer is None:
                 place = self._map.keep_top(granule, granule << self.block_shift)
@@ -387,11 +389,10 @@ class Chain:
         self, writer: TopWriter, granule: int, offset: int, buffers: Sequence[Buffer] | None, length: int
     ) -> None:
         """Write inside one granule of a differencing disk; sectors that become the child's are completed first."""
-        block, within = divmod(offset, self._top.block_bytes)
+        block, within = divmod(offset, writer.block_bytes)
         data = writer.data_offset(block)
-        sectors = self._top.block_bytes // SECTOR_BYTES
         first, end = within // SECTOR_BYTES, -(-(within + length) // SECTOR_BYTES)
-        bits = wanted = bitmap.mask(first, end - first, sectors)
+        bits = wanted = bitmap.mask(first, end - first, writer.sectors)
         if data is not None and (bits := writer.bits(block)) & wanted == wanted:
             self._put(data + within, buffers, length)
         else:
@@ -404,15 +405,21 @@ class Chain:
             else:
                 self._put(data + within, buffers, length)
                 bits |= wanted
-                writer.set_bits(block, first, end - first)
+                writer.keep_bits(block, bits, first, end - first)
             self._map.forget_sectors(granule, first % ((self._mask + 1) // SECTOR_BYTES), end - first)
+        self._keep_whole(writer, granule, bits)
+
+    def _keep_whole(self, writer: TopWriter, granule: int, bits: int) -> None:
+        """Let a granule be direct once the top, of whose block these are the bits, has all of its sectors."""
         start = granule << self.block_shift
+        block, within = divmod(start, writer.block_bytes)
         here = min(self._mask + 1, self._size - start) // SECTOR_BYTES
-        whole = bitmap.mask(start % self._top.block_bytes // SECTOR_BYTES, here, sectors)
-        if bits & whole == whole:
-            data = writer.data_offset(block)
-            assert data is not None
-            self._map.keep_top(granule, data + start % self._top.block_bytes)
+        if bits.bit_count() >= here:
+            whole = bitmap.mask(within // SECTOR_BYTES, here, writer.sectors)
+            if bits & whole == whole:
+                data = writer.data_offset(block)
+                assert data is not None
+                self._map.keep_top(granule, data + within)
 
     def _read_bytes(self, offset: int, length: int) -> bytearray:
         buffer = bytearray(length)

@@ -107,6 +107,11 @@ class FileIO:
 
     def write_all(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all of the buffers, however many and however short the system's writes are."""
+        if len(buffers) == 1:  # nearly always, and then all of it is taken
+            written = self.pwritev(fd, buffers, offset)
+            if written == len(buffers[0]):
+                return
+            buffers, offset = [memoryview(buffers[0])[written:]], offset + written
         left: list[Buffer] = list(buffers)
         while left:
             written = self.pwritev(fd, left[:IOV_LIMIT], offset)

@@ -131,6 +131,8 @@ class Mapping:
         place = (self._top.fd, offset)
         with self._lock:
             self._keep_direct(granule, place)
+            self.mixed.pop(granule, None)
+            self.used.discard(granule)
         return place
 
     def forget_block(self, block: int) -> None:
@@ -142,19 +144,18 @@ class Mapping:
     def forget_sectors(self, granule: int, first: int, count: int) -> None:
         """Sectors of a granule became the top's: mend its owner map where that is simple, or resolve it anew."""
         with self._lock:
-            self._zero.discard(granule)
-            self.direct_read.pop(granule, None)
             levels = self.mixed.get(granule)
             if levels is None:
+                self._zero.discard(granule)
+                self.direct_read.pop(granule, None)
                 return
             owners, unit_shift, places = levels[0]
             unit = (1 << unit_shift) // SECTOR_BYTES
             start, units = first // unit, count // unit
-            owners = owners[:start] + b"\x01" * units + owners[start + units :]
             first_owner = places[1]
             assert first_owner is not None
-            is_simple = first_owner[0] == self._top.fd and not first % unit and not count % unit
-            if is_simple and owners.count(1) < len(owners):
+            if first_owner[0] == self._top.fd and not first % unit and not count % unit:
+                owners = b"".join((owners[:start], b"\x01" * units, owners[start + units :]))
                 self.mixed[granule] = ((owners, unit_shift, places), *levels[1:])
             else:
                 del self.mixed[granule]

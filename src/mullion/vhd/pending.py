@@ -60,6 +60,9 @@ class RecordKind(IntEnum):
     BITS = 2
 
 
+_BITS: Final = int(RecordKind.BITS)
+
+
 class Record(NamedTuple):
     """One change: ALLOC (block, sector, 0) or BITS (block, first sector, sectors)."""
 
@@ -133,12 +136,18 @@ class PendingLog:
 
     def append(self, records: Sequence[Record]) -> None:
         """Keep changes that are about to be acknowledged. The caller has seen to it that there is room."""
-        generation = self._words[_GENERATION_WORD]
         for kind, block, first, count in records:
-            at = _RECORDS_OFFSET + self._count * _RECORD_BYTES
-            _RECORD.pack_into(self._map, at, block, first, count, kind)
-            self._words[(at + 16) >> 3] = generation
-            self._count += 1
+            self._append(block, first, count, kind)
+
+    def append_bits(self, block: int, first: int, count: int) -> None:
+        """The same for one BITS record."""
+        self._append(block, first, count, _BITS)
+
+    def _append(self, block: int, first: int, count: int, kind: int) -> None:
+        at = _RECORDS_OFFSET + self._count * _RECORD_BYTES
+        _RECORD.pack_into(self._map, at, block, first, count, kind)
+        self._words[(at + 16) >> 3] = self._words[_GENERATION_WORD]
+        self._count += 1
 
     def reset(self) -> None:
         """All changes are in the disk file."""

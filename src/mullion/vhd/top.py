@@ -60,7 +60,9 @@ class TopWriter:
         self.is_child = image.kind is DiskType.DIFFERENCING
         self._io = file_io
         self._log = log
-        self._sectors = image.block_bytes // SECTOR_BYTES
+        self.block_bytes = image.block_bytes
+        self.sectors = self.block_bytes // SECTOR_BYTES
+        """Of a block."""
         self._bitmap_bytes = image.bitmap_bytes
         self._next = image.footer_offset
         self._has_grown = False
@@ -109,7 +111,7 @@ class TopWriter:
             self._clean_bits.move_to_end(block)
             return found
         start = self.image.block_start(block)
-        found = 0 if start is None else self.image.read_bits(start, 0, self._sectors)
+        found = 0 if start is None else self.image.read_bits(start, 0, self.sectors)
         self._keep_clean(block, found)
         return found
 
@@ -121,8 +123,8 @@ class TopWriter:
         start = self._take_slot()
         first, count = within // SECTOR_BYTES, length // SECTOR_BYTES
         if self.is_child:
-            bits = bitmap.mask(first, count, self._sectors)
-            raw = bitmap.to_raw(bits, self._sectors, self._bitmap_bytes)
+            bits = bitmap.mask(first, count, self.sectors)
+            raw = bitmap.to_raw(bits, self.sectors, self._bitmap_bytes)
         else:
             bits, raw = 0, b"\xff" * self._bitmap_bytes
         fd = self.image.fd
@@ -151,9 +153,15 @@ class TopWriter:
 
     def set_bits(self, block: int, first: int, count: int) -> None:
         """Make sectors visible whose data was written into an allocated block."""
-        self._record([Record(RecordKind.BITS, block, first, count)])
+        self.keep_bits(block, self.bits(block) | bitmap.mask(first, count, self.sectors), first, count)
+
+    def keep_bits(self, block: int, bits: int, first: int, count: int) -> None:
+        """The same, for a caller that knows what the block's bitmap is with them."""
+        if self._log is not None:
+            self._log.append_bits(block, first, count)
+        self._records += 1
         with self._state:
-            self._dirty_bits[block] = self._bits(block) | bitmap.mask(first, count, self._sectors)
+            self._dirty_bits[block] = bits
             self._clean_bits.pop(block, None)
 
     def flush(self) -> None:
@@ -191,8 +199,8 @@ class TopWriter:
                 self._allocate(block, first)
                 if self.is_child:
                     self._dirty_bits[block] = 0
-            elif known and kind == RecordKind.BITS and self.is_child and 0 < count <= self._sectors - first:
-                self._dirty_bits[block] = self.bits(block) | bitmap.mask(first, count, self._sectors)
+            elif known and kind == RecordKind.BITS and self.is_child and 0 < count <= self.sectors - first:
+                self._dirty_bits[block] = self.bits(block) | bitmap.mask(first, count, self.sectors)
             else:
                 raise self._bad_log(f"a record of kind {kind} for block {block}")
         self._records = len(records)
@@ -301,7 +309,7 @@ class TopWriter:
     def _write_bitmap(self, block: int) -> None:
         start = self.image.block_start(block)
         assert start is not None
-        raw = bitmap.to_raw(self._dirty_bits[block], self._sectors, self._bitmap_bytes)
+        raw = bitmap.to_raw(self._dirty_bits[block], self.sectors, self._bitmap_bytes)
         self._io.write_all(self.image.fd, [raw], start)
 
     def _write_bat(self) -> None:
