@@ -1,12 +1,10 @@
-"""The ring loop: takes requests from a split virtqueue and answers them, in order, as cheaply as Python can.
+"""A ring: takes requests from a split virtqueue and answers them, in order.
 
 Spec: VIRTIO 1.2, section 2.7 (split virtqueues), 2.7.7 and 2.7.10 (notifications, EVENT_IDX). The table of the parts
 is in `wire.vhost_user.virtio_blk`.
 
-How it is made fast: rings and guest memory are `memoryview.cast` views (an index is one aligned load or store), a
-descriptor is two 64-bit words, a driver's usual table of three descriptors is one `unpack`, data goes between file and
-guest memory by `preadv`/`pwritev` without a copy, and there is no object per request. What is not a plain read or write
-of one segment within one granule goes through `_serve`, which takes everything that the specification allows.
+Nearly all requests are plain reads and writes of one segment within one granule: `hot_loop` serves them by the dozen.
+What it leaves over goes through `_serve`, which takes everything that the specification allows.
 
 Invariants: requests are served strictly in order and each is finished before the next is taken, so `used.idx` is at
 every instant exactly the number of finished requests: after a crash the ring goes on from there. Everything read from
@@ -21,16 +19,14 @@ Durability: as the request says; a write that finds no space stays in the ring, 
 from __future__ import annotations
 
 import enum
-import os
 import struct
 import threading
 from collections.abc import Callable
-from struct import error as StructError  # noqa: N812
 from typing import Final
 
-from mullion.base.errors import MullionError
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of
 from mullion.provider.dirty_log import DirtyLog
+from mullion.provider.hot_loop import HotLoop
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.layers.throttle import Turn
 from mullion.provider.memory import GuestFault, GuestMemory
@@ -42,29 +38,18 @@ CHAIN_LIMIT: Final = 1024
 """Descriptors of one request, direct and indirect together."""
 BUDGET_REQUESTS: Final = 512
 """After so many requests of one ring the other rings and the control of the connection get a turn."""
-ANNOUNCE_BYTES: Final = 512 * 1024
-"""After so much data the driver hears of it at once, so that it can prepare more while the rest is served."""
-
 ANNOUNCE_REQUESTS: Final = 16
-"""Likewise after so many requests: a driver that is woken only at the end of a batch finds the ring empty, and then so
-do we; both sleep and are woken for every batch (`bench/provider_bench.py`)."""
+"""After so many requests the driver hears of them: one that is woken only at the end of a batch finds the ring empty,
+and then so do we; both sleep and are woken for every batch (`bench/provider_bench.py`)."""
 
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _NO_NOTIFY: Final = 1
 _ENTRY_BYTES: Final = 16
-_SECTOR_SHIFT: Final = 9
 _FRAME_BYTES: Final = 17  # header and status of a request
-# A descriptor's flags, and flags | next << 16 as they stand in a driver's usual table of three.
 _NEXT: Final = int(DescriptorFlag.NEXT)
 _WRITE: Final = int(DescriptorFlag.WRITE)
 _INDIRECT: Final = int(DescriptorFlag.INDIRECT)
-_NEXT_1: Final = _NEXT | 1 << 16
-_NEXT_2: Final = _NEXT | 2 << 16
-_NEXT_2_WRITE: Final = _NEXT | _WRITE | 2 << 16
-
 _DESCRIPTOR: Final = struct.Struct("<QII").unpack_from  # address, length, flags | next << 16
-_THREE_DESCRIPTORS: Final = struct.Struct("<QIIQIIQII").unpack_from
-_TWO_WORDS: Final = struct.Struct("<QQ").unpack_from
 
 
 class Drained(enum.Enum):
@@ -120,6 +105,16 @@ class Ring:
         self._used = used[:4].cast("H")
         self._used_words = used[: 4 + 8 * size].cast("I")  # [1 + 2 n] head, [2 + 2 n] length of element n
         self._available_event = used[4 + 8 * size :].cast("H")
+        hot = memory.largest
+        assert hot is not None, "a ring lies in memory, so there is some"
+        self._hot = HotLoop(
+            size=size,
+            descriptors=self._descriptors,
+            available=self._available.cast("B"),
+            used=used,
+            base=hot.guest_address,
+            memory=hot.view,
+        )
         self._inflight = inflight
         self.next_index = self._used[1]
         self._resubmit = [] if inflight is None else inflight.recover(self.next_index, size)
@@ -178,118 +173,17 @@ class Ring:
             self._announce(notify)
 
     def _run(self, count: int) -> None:
-        """Serve up to so many requests, which are available and do not wrap around the ring's end; the hot loop."""
+        """Serve up to so many requests, which are available and do not wrap around the ring's end."""
         if self._log is not None:
             self._run_logged(count)
             return
-        hot = self._memory.largest
-        assert hot is not None, "a ring lies in memory, so there is some"
-        base, memory = hot.guest_address, hot.view
-        device = self._blk.device
-        read_get, write_get, shift = device.direct_read.get, device.direct_write.get, device.block_shift
-        mixed_get, mixed_used, mixed_write_fd = device.mixed_read.get, device.mixed_used.add, device.mixed_write_fd
-        if device.read_only:
-            write_get, mixed_write_fd = _NOWHERE.get, -1
-        granule_bytes = 1 << shift
-        sector_shift = shift - _SECTOR_SHIFT
-        sector_mask = (1 << sector_shift) - 1
-        whole_granules = device.size_bytes >> shift
-        descriptors, used, used_words = self._descriptors, self._used, self._used_words
-        preadv, pwritev = os.preadv, os.pwritev
-        descriptor, three_descriptors, two_words = _DESCRIPTOR, _THREE_DESCRIPTORS, _TWO_WORDS
-        index = first = self.next_index
-        slot = index & (self._size - 1)
-        element = 1 + 2 * slot
-        moved = 0
+        hot, first = self._hot, self.next_index
         try:
-            for head in self._available[2 + slot : 2 + slot + count].tolist():
-                written = 0
-                try:
-                    address, length, shape = descriptor(descriptors, head << 4)
-                    if shape & 0xFFFF == _INDIRECT and length == 48 and address >= base:
-                        at, at_bytes, shape, data, length, direction, status, status_bytes, last = three_descriptors(
-                            memory, address - base
-                        )
-                        is_plain = shape == _NEXT_1
-                    else:
-                        at, at_bytes = address, length
-                        is_plain = shape & 0xFFFF == _NEXT
-                        if is_plain:
-                            data, length, direction = descriptor(descriptors, shape >> 16 << 4)
-                            status, status_bytes, last = descriptor(descriptors, direction >> 16 << 4)
-                            direction = direction & 0xFFFF | 0x20000
-                    if (
-                        is_plain
-                        and at_bytes == 16
-                        and status_bytes == 1
-                        and last & 0xFFFF == _WRITE
-                        and at >= base <= data
-                        and status >= base
-                    ):
-                        # What reaches beyond the end of memory is seen by the unpack, the short transfer or the store.
-                        kind, sector = two_words(memory, at - base)
-                        inside = (sector & sector_mask) << _SECTOR_SHIFT
-                        granule = sector >> sector_shift
-                        if inside + length <= granule_bytes and granule < whole_granules and not length & 511:
-                            data -= base
-                            piece = memory[data : data + length]
-                            if direction == _NEXT_2_WRITE and kind == 0:
-                                place = read_get(granule)
-                                if place is None and (levels := mixed_get(granule)) is not None:
-                                    owners, unit_shift, places = levels[0]
-                                    unit, last = inside >> unit_shift, (inside + length - 1) >> unit_shift
-                                    owner = owners[unit]
-                                    if unit == last or owners.count(owner, unit, last + 1) == last + 1 - unit:
-                                        mixed_used(granule)
-                                        place = places[owner]
-                                if place is not None:
-                                    fd, start = place
-                                    if preadv(fd, (piece,), start + inside) == length:
-                                        memory[status - base] = 0
-                                        written = length + 1
-                                        moved += length
-                                elif len(piece) == length > 0:
-                                    device.preadv(sector << _SECTOR_SHIFT, (piece,))
-                                    memory[status - base] = 0
-                                    written = length + 1
-                                    moved += length
-                            elif direction == _NEXT_2 and kind == 1:
-                                place = write_get(granule)
-                                if place is None and (levels := mixed_get(granule)) is not None:
-                                    owners, unit_shift, places = levels[0]
-                                    unit, last = inside >> unit_shift, (inside + length - 1) >> unit_shift
-                                    owner = owners[unit]
-                                    if unit == last or owners.count(owner, unit, last + 1) == last + 1 - unit:
-                                        shared = places[owner]
-                                        if shared is not None and shared[0] == mixed_write_fd:
-                                            mixed_used(granule)
-                                            place = shared
-                                if place is not None:
-                                    fd, start = place
-                                    if pwritev(fd, (piece,), start + inside) == length:
-                                        memory[status - base] = 0
-                                        written = 1
-                                        moved += length
-                                elif len(piece) == length > 0 and not device.read_only:
-                                    device.pwritev(sector << _SECTOR_SHIFT, (piece,))
-                                    memory[status - base] = 0
-                                    written = 1
-                                    moved += length
-                except (IndexError, OverflowError, StructError, OSError, MullionError):
-                    written = 0  # what is wrong, or gone, is found out in `_serve`
-                if not written:
-                    written = self._serve(head)
-                used_words[element] = head
-                used_words[element + 1] = written
-                element += 2
-                index = (index + 1) & 0xFFFF
-                used[1] = index
-                if moved >= ANNOUNCE_BYTES:
-                    break
+            hot.run(self._blk.device, self._serve, first, first, count)
         finally:
-            self.next_index = index
-            self.requests += (index - first) & 0xFFFF
-            self.bytes += moved
+            self.next_index = hot.available_index
+            self.requests += (self.next_index - first) & 0xFFFF
+            self.bytes += hot.moved_bytes
 
     def _admit(self, count: int) -> int:
         """How many of the next requests may go ahead now; with none, `wait_s` says when to ask. Raises: GuestFault."""
@@ -405,6 +299,3 @@ class Ring:
             if not flags & _NEXT:
                 return readable, writable
             index = shape >> 16
-
-
-_NOWHERE: Final[dict[int, tuple[int, int]]] = {}

@@ -1,0 +1,78 @@
+"""The hot loop by itself: what it publishes, and where it says it stands. What it serves: `test_ring.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.framework.virtqueue import GranuleDisk, GuestSide
+
+from mullion.provider.hot_loop import UNANSWERED, HotLoop
+from mullion.provider.memory import GuestFault
+from mullion.wire.vhost_user.virtio_blk import BlkRequest
+
+pytestmark = pytest.mark.unit
+
+SIZE = 8
+
+
+@pytest.fixture
+def side() -> Iterator[GuestSide]:
+    made = GuestSide(GranuleDisk(1 << 20), queue_size=SIZE)
+    yield made
+    made.close()
+
+
+def hot_loop(side: GuestSide) -> HotLoop:
+    place, memory = side.driver.place, side.guest_memory.largest
+    assert memory is not None
+    return HotLoop(
+        size=SIZE,
+        descriptors=side.memory[place.descriptor : place.descriptor + 16 * SIZE],
+        available=side.memory[place.available : place.available + 6 + 2 * SIZE],
+        used=side.memory[place.used : place.used + 6 + 8 * SIZE],
+        base=memory.guest_address,
+        memory=memory.view,
+    )
+
+
+def used_ring(side: GuestSide) -> tuple[int, list[tuple[int, int]]]:
+    """Its index, and (head, length) of all elements."""
+    used = side.memory[side.driver.place.used :]
+    words = used[4 : 4 + 8 * SIZE].cast("I").tolist()
+    return used[:4].cast("H")[1], list(zip(words[::2], words[1::2], strict=True))
+
+
+def test_what_is_answered_later_is_published_by_somebody_else(side: GuestSide) -> None:
+    """The available and the used ring go on from indices of their own, and wrap on their own."""
+    for slot in range(4):
+        kind = BlkRequest.FLUSH if slot in (0, 2) else BlkRequest.IN
+        side.driver.submit(slot, kind, 8 * slot, answer_bytes=512 if kind is BlkRequest.IN else 0)
+    heads = side.memory[side.driver.place.available + 4 :][:8].cast("H").tolist()
+    left_over: list[int] = []
+
+    def serve(head: int) -> int:
+        left_over.append(head)
+        return UNANSWERED
+
+    loop = hot_loop(side)
+    loop.run(side.disk, serve, 0, 0xFFFF, 4)
+    assert left_over == [heads[0], heads[2]]
+    assert (loop.available_index, loop.used_index, loop.moved_bytes) == (4, 1, 1024)
+    index, elements = used_ring(side)
+    assert index == 1
+    assert (elements[7], elements[0]) == ((heads[1], 513), (heads[3], 513))
+
+
+def test_a_request_that_cannot_be_served_is_not_taken(side: GuestSide) -> None:
+    side.driver.submit(0, BlkRequest.IN, 0, answer_bytes=512)
+    side.driver.submit(1, BlkRequest.FLUSH)
+
+    def serve(_head: int) -> int:
+        raise GuestFault("a lie")
+
+    loop = hot_loop(side)
+    with pytest.raises(GuestFault, match="a lie"):
+        loop.run(side.disk, serve, 0, 0, 2)
+    assert (loop.available_index, loop.used_index, loop.moved_bytes) == (1, 1, 512)
+    assert used_ring(side)[0] == 1
