@@ -455,3 +455,47 @@ def test_a_data_folder_that_cannot_be_written(service: Service, small_data: str)
     subprocess.run(["mount", "-o", "remount,rw", small_data], check=True)
     service.start()
     assert service.partition("kept").name == "kept"
+
+
+# ----------------------------------------------------------------------------------------------------- no room to merge
+
+
+@pytest.fixture
+def small_folder(shared: Service) -> Iterator[str]:
+    """A filesystem of 24 MiB; needs root, as `make test` has it."""
+    folder = f"{shared.home}/small"
+    os.makedirs(folder)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={24 * MIB},mode=755", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_merge_waits_for_room_and_says_so(shared: Service, small_folder: str) -> None:
+    content = os.urandom(8 * MIB)
+    with shared.client() as client:
+        client.create_disk(path=f"{small_folder}/full.vhd", size_bytes=64 * MIB)
+        define(shared, "full", f"{small_folder}/full.vhd")
+        shared.cli("checkpoint", "create", "full", "one")
+        (head,) = Path(small_folder).glob("*.avhd")
+        shared.cli("vhd", "write", str(head), "--offset", "0", stdin=content)
+        status = os.statvfs(small_folder)
+        with open(f"{small_folder}/filler", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize)
+        operation = shared.cli("checkpoint", "delete", "full", "one", "--no-wait").stdout.strip()
+        stage = ""
+        for event in client.events(follow=True):
+            stage = str(event.data.get("stage", ""))
+            if event.data.get("operation") == operation and "tried again" in stage:
+                break
+        assert "no space left" in stage.lower()
+        assert small_folder in stage
+        os.unlink(f"{small_folder}/filler")
+        client.wait(client.operation(operation))
+        client.delete_partition("full")
+    assert [path.name for path in Path(small_folder).iterdir()] == ["full.vhd"]
+    with open_chain(f"{small_folder}/full.vhd", read_only=True) as chain:
+        found = bytearray(len(content))
+        chain.pread(0, found)
+    assert found == content

@@ -23,7 +23,7 @@ from typing import Final
 
 import msgspec
 
-from mullion.base.errors import MullionError, NoSpaceError
+from mullion.base.errors import MullionError
 from mullion.base.units import MIB
 from mullion.model.views import MergeView
 from mullion.parent.events import Events
@@ -105,6 +105,7 @@ class LayerKeeper:
         self._limits: dict[str, int] = {}
         self._last_held: dict[str, int] = {}
         self._attempts: dict[str, int] = {}
+        self._trouble: str | None = None
         self._task: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ class LayerKeeper:
                 share = view.done_bytes / view.total_bytes if view.total_bytes else None
                 what = view.reason or f"merging {os.path.basename(view.upper)} into {os.path.basename(view.lower)}"
                 operation.stage(f"{view.disk}: {what}", share)
+            if self._trouble is not None and not self._work:
+                operation.stage(self._trouble)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FOLLOW_S):
                     await self._idle.wait()
@@ -157,7 +160,8 @@ class LayerKeeper:
             self._wake.clear()
             try:
                 while await self._turn():
-                    pass
+                    self._trouble = None
+                self._trouble = None
                 if not self._wake.is_set():
                     self._idle.set()
             except Exception as error:  # the root of this task: it must outlive whatever one round met
@@ -169,8 +173,9 @@ class LayerKeeper:
 
     def _failed(self, error: Exception) -> None:
         log.error("%s: layers: %s", self.partition.name, error, exc_info=not isinstance(error, MullionError | OSError))
+        self._trouble = f"waits: {error}; tried again every {_RETRY_S:.0f} s"
         for work in self._work.values():
-            work.reason = "no space left" if isinstance(error, NoSpaceError) else str(error)
+            work.reason = self._trouble
 
     async def _turn(self) -> bool:
         """Do one thing for the first disk that needs one; whether there was one."""
