@@ -33,8 +33,9 @@ from mullion.hypervisor.states import MachineEvent
 GREETING_S: Final = 3.0
 COMMAND_S: Final = 30.0
 
-# The library reports each lost connection as an error with tracebacks; for us a QEMU that ends is an ordinary event.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+# The library reports each lost connection as an error with tracebacks, and as a critical one (a bug of its own) when
+# QEMU resets it while it is closed; for us a QEMU that ends is an ordinary event, and what fails is raised as well.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 EventHandler = Callable[[MachineEvent], None]
 
