@@ -170,6 +170,8 @@ class TreeBuilder:
         self._root = base.root
         for _ in range(self._levels, base.levels):
             self._root = ZERO_ID if self._root == ZERO_ID else self._load(self._root)[:ID_BYTES]
+        if base.levels < self._levels:
+            self._root = ZERO_ID  # until a new node above the base's root is stored; none is when nothing has data
         for level in range(base.levels, self._levels):  # new nodes above the base's root, open until the end
             content = bytearray(NODE_BYTES)
             if level == base.levels:

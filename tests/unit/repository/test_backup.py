@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from tests.unit.repository.disks import (
     scattered,
 )
 
-from mullion.base.block import ExtentKind
+from mullion.base.block import Extent, ExtentKind, WritableBuffer
 from mullion.base.errors import InvalidError, NotFoundError, StateError
 from mullion.base.units import GIB, KIB, MIB
 from mullion.repository import Repository, begin_backup
@@ -28,6 +29,24 @@ from mullion.repository.prune import prune
 from mullion.repository.verify import verify
 
 pytestmark = pytest.mark.unit
+
+
+class Zeros(MemoryDisk):
+    """A disk of any size without data."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(b"")
+        self._size_bytes = size_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    def pread(self, offset: int, buffer: WritableBuffer) -> None:
+        memoryview(buffer)[:] = bytes(len(buffer))
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        return iter(())
 
 
 @pytest.mark.parametrize("size", [512, CHUNK - 512, CHUNK, CHUNK + 512, 3 * MIB, 20 * MIB + 512])
@@ -62,14 +81,8 @@ def test_extents_of_a_backup_are_those_of_its_chunks() -> None:
 
 
 def test_an_empty_disk_of_any_size_costs_nothing() -> None:
-    class Nothing(MemoryDisk):
-        size_bytes = 2000 * GIB
-
-        def extents(self, offset, length):  # type: ignore[no-untyped-def]
-            return iter(())
-
     repository, backend = new_repository()
-    manifest = back_up(repository, Nothing(b""))
+    manifest = back_up(repository, Zeros(2000 * GIB))
     assert (manifest.disks["disk0"].data_bytes, manifest.new_bytes) == (0, 0)
     assert not list(backend.list("packs"))
     assert len(list(repository.open_disk(manifest, "disk0").extents(0, 2000 * GIB))) == 1
@@ -115,6 +128,21 @@ def test_any_series_of_incremental_backups_is_right(data: st.DataObject) -> None
         assert stored.data_bytes == sum(map(any, chunks)) * CHUNK
     report = verify(repository)
     assert report.is_whole, report.findings
+
+
+@pytest.mark.parametrize("size", [17 * MIB, 5 * GIB])
+def test_a_disk_that_grew_and_lost_all_it_had_is_one_of_zeros(size: int) -> None:
+    """The nodes above the base's root are as empty as new ones: nothing is stored for them."""
+    repository, _ = new_repository()
+    base = back_up(repository, MemoryDisk(b"x" * 512))
+    manifest = back_up(repository, Zeros(size), base=base, changed=[(0, 512)])
+    assert (manifest.disks["disk0"].data_bytes, manifest.new_bytes) == (0, 0)
+    opened = repository.open_disk(manifest, "disk0")
+    for offset in (0, size - 4096):
+        buffer = bytearray(b"?" * 4096)
+        opened.pread(offset, buffer)
+        assert not any(buffer)
+    assert verify(repository).is_whole
 
 
 def test_two_partitions_with_the_same_base_store_it_once() -> None:
