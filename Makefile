@@ -52,7 +52,7 @@ bench-disk: setup-dev ## the same for disks that run: requests, guests, caps, ch
 
 clean: ## remove what was built or installed here; guests and their disks stay
 	@rm -rf .venv .stamps .cache build dist $(RESULTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find $(SOURCES) \( -name __pycache__ -type d -prune -o -path 'src/*/_*.so' \) -exec rm -rf {} +
 
 setup-runtime:
 	@tools/setup.sh runtime

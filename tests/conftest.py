@@ -13,6 +13,8 @@ from tests.framework.exploring import load_profile
 from tests.framework.leftovers import Leftovers, checked_home
 from tests.framework.logs import log_tails
 
+from mullion.base.implementation import choose, describe
+
 load_profile()  # before the modules that build on it are imported
 
 LEFTOVERS = pytest.StashKey[Leftovers]()
@@ -36,7 +38,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     kvm = "there" if os.path.exists("/dev/kvm") else "not there"
     python = f"{platform.python_implementation()} {platform.python_version()}"
     machine = f"{os.cpu_count()} cores, kernel {platform.release()}, /dev/kvm {kvm}"
-    return [f"mullion: {python}, QEMU {qemu}, {machine}", *(f"mullion: {line}" for line in config.stash[REAPED])]
+    return [
+        f"mullion: {python}, {describe()}, QEMU {qemu}, {machine}",
+        *(f"mullion: {line}" for line in config.stash[REAPED]),
+    ]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,3 +78,12 @@ def short_tmp(leftovers: Leftovers) -> Iterator[Path]:
     """A folder with a path short enough for sockets. Nothing that names it may run when the test is over."""
     with checked_home(leftovers) as home:
         yield home
+
+
+@pytest.fixture(scope="module", params=["python", "compiled"])
+def each_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The module's tests run on rings with a hot loop in Python, and again with its compiled twin, which must be there."""
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = choose("mullion.provider.hot_loop", request.param).module
+        patch.setattr("mullion.provider.ring.HotLoop", chosen.HotLoop)
+        yield request.param

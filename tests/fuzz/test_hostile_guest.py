@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from tests.fuzz.hostile_guest import ATTACKS, attack
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("each_implementation")]
 
 CASES = 20_000
 

@@ -20,7 +20,7 @@ from mullion.wire.vhost_user.client import GUEST_BASE
 from mullion.wire.vhost_user.driver import Segment
 from mullion.wire.vhost_user.messages import DeviceFeature
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("each_implementation")]
 
 MEMORY_BYTES = 512 * 1024
 DISK_BYTES = 200 * 1024

@@ -307,17 +307,19 @@ def status(face: Face) -> None:
 def version(face: Face) -> None:
     """Print the version."""
     from mullion import __version__
+    from mullion.base.implementation import describe
 
     if face.is_json:
-        face.emit_json({"version": __version__, "python": _python_version()})
+        face.emit_json({"version": __version__, "python": _python_version(), "implementation": describe()})
     else:
         face.say(version_line())
 
 
 def version_line() -> str:
     from mullion import __version__
+    from mullion.base.implementation import describe
 
-    return f"mullion {__version__} (Python {_python_version()})"
+    return f"mullion {__version__} (Python {_python_version()}, {describe()})"
 
 
 def _python_version() -> str:

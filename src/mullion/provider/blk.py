@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _HEADER: Final = struct.Struct("<IIQ")
 _RANGE: Final = struct.Struct("<QII")
 _UNMAP: Final = 1
+_LENGTH_LIMIT: Final = (1 << 32) - 1  # of what the used ring can tell; a longer answer is room for an identity only
 
 Segments = list[memoryview]
 
@@ -78,7 +79,7 @@ class BlkDevice:
         handler = self._handlers.get(kind)
         code = BlkStatus.UNSUPP if handler is None else self._attempt(handler, sector * SECTOR_BYTES, payload, answer)
         status[0][0] = code
-        return answer_bytes + 1 if code is BlkStatus.OK else 1
+        return min(answer_bytes + 1, _LENGTH_LIMIT) if code is BlkStatus.OK else 1
 
     def _attempt(
         self,

@@ -24,15 +24,18 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from mullion.base.implementation import implementation_of
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.hot_loop import HotLoop
+from mullion.provider.hot_loop import HotLoop as PythonHotLoop
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.layers.throttle import Turn
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user.messages import VRING_LOG, DeviceFeature, VringAddress
 from mullion.wire.vhost_user.virtio_blk import DescriptorFlag
+
+HotLoop: type[PythonHotLoop] = implementation_of("mullion.provider.hot_loop").HotLoop
 
 CHAIN_LIMIT: Final = 1024
 """Descriptors of one request, direct and indirect together."""

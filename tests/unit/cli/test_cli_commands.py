@@ -206,7 +206,8 @@ def test_without_a_command_the_commands_are_listed(mullion, arguments, listed):
 def test_the_version(mullion):
     assert mullion("--version").stdout == mullion("version").stdout
     assert mullion("version").stdout.startswith("mullion 0.")
-    assert set(json.loads(mullion("version", "--format", "json").stdout)) == {"version", "python"}
+    told = json.loads(mullion("version", "--format", "json").stdout)
+    assert set(told) == {"version", "python", "implementation"}
 
 
 def test_no_wait_prints_the_operation_and_returns(mullion, service):

@@ -14,7 +14,7 @@ from mullion.wire.vhost_user import Log
 from mullion.wire.vhost_user.client import GUEST_BASE
 from mullion.wire.vhost_user.virtio_blk import BlkRequest
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("each_implementation")]
 
 MEMORY_BYTES = 1024 * 1024
 LOG_BYTES = (GUEST_BASE + MEMORY_BYTES) >> 15

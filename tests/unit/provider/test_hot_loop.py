@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 from tests.framework.virtqueue import GranuleDisk, GuestSide
 
+from mullion.provider import ring
 from mullion.provider.hot_loop import UNANSWERED, HotLoop
 from mullion.provider.memory import GuestFault
 from mullion.wire.vhost_user.virtio_blk import BlkRequest
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("each_implementation")]
 
 SIZE = 8
 
@@ -26,7 +27,7 @@ def side() -> Iterator[GuestSide]:
 def hot_loop(side: GuestSide) -> HotLoop:
     place, memory = side.driver.place, side.guest_memory.largest
     assert memory is not None
-    return HotLoop(
+    return ring.HotLoop(
         size=SIZE,
         descriptors=side.memory[place.descriptor : place.descriptor + 16 * SIZE],
         available=side.memory[place.available : place.available + 6 + 2 * SIZE],

@@ -19,7 +19,7 @@ from mullion.wire.vhost_user.client import GUEST_BASE
 from mullion.wire.vhost_user.driver import Segment
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("each_implementation")]
 
 
 class CappedGuest(GuestSide):
