@@ -147,6 +147,7 @@ class Daemon:
             log.info("partitions are adopted %.3f s after the start", time.monotonic() - self._begun_s)
             await operations.recover()
             await backups.homecomings.resume()
+            stack.push_async_callback(backups.homecomings.close)
             stack.push_async_callback(operations.close)
             await fleet.open()
             await schedules.open()

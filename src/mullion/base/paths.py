@@ -191,20 +191,29 @@ class PartitionPaths:
     def nbd(self, disk_id: str) -> str:
         return self._socket(f"{disk_id}.nbd")
 
+    @property
+    def backing_dir(self) -> str:
+        """What leads to the server of a backup that is coming home; it may run while the partition does not."""
+        return f"{os.path.dirname(os.path.dirname(self.run))}/b/{os.path.basename(self.run)}"
+
     def backing(self, disk_id: str) -> str:
         """Where the blocks of a disk are read that are not home from its backup yet."""
-        return self._socket(f"{disk_id}.home")
+        return _checked(f"{self.backing_dir}/{disk_id}.home")
 
     @property
     def backup_server_identity(self) -> str:
-        return f"{self.run}/backup.pid"
+        return f"{self.backing_dir}/pid"
 
     def _socket(self, name: str) -> str:
-        path = f"{self.run}/{name}"
-        if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
-            raise InvalidError(
-                f"the socket's path is longer than {SOCKET_PATH_LIMIT} bytes: {path}",
-                remedy="Choose a shorter run folder (setting run_dir) or a shorter name for the partition.",
-                path=path,
-            )
-        return path
+        return _checked(f"{self.run}/{name}")
+
+
+def _checked(path: str) -> str:
+    """A socket's path. Raises: InvalidError when it is too long for the kernel."""
+    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+        raise InvalidError(
+            f"the socket's path is longer than {SOCKET_PATH_LIMIT} bytes: {path}",
+            remedy="Choose a shorter run folder (setting run_dir) or a shorter name for the partition.",
+            path=path,
+        )
+    return path

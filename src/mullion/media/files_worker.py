@@ -17,7 +17,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -33,8 +33,11 @@ from mullion.media.filesystems.reader import open_volume
 from mullion.media.filesystems.volumes import Volume, choose_volume, list_volumes
 from mullion.model.views import FileVolumeView
 from mullion.vhd import open_chain
+from mullion.wire.nbd import SteadyReader
 
 LISTER: Final = "mullion files ls"
+_PATIENCE_S: Final = 20.0
+"""How long somebody who looks at files waits for the backup that they are in: less than the service waits for us."""
 
 
 class BackupSource(msgspec.Struct, frozen=True):
@@ -48,7 +51,8 @@ class BackupSource(msgspec.Struct, frozen=True):
 class FilesCommand(msgspec.Struct, frozen=True):
     """What is to be read. `label` is what messages call it all.
 
-    `chains` are the files of each disk, top first; or it is the disks of a `backup`.
+    `chains` are the files of each disk, top first, `backings` where to read what they lack, which is missing where they
+    lack nothing; or it is the disks of a `backup`.
     """
 
     label: str
@@ -60,6 +64,7 @@ class FilesCommand(msgspec.Struct, frozen=True):
     volume: int | None = None
     recursive: bool = False
     backup: BackupSource | None = None
+    backings: dict[str, str] = {}
 
 
 Opener = Callable[[], BlockDevice]
@@ -114,7 +119,7 @@ def _send_piece(fd: int, piece: Piece) -> None:
 def _openers(command: FilesCommand, stack: contextlib.ExitStack) -> Mapping[str, Opener]:
     """For each disk that there is, how it is opened. Raises: what opening the repository raises."""
     if command.backup is None:
-        return {disk: partial(_open_chain, chain) for disk, chain in command.chains.items()}
+        return {disk: partial(_open_chain, disk, command, stack) for disk in command.chains}
     from mullion.repository import Repository
     from mullion.repository.credentials import Credentials
     from mullion.repository.location import open_backend
@@ -126,8 +131,13 @@ def _openers(command: FilesCommand, stack: contextlib.ExitStack) -> Mapping[str,
     return {disk: partial(repository.open_disk, manifest, disk) for disk in manifest.disks}
 
 
-def _open_chain(chain: Sequence[str]) -> BlockDevice:
-    return open_chain(chain[0], read_only=True, allowed_dirs=sorted({os.path.dirname(path) for path in chain}))
+def _open_chain(disk: str, command: FilesCommand, stack: contextlib.ExitStack) -> BlockDevice:
+    files = command.chains[disk]
+    chain = open_chain(files[0], read_only=True, allowed_dirs=sorted({os.path.dirname(path) for path in files}))
+    if disk in command.backings:
+        chain.backing = SteadyReader(command.backings[disk], disk, patience_s=_PATIENCE_S)
+        stack.callback(chain.backing.close)
+    return chain
 
 
 def _chosen(command: FilesCommand, openers: Mapping[str, Opener]) -> Mapping[str, Opener]:

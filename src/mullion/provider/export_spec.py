@@ -1,8 +1,9 @@
 """What an exporter is told to serve: made by the parent, passed as JSON, checked here.
 
 JSON: `{"partition": name, "disks": [{"id": name, "chain": [paths, top first], "since": [paths, top first] or null,
-"bitmap": name or null}, …], "unix": socket path or null, "host": address or null, "port": number, "tls": folder or
-null, "control": socket path, "identity": file, "log": file, "uid": number or null, "gid": number or null}`.
+"bitmap": name or null, "backing": socket path or null}, …], "unix": socket path or null, "host": address or null,
+"port": number, "tls": folder or null, "control": socket path, "identity": file, "log": file, "uid": number or null,
+"gid": number or null}`.
 
 Invariants: either `unix`, or `host` with `tls`: nothing leaves the host unencrypted; `since` and `bitmap` go together.
 """
@@ -30,6 +31,8 @@ class ExportedDisk:
     chain: tuple[str, ...]
     since: tuple[str, ...] | None = None
     bitmap: str | None = None
+    backing: str | None = None
+    """The NBD socket that is read where no file has anything, whose export is called as the disk is."""
 
     @classmethod
     def from_fields(cls, given: object, where: str) -> Self:
@@ -39,7 +42,11 @@ class ExportedDisk:
         bitmap = None if fields.get("bitmap") is None else _name(fields.get("bitmap"), f"{where}.bitmap")
         if (since is None) is not (bitmap is None):
             raise InvalidError(f"{where}: since and bitmap go together")
-        return cls(_name(fields.get("id"), f"{where}.id"), _chain(fields.get("chain"), f"{where}.chain"), since, bitmap)
+        backing = fields.get("backing")
+        if backing is not None:
+            _socket(_path(backing, f"{where}.backing"), f"{where}.backing")
+        chain = _chain(fields.get("chain"), f"{where}.chain")
+        return cls(_name(fields.get("id"), f"{where}.id"), chain, since, bitmap, backing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ Each disk is an export of its id, with the contexts `base:allocation` and, when 
 
 Ready is one JSON line: `{"ready": true, "pid": n}`, or `{"error": {…}, "pid": n}`, after which it exits with status 1.
 Commands (`control_client` has the framing): `status` → partition, pid, uptime_s, unix, host, port, tls, connections,
-requests, bytes_read, errors, and of each disk id, size_bytes, bitmap, chain; `quit` → clients are hung up on, it ends.
+requests, bytes_read, errors, and of each disk id, size_bytes, bitmap, chain, backing; `quit` → clients are hung up on,
+it ends.
 Durability: nothing is written.
 """
 
@@ -39,7 +40,7 @@ from mullion.provider.spec import DiskSpec
 from mullion.provider.startup import drop_privileges, open_chain_files, report, set_process_name
 from mullion.vhd import Chain
 from mullion.vhd.held import ChangedSince
-from mullion.wire.nbd import Export, NbdServer
+from mullion.wire.nbd import Export, NbdServer, SteadyReader
 
 if TYPE_CHECKING:
     import ssl
@@ -50,6 +51,8 @@ PROCESS_NAME: Final = "mullion-export"
 MAX_CLIENTS: Final = 64
 """Connections at once, of all disks: a backup program opens several for each."""
 _THREAD_STACK_BYTES: Final = 256 * 1024
+_PATIENCE_S: Final = 60.0
+"""How long a client's read waits for a block that only a backup has."""
 
 
 class Exporter:
@@ -95,6 +98,9 @@ class Exporter:
 
     def _load(self, undo: ExitStack, disk: ExportedDisk, chain_fds: list[int], since_fds: list[int]) -> Export:
         chain = undo.enter_context(_chain(chain_fds, disk.chain))
+        if disk.backing is not None:
+            chain.backing = SteadyReader(disk.backing, disk.id, patience_s=_PATIENCE_S)
+            undo.callback(chain.backing.close)
         bitmaps = {}
         if disk.since is not None and disk.bitmap is not None:
             bitmaps[disk.bitmap] = ChangedSince(chain, undo.enter_context(_chain(since_fds, disk.since)))
@@ -145,6 +151,7 @@ class Exporter:
                     "bitmap": disk.bitmap,
                     "chain": list(disk.chain),
                     "since": None if disk.since is None else list(disk.since),
+                    "backing": disk.backing,
                 }
                 for disk, export in zip(spec.disks, self._exports, strict=True)
             ],

@@ -185,7 +185,16 @@ class Provider:
         self._control.run()
 
     def close(self) -> None:
-        """Stop serving, flush and close. Raises: the first error of a disk that could not be flushed."""
+        """Stop serving, flush and close. Raises: the first error of a disk that could not be flushed.
+
+        OperationFailedError while requests wait for a backup that is out of reach, which nobody can finish: then
+        nothing is done, and whoever asked asks the next provider again, as after a kill.
+        """
+        for served in self._disks:
+            if served.homecoming is not None and served.homecoming.is_waited_for:
+                raise OperationFailedError(
+                    f"disk {served.spec.id}: requests wait for its backup", remedy="They are served again later."
+                )
         errors = self._stop_exports()
         errors += self._close_chains()
         if self._control is not None:
@@ -209,7 +218,10 @@ class Provider:
                     except MullionError as error:
                         errors.append(error)
             if served.homecoming is not None:  # after the requests that it answers
-                served.homecoming.stop()
+                try:
+                    served.homecoming.stop()
+                except OSError as error:
+                    errors.append(error)
         return errors
 
     def _close_chains(self) -> list[Exception]:

@@ -27,14 +27,16 @@ PROCESS_NAME: Final = "mullion-prov"
 def open_chain_files(disk: DiskSpec, pending_dir: str | None = None) -> list[int]:
     """Descriptors of a disk's files, top first: the top for writing unless the disk is read-only.
 
-    A file below it is opened for writing when a pending log of it is there: its writer was killed.
+    A file below it is opened for writing when a pending log of it is there: its writer was killed. So is the last one
+    of a disk with a backing, where blocks come home.
     Raises: NotFoundError, DeniedError, InvalidError; whatever was opened is closed again then.
     """
     fds: list[int] = []
     try:
         for number, path in enumerate(disk.chain):
             fds.append(_open_file(path, writable=number == 0 and not disk.read_only))
-            if number and not disk.read_only and has_log(pending_dir, disk.id, fds[-1]):
+            is_filled = disk.backing is not None and path == disk.chain[-1]
+            if number and not disk.read_only and (is_filled or has_log(pending_dir, disk.id, fds[-1])):
                 read_only_fd = fds.pop()
                 os.close(read_only_fd)
                 fds.append(_open_file(path, writable=True))

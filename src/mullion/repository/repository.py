@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from mullion.base.errors import InvalidError, NotFoundError
+from mullion.base.errors import InvalidError, MullionError, NotFoundError
 from mullion.repository import sealing
 from mullion.repository.backend import Backend, ObjectMissingError, is_name
 from mullion.repository.chunks import CACHE_BYTES, ChunkReader
@@ -93,6 +93,14 @@ class Repository:
     @property
     def location(self) -> str:
         return self.backend.location
+
+    def is_there(self) -> bool:
+        """Whether the storage has this repository still: its folder may have been unmounted, or its server be gone."""
+        try:
+            found = self.backend.get(Config.NAME, 0, SMALL_OBJECT_BYTES)
+            return Config.unpack(found, self.location).repository_id == self.config.repository_id
+        except MullionError:
+            return False
 
     def close(self) -> None:
         self.backend.close()

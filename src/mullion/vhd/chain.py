@@ -55,6 +55,10 @@ class Backing(Protocol):
     def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers one after the other; past its own end with zeros."""
 
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """As a block device's; past its own end holes."""
+        ...
+
 
 class Chain:
     """A disk made of one or more VHD files; a `BlockDevice`. Make it with `open_chain` or `from_descriptors`.
@@ -66,7 +70,7 @@ class Chain:
     A granule that is in none of them, and any request that is short: `preadv` or `pwritev`.
 
     `backing`, of a disk that is being restored, is what it reads where no file has anything. It may be set and taken
-    away while nobody reads or writes; `fill` brings home what it has.
+    away while nobody reads or writes; `filling` brings home what it has.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class Chain:
         self._unfinished: list[Unfinished] = []
         self._finish_lock = threading.Lock()
         self.backing: Backing | None = None
+        self.filled: Image | None = None
+        """The file that gets what the backing has (`filling`), and changes by that; for this package."""
         self._make_map()
         self.warnings: list[str] = [f"{self._top.path}: {text}" for text in said]
         for image in images:
@@ -168,6 +174,11 @@ class Chain:
     def segments(self, offset: int, length: int) -> list[Segment]:
         """In which file a range lies, and where; for this package."""
         return self._map.segments(offset, length)
+
+    def look_again(self, offset: int, length: int) -> None:
+        """A file below the top came to hold what nobody had of a range; for this package."""
+        first = offset >> self.block_shift
+        self._map.forget_granules(first, ((offset + length - 1) >> self.block_shift) + 1 - first)
 
     def next_used(self, offset: int) -> int:
         """An offset at or behind this one before which no file has anything; for this package."""
@@ -493,35 +504,6 @@ class Chain:
                 return None
         return data + within
 
-    # ------------------------------------------------------------------ bringing home what the backing has
-
-    def lacks(self, offset: int, length: int) -> bool:
-        """Whether there is a sector in the range that no file has."""
-        return any(fd == NOWHERE for fd, _, _ in self._map.segments(offset, length))
-
-    def fill(self, offset: int, data: Buffer) -> None:
-        """Write into the top, a differencing disk, what of a range of whole sectors no file has.
-
-        `data` is what the backing has there: no reader sees a difference, and what was written meanwhile stays.
-        Durable after `flush`. Raises: as `pwrite`.
-        """
-        view = memoryview(data)
-        self._check_range(offset, len(view))
-        self._check_writable()
-        base = offset
-        for at, count in self._pieces(offset, len(view)):
-            with self._write_lock:
-                self._check_open()
-                writer = self._writer
-                assert writer is not None, "a differencing disk"
-                assert writer.is_child, "a differencing disk"
-                for fd, _, length in self._map.segments(at, count):
-                    if fd == NOWHERE:
-                        if writer.is_full:
-                            writer.flush()
-                        self._write_child(writer, at >> self.block_shift, at, [view[at - base :][:length]], length)
-                    at += length  # noqa: PLW2901 - the segments of this piece, one behind the other
-
     # ------------------------------------------------------------------ what is where
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
@@ -529,25 +511,30 @@ class Chain:
         end = offset + length
         start, kind = offset, None
         while offset < end:
-            stop, found = self._extent_at(offset, end)
-            if kind is not None and found is not kind:
-                yield Extent(start, offset - start, kind)
-                start = offset
-            kind, offset = found, stop
+            for stop, found in self._extents_at(offset, end):
+                if kind is not None and found is not kind:
+                    yield Extent(start, offset - start, kind)
+                    start = offset
+                kind, offset = found, stop
         if kind is not None:
             yield Extent(start, end - start, kind)
 
-    def _extent_at(self, offset: int, end: int) -> tuple[int, ExtentKind]:
-        """The kind of what is at the offset, and how far, at least, it reaches."""
+    def _extents_at(self, offset: int, end: int) -> Iterator[tuple[int, ExtentKind]]:
+        """What is at the offset: up to where, at least, and its kind; more than one where the backing has it."""
         if self._top.header is None:
-            return self._extent_of_fixed(offset, end)
+            yield self._extent_of_fixed(offset, end)
+            return
         stop = min(end, (offset | self._mask) + 1)
         fd, _, count = self._map.segments(offset, stop - offset)[0]
-        if fd != NOWHERE or self.backing is not None:
-            return offset + count, ExtentKind.DATA
-        if offset + count < stop:
-            return offset + count, ExtentKind.HOLE
-        return min(end, self._map.next_used(stop)), ExtentKind.HOLE
+        if fd != NOWHERE:
+            yield offset + count, ExtentKind.DATA
+            return
+        stop = offset + count if offset + count < stop else min(end, self._map.next_used(stop))
+        if self.backing is None:
+            yield stop, ExtentKind.HOLE
+            return
+        for extent in self.backing.extents(offset, stop - offset):
+            yield extent.offset + extent.length, extent.kind
 
     def _extent_of_fixed(self, offset: int, end: int) -> tuple[int, ExtentKind]:
         with self._write_lock:  # lseek moves a position that nothing else uses

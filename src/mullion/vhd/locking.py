@@ -77,6 +77,11 @@ def lock_for_merge(fd: int, path: str) -> None:
         )
 
 
+def unlock_merge(fd: int) -> None:
+    """Merge no more into a file that stays open: what `lock_for_merge` took, but for the read lock."""
+    _lock_merge_byte(fd, fcntl.F_UNLCK)
+
+
 def is_locked_for_merge(fd: int) -> bool:
     """Is somebody else merging into this file? Asked without taking a lock, so it may change at once."""
     asked = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _MERGE_OFFSET, LOCK_BYTES, 0))

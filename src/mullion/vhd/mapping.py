@@ -166,6 +166,14 @@ class Mapping:
         with self._lock:
             self._writers.pop(fd, None)
 
+    def forget_granules(self, first: int, count: int) -> None:
+        """A file below the top came to hold what nobody had of these granules."""
+        with self._lock:
+            for granule in range(first, first + count):
+                self._zero.discard(granule)
+                self.used.discard(granule)
+                self.mixed.pop(granule, None)
+
     def next_used(self, offset: int) -> int:
         """A granule's start at or behind `offset` before which no file has anything; for chains without a fixed disk.
 

@@ -401,10 +401,14 @@ def _check_names(chain: Chain, wanted: Exchange) -> None:
     elif wanted.collapse:
         if paths != old[1:] or tuple(wanted.new) != paths[:1]:
             problem = "a collapse takes the top away and needs a descriptor of the file below it, and no other"
+        elif chain.images[1] is chain.filled:
+            problem = f"blocks come home into {paths[0]}: nothing is merged into it before all are there"
     elif odd := [path for path in wanted.new if path not in paths]:
         problem = f"{odd[0]} is not a file of the chain"
     elif old[0] not in paths:
         problem = f"it would lose its top, {old[0]}"
+    elif chain.filled is not None and chain.filled.path != paths[-1]:
+        problem = f"blocks come home into {chain.filled.path}, which has to be at its bottom"
     if problem is not None:
         raise InvalidError(
             f"{old[0]}: its chain cannot be exchanged: {problem}", remedy="Ask for the disk's `status` first."
@@ -425,7 +429,7 @@ def _image_of(chain: Chain, wanted: Exchange, number: int, path: str) -> Image:
     if known is None:
         fd = wanted.new[path]
         return load_parent(fd, path) if number else load_image(fd, path)
-    return known if known is chain.images[0] else load_parent(known.fd, path)
+    return known if known in (chain.images[0], chain.filled) else load_parent(known.fd, path)
 
 
 def _check_images(images: Sequence[Image], wanted: Exchange) -> None:

@@ -144,6 +144,24 @@ class TopWriter:
             if self.is_child:
                 self._dirty_bits[block] = bits
 
+    def write_runs(self, block: int, runs: Sequence[tuple[int, Buffer]]) -> None:
+        """Allocate a dynamic disk's block that has data in some runs (offset in the block, content), zeros elsewhere.
+
+        Raises: as `write_new`.
+        """
+        start = self._take_slot()
+        try:
+            self._io.write_all(self.image.fd, [b"\xff" * self._bitmap_bytes], start)
+            for within, content in runs:
+                self._io.write_all(self.image.fd, [content], start + self._bitmap_bytes + within)
+        except OSError:
+            self._give_back(start)
+            raise
+        entry = start // SECTOR_BYTES
+        with self._state:
+            self._record([Record(RecordKind.ALLOC, block, entry, 0)])
+            self._allocate(block, entry)
+
     def write_empty(self, block: int) -> int:
         """Allocate a block without content, and return where its data begins. Raises: as `write_new`."""
         self.write_new(block, 0, (), 0)

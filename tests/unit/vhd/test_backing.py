@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
-from mullion.base.block import ExtentKind
+from mullion.base.block import Extent, ExtentKind
+from mullion.base.errors import InvalidError
 from mullion.base.units import KIB, MIB, SECTOR_BYTES
-from mullion.vhd import Chain, create_differencing, create_dynamic, open_chain
+from mullion.vhd import Chain, create_differencing, create_dynamic, inspect_chain, open_chain
+from mullion.vhd.errors import DiskBusyError
+from mullion.vhd.fileio import SYSTEM, FileIO
+from mullion.vhd.filling import Filling
+from mullion.vhd.switching import Exchange, prepare_switch
 
 pytestmark = pytest.mark.unit
 
 SIZE_BYTES = 5 * MIB + 3 * SECTOR_BYTES
+BLOCK_BYTES = 512 * KIB
+BLOCKS = -(-5 * MIB // BLOCK_BYTES)
 
 
 class Content:
@@ -31,6 +38,13 @@ class Content:
             buffer[:] = self.content[offset : offset + len(buffer)].ljust(len(buffer), b"\0")
             offset += len(buffer)
 
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        here = max(0, min(length, len(self.content) - offset))
+        if here:
+            yield Extent(offset, here, ExtentKind.DATA)
+        if here < length:
+            yield Extent(offset + here, length - here, ExtentKind.HOLE)
+
 
 @pytest.fixture
 def content() -> bytes:
@@ -40,9 +54,21 @@ def content() -> bytes:
 @pytest.fixture
 def top(tmp_path: Path) -> str:
     """A differencing disk over an empty one."""
-    create_dynamic(str(tmp_path / "base.vhd"), SIZE_BYTES)
-    create_differencing(str(tmp_path / "top.avhd"), str(tmp_path / "base.vhd"))
-    return str(tmp_path / "top.avhd")
+    return make_disk(tmp_path)
+
+
+def make_disk(folder: Path) -> str:
+    create_dynamic(str(folder / "base.vhd"), SIZE_BYTES, block_bytes=BLOCK_BYTES)
+    create_differencing(str(folder / "top.avhd"), str(folder / "base.vhd"))
+    return str(folder / "top.avhd")
+
+
+def open_filled(top: str, content: bytes, file_io: FileIO = SYSTEM) -> tuple[Chain, Filling]:
+    """The chain of a top, as a provider opens it whose disk is coming home."""
+    paths = inspect_chain(top).paths
+    fds = [os.open(path, os.O_RDWR if path in (paths[0], paths[-1]) else os.O_RDONLY) for path in paths]
+    chain = Chain.from_descriptors(fds, paths, file_io=file_io)
+    return chain, Filling(chain, Content(content))
 
 
 def read(chain: Chain, offset: int = 0, length: int = SIZE_BYTES) -> bytes:
@@ -51,9 +77,14 @@ def read(chain: Chain, offset: int = 0, length: int = SIZE_BYTES) -> bytes:
     return bytes(buffer)
 
 
-def bring_home(chain: Chain, content: bytes) -> None:
-    for offset in range(0, len(content), 64 * KIB):
-        chain.fill(offset, content[offset : offset + 64 * KIB])
+def fill(filling: Filling, block: int, content: bytes) -> None:
+    piece = content[block * BLOCK_BYTES :][:BLOCK_BYTES]
+    filling.fill(block, [(0, piece[:1000]), (1000, piece[1000:])])
+
+
+def bring_home(filling: Filling, content: bytes) -> None:
+    for block in range(BLOCKS):
+        fill(filling, block, content)
 
 
 def test_what_no_file_has_is_read_from_the_backing(top: str, content: bytes) -> None:
@@ -69,55 +100,100 @@ def test_what_no_file_has_is_read_from_the_backing(top: str, content: bytes) -> 
         assert read(chain, 0, 2 * SECTOR_BYTES) == bytes(SECTOR_BYTES) + whole_sectors
 
 
-def test_nothing_counts_as_a_hole_before_all_is_home(top: str, content: bytes) -> None:
+def test_where_there_is_data_says_the_backing_too(top: str, content: bytes) -> None:
     with open_chain(top) as chain:
         assert {extent.kind for extent in chain.extents(0, SIZE_BYTES)} == {ExtentKind.HOLE}
         chain.backing = Content(content)
-        assert {extent.kind for extent in chain.extents(0, SIZE_BYTES)} == {ExtentKind.DATA}
+        end = Extent(len(content), SIZE_BYTES - len(content), ExtentKind.HOLE)
+        assert list(chain.extents(0, SIZE_BYTES)) == [Extent(0, len(content), ExtentKind.DATA), end]
+        assert list(chain.extents(1000, 70_000)) == [Extent(1000, 70_000, ExtentKind.DATA)]
 
 
 @pytest.mark.parametrize("is_home_first", [False, True])
 def test_zeros_stay_zeros(top: str, content: bytes, is_home_first: bool) -> None:
     """What the guest has zeroed or discarded does not show the backup's data again."""
-    with open_chain(top) as chain:
-        chain.backing = Content(content)
-        if is_home_first:
-            bring_home(chain, content)
-        chain.write_zeroes(MIB - 100, 64 * KIB)
-        bring_home(chain, content)
-        chain.backing = None
-        assert read(chain, MIB - 100, 64 * KIB) == bytes(64 * KIB)
-        assert read(chain, 0, MIB - 100) == content[: MIB - 100]
+    chain, filling = open_filled(top, content)
+    if is_home_first:
+        bring_home(filling, content)
+    chain.write_zeroes(MIB - 100, 64 * KIB)
+    bring_home(filling, content)
+    filling.end()
+    chain.backing = None
+    assert read(chain, MIB - 100, 64 * KIB) == bytes(64 * KIB)
+    assert read(chain, 0, MIB - 100) == content[: MIB - 100]
+    chain.close()
 
 
 def test_any_order_of_writes_and_homecoming_is_right(top: str, content: bytes) -> None:
-    """And what came home is durable after a flush: it is there when the chain is opened without the backing."""
+    """Checkpoints on the way, too: each reads as the disk did, through the backing and, at the end, without it."""
     chance = random.Random(11)
     wanted = bytearray(content.ljust(SIZE_BYTES, b"\0"))
-    pieces = [(offset, min(64 * KIB, len(content) - offset)) for offset in range(0, len(content), 64 * KIB)]
-    chance.shuffle(pieces)
-    with open_chain(top) as chain:
-        chain.backing = Content(content)
-        for offset, length in pieces:
-            for _ in range(3):
-                at, count = chance.randrange(SIZE_BYTES), chance.choice((1, 512, 4096, 70_000))
-                count = min(count, SIZE_BYTES - at)
-                if chance.random() < 0.3:
-                    chain.write_zeroes(at, count)
-                    wanted[at : at + count] = bytes(count)
-                else:
-                    data = os.urandom(count)
-                    chain.pwrite(at, data)
-                    wanted[at : at + count] = data
-            if chain.lacks(offset, length):
-                chain.fill(offset, content[offset : offset + length])
-            assert not chain.lacks(offset, length)
-            chain.fill(offset, content[offset : offset + length])  # again: nothing changes
-        assert read(chain) == bytes(wanted)
-        chain.flush()
-        chain.abandon()
-    with open_chain(top) as chain:
-        assert read(chain) == bytes(wanted)
+    blocks = list(range(BLOCKS))
+    chance.shuffle(blocks)
+    frozen: dict[str, bytes] = {}
+    chain, filling = open_filled(top, content)
+    for number, block in enumerate(blocks):
+        for _ in range(3):
+            at, count = chance.randrange(SIZE_BYTES), chance.choice((1, 512, 4096, 70_000))
+            count = min(count, SIZE_BYTES - at)
+            if chance.random() < 0.3:
+                chain.write_zeroes(at, count)
+                wanted[at : at + count] = bytes(count)
+            else:
+                data = os.urandom(count)
+                chain.pwrite(at, data)
+                wanted[at : at + count] = data
+        assert filling.lacks(block)
+        fill(filling, block, content)
+        assert not filling.lacks(block)
+        fill(filling, block, bytes(len(content)))  # again: nothing changes
+        if number % 3 == 0:
+            frozen[chain.paths[0]] = bytes(wanted)
+            push(chain, f"{top}-{number}")
+        if number % 5 == 0:
+            filling.flush()
+            check_readers(frozen, content)
+    assert read(chain) == bytes(wanted)
+    filling.end()
+    chain.backing = None
+    assert read(chain) == bytes(wanted)
+    chain.flush()
+    chain.abandon()
+    for path, then in {**frozen, chain.paths[0]: bytes(wanted)}.items():
+        with open_chain(path, read_only=True) as again:
+            assert read(again) == then, path
+
+
+def push(chain: Chain, child: str) -> None:
+    """Freeze the top, while blocks come home below it."""
+    create_differencing(child, chain.paths[0], lock_parent=False)
+    exchange = Exchange((child, *chain.paths), {child: os.open(child, os.O_RDWR)})
+    switch = prepare_switch(chain, exchange, pending_path=None, holder="")
+    switch.settle()
+    switch.exchange()
+    switch.finish()
+
+
+def check_readers(frozen: dict[str, bytes], content: bytes) -> None:
+    """Other processes read frozen layers while the file below them is being filled."""
+    for path, then in frozen.items():
+        with open_chain(path, read_only=True) as reader:
+            reader.backing = Content(content)
+            assert read(reader) == then, path
+
+
+def test_the_file_that_is_filled_is_not_read_or_written_by_itself(top: str, content: bytes) -> None:
+    chain, filling = open_filled(top, content)
+    base = chain.paths[-1]
+    for read_only in (True, False):
+        with pytest.raises(DiskBusyError):
+            open_chain(base, read_only=read_only)
+    collapse = Exchange((base,), {base: os.open(base, os.O_RDWR)}, collapse=True)
+    with pytest.raises(InvalidError, match="come home"):
+        prepare_switch(chain, collapse, pending_path=None, holder="")
+    filling.end()
+    chain.close()
+    open_chain(base).close()
 
 
 def test_a_power_cut_at_any_change_shows_what_was_flushed_and_never_less_than_the_backup(
@@ -129,42 +205,52 @@ def test_a_power_cut_at_any_change_shows_what_was_flushed_and_never_less_than_th
         fuse += 1
         folder = tmp_path / str(fuse)
         folder.mkdir()
-        create_dynamic(str(folder / "base.vhd"), SIZE_BYTES)
-        create_differencing(str(folder / "top.avhd"), str(folder / "base.vhd"))
+        top = make_disk(folder)
         file_io = RecordingIO()
-        allowed = [{content[at : at + SECTOR_BYTES]} for at in range(0, 64 * KIB, SECTOR_BYTES)]
-        chain = open_chain(str(folder / "top.avhd"), file_io=file_io)
-        chain.backing = Content(content)
+        allowed = [{content[at : at + SECTOR_BYTES]} for at in SECTORS]
+        chain, filling = open_filled(top, content, file_io)
         file_io.fuse = fuse
         try:
-            _live(chain, content, allowed, random.Random(fuse % 4))
+            _live(chain, filling, content, allowed, random.Random(fuse % 4))
             return
         except KilledError:
             chain.abandon()
             file_io.cut_power(random.Random(fuse))
-        with open_chain(str(folder / "top.avhd")) as again:
-            again.backing = Content(content)
-            for number, values in enumerate(allowed):
-                assert read(again, number * SECTOR_BYTES, SECTOR_BYTES) in values, (fuse, number)
+        again, more = open_filled(top, content)
+        for at, values in zip(SECTORS, allowed, strict=True):
+            assert read(again, at, SECTOR_BYTES) in values, (fuse, at)
+        now = read(again)
+        bring_home(more, content)
+        more.end()
+        again.backing = None
+        assert read(again) == now, "what is home is what was read before"
+        again.close()
         shutil.rmtree(folder)
 
 
-def _live(chain: Chain, content: bytes, allowed: list[set[bytes]], chance: random.Random) -> None:
-    """Writes, homecoming and flushes in the first 64 KiB; `allowed` is what each sector may hold after a power cut."""
-    for _ in range(12):
-        first = chance.randrange(len(allowed))
-        count = chance.randrange(1, min(20, len(allowed) - first + 1))
-        match chance.randrange(3):
-            case 0:
+SECTORS = [at for block in range(3) for at in range(block * BLOCK_BYTES, block * BLOCK_BYTES + 24 * KIB, SECTOR_BYTES)]
+"""The first of some blocks: where the guest writes in the test with power cuts."""
+
+
+def _live(chain: Chain, filling: Filling, content: bytes, allowed: list[set[bytes]], chance: random.Random) -> None:
+    """Writes, homecoming and flushes; `allowed` is what each sector may hold after a power cut."""
+    for _ in range(14):
+        match chance.randrange(5):
+            case 0 | 1:
+                first = chance.randrange(len(SECTORS))
+                at = SECTORS[first]
+                count = chance.randrange(1, min(12, len(SECTORS) - first, 48 - first % 48) + 1)
                 data = [chance.randbytes(SECTOR_BYTES) for _ in range(count)]
                 for number, sector in enumerate(data, first):
                     allowed[number].add(sector)
-                chain.pwrite(first * SECTOR_BYTES, b"".join(data))
-            case 1:
-                offset = first * SECTOR_BYTES
-                chain.fill(offset, content[offset : offset + count * SECTOR_BYTES])
+                chain.pwrite(at, b"".join(data))
             case 2:
+                fill(filling, chance.randrange(4), content)
+            case 3:
+                filling.flush()
+            case 4:
                 chain.flush()
-                for number, values in enumerate(allowed):
-                    values.intersection_update({read(chain, number * SECTOR_BYTES, SECTOR_BYTES)})
+                for at, values in zip(SECTORS, allowed, strict=True):
+                    values.intersection_update({read(chain, at, SECTOR_BYTES)})
+    filling.end()
     chain.close()

@@ -214,15 +214,16 @@ class BackupController:
     ) -> Mapping[str, Any]:
         """Have a worker read the checkpoint into the repository; its manifest."""
         since = self._since(partition.name, base)
-        async with self._checkpoints.reading(partition.name, checkpoint.id) as chains:
+        async with self._checkpoints.reading(partition.name, checkpoint.id) as readable:
             disks = [
                 {
                     "id": disk,
-                    "top": chain[0],
-                    "folders": sorted({os.path.dirname(path) for path in chain}),
-                    "since": since.get(disk) if since.get(disk) in chain else None,
+                    "top": one.files[0],
+                    "folders": sorted({os.path.dirname(path) for path in one.files}),
+                    "since": since.get(disk) if since.get(disk) in one.files else None,
+                    "backing": one.backing,
                 }
-                for disk, chain in chains.items()
+                for disk, one in readable.items()
             ]
             return await self.repositories.ask(
                 repository,

@@ -1,24 +1,28 @@
 """Partitions that start before their blocks are there: these come home from the backup while the guest runs.
 
-    NAME-disk0.vhd        empty: the definition's file
-    NAME-disk0-….avhd     the head over it: what the guest wrote, and what came home; it knows which sectors it has
+    NAME-disk0.vhd        empty at first: the definition's file, where what comes home is put, block by block
+    NAME-disk0-….avhd     the head over it: what the guest writes
 
-What neither has the provider reads from the backup's disk (`provider.backing`), which a server offers (`server`), and
-brings home in between. When all of it is there, durable: the record says so ─► the provider lets go of the backup ─►
-the server ends ─► the head is merged as after any checkpoint.
+What neither has the provider reads from the backup's disk (`provider.backing`), which a server offers (`server`). When
+all of it is there, durable: the record says so ─► the provider lets go of the backup ─► the server ends, when nobody
+else reads there (`checkpoint.backings`) ─► the head is merged as after any checkpoint.
 
-A crash anywhere goes on: what came home is the head's, the record says what is missing, the provider waits for a
+Meanwhile there may be checkpoints and all that is made of them: what is frozen lies above the definition's file, whose
+content, with the backup below it, stays the same.
+
+A crash anywhere goes on: what came home is in the file, the record says what is missing, the provider waits for a
 server, and this operation, which is resumed, starts one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
@@ -28,6 +32,7 @@ from mullion.base.errors import MullionError, OperationFailedError
 from mullion.base.paths import HostPaths
 from mullion.base.pidfd import wait_process
 from mullion.base.process import Spawned, read_identity
+from mullion.host import make_folder
 from mullion.model.definition import PartitionDefinition
 from mullion.model.states import OperationState
 from mullion.model.views import BackupDiskView, BackupView
@@ -46,6 +51,7 @@ log = logging.getLogger(__name__)
 KIND: Final = "backup.homecoming"
 _PREFIX: Final = "homecoming/"
 _POLL_S: Final = 0.25
+_RETRY_S: Final = 2.0
 _STOP_S: Final = 15.0
 """It waits for what it is reading; nobody waits for that any more."""
 
@@ -70,14 +76,26 @@ class Homecomings:
         self._checkpoints = checkpoints
         self._source = source
         self._servers: dict[str, Spawned] = {}
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """Who starts or ends a partition's server."""
+        self._keeping: dict[str, asyncio.Task[None]] = {}
 
     def open(self) -> None:
         """After a crash the operations go on."""
         self._operations.register_resume(KIND, self._follow)
+        self._checkpoints.backings.serve = self._serve_readers
+
+    async def close(self) -> None:
+        """Let go of the servers; they go on."""
+        for task in self._keeping.values():
+            task.cancel()
+        await asyncio.gather(*self._keeping.values(), return_exceptions=True)
 
     async def resume(self) -> None:
         """Begin what a crash kept from beginning."""
         for partition in self._partitions.all():
+            if partition.record.origin is not None:
+                self._keep(partition)
             running = self._operations.list(target=f"{_PREFIX}{partition.name}", state=OperationState.RUNNING)
             if partition.record.coming_home and not running:
                 await self._begin(partition.name)
@@ -106,7 +124,8 @@ class Homecomings:
                 head = f"{os.path.splitext(base)[0]}-{secrets.token_hex(4)}.avhd"
                 await asyncio.to_thread(_make_files, base, head, disk, made)
                 layers[disk.id] = DiskLayers(head, {base: None, head: base}, is_coming_home=True)
-            await self._partitions.create(wanted, layers=layers, origin=BackupOrigin(view.repository, view.id))
+            origin = BackupOrigin(view.repository, view.id, tuple(disks))
+            await self._partitions.create(wanted, layers=layers, origin=origin)
         except BaseException:
             for path in made:
                 os.unlink(path)
@@ -123,19 +142,23 @@ class Homecomings:
             _gone(name)
         while not await self._turn(operation, partition):
             await asyncio.sleep(_POLL_S)
-            if all(partition is not one for one in self._partitions.all()):
+            if not self._is_there(partition):
                 await self._end_server(partition)
                 _gone(name)
-        await self._end_server(partition)
+        await self._let_go(partition)
         self._checkpoints.wake(partition)
         self._events.publish("backup.home", f"partition/{name}")
         return {"partition": name}
+
+    def _is_there(self, partition: Partition) -> bool:
+        return any(partition is one for one in self._partitions.all())
 
     async def _turn(self, operation: Operation, partition: Partition) -> bool:
         """Do what can be done now; whether all is home, and nobody reads the backup any more."""
         try:
             if not partition.has_processes():
-                await self._end_server(partition)
+                if not self._checkpoints.backings.is_used(partition.name):
+                    await self._end_server(partition)
                 operation.stage("waiting until the partition is started")
                 return not partition.record.coming_home
             if partition.record.coming_home:
@@ -165,28 +188,66 @@ class Homecomings:
             if disk in partition.record.coming_home:
                 layers = dict(partition.record.layers)
                 layers[disk] = msgspec.structs.replace(layers[disk], is_coming_home=False)
-                is_last = partition.record.coming_home == (disk,)
-                await partition.save(layers=layers, origin=None if is_last else partition.record.origin)
+                await partition.save(layers=layers)
             if partition.runtime.link is not None:
                 await partition.runtime.link.request("release-backing", disk=disk)
+
+    # -- readers of frozen layers --------------------------------------------------------------------------------------
+
+    async def _serve_readers(self, partition: Partition) -> Mapping[str, str]:
+        """Where they read what no file has, until none is left. Raises: as `_ensure_server`."""
+        await self._ensure_server(partition)
+        self._keep(partition)
+        return {disk: partition.runtime.paths.backing(disk) for disk in partition.record.coming_home}
+
+    def _keep(self, partition: Partition) -> None:
+        if partition.name not in self._keeping:
+            task = asyncio.create_task(self._keep_server(partition), name=f"readers of {partition.name}'s backup")
+            self._keeping[partition.name] = task
+            task.add_done_callback(lambda _: self._keeping.pop(partition.name))
+
+    async def _keep_server(self, partition: Partition) -> None:
+        """Until nobody reads any more; then it ends, if the partition does not need it either."""
+        while self._checkpoints.backings.is_used(partition.name):
+            try:
+                await self._ensure_server(partition)
+            except (MullionError, OSError) as error:
+                log.warning("%s: its readers wait for backup: %s", partition.name, error)
+                await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(_POLL_S)
+        if not partition.record.coming_home or not partition.has_processes():
+            await self._let_go(partition)
+
+    async def _let_go(self, partition: Partition) -> None:
+        """End the server when nobody reads there, and forget the backup when nobody ever will."""
+        if self._checkpoints.backings.is_used(partition.name):
+            return
+        await self._end_server(partition)
+        if not partition.record.coming_home and self._is_there(partition):
+            async with partition.lock:
+                await partition.save(origin=None)
 
     # -- the server ----------------------------------------------------------------------------------------------------
 
     async def _ensure_server(self, partition: Partition) -> None:
         """One that is alive; an earlier service's is taken over. Raises: what keeps it from starting."""
+        async with self._turns[partition.name]:
+            if not self._is_alive(partition):
+                await self._start_server(partition)
+
+    async def _start_server(self, partition: Partition) -> None:
         paths = partition.runtime.paths
-        if self._is_alive(partition):
-            return
         origin = partition.record.origin
         assert origin is not None, "blocks are missing"
         url, secret = self._source(origin.repository)
         uid, gid = partition.record.run_as or (None, None)
+        await asyncio.to_thread(make_folder, paths.backing_dir, 0o750, group=gid)
         request = {
             "action": "serve",
             "url": url,
             "secret": secret,
             "backup": origin.backup,
-            "disks": {disk: paths.backing(disk) for disk in partition.record.coming_home},
+            "disks": {disk: paths.backing(disk) for disk in origin.disks},
             "identity": paths.backup_server_identity,
             "uid": uid,
             "gid": gid,
@@ -203,23 +264,19 @@ class Homecomings:
 
     async def _end_server(self, partition: Partition) -> None:
         """End it, if there is one, and remove what leads to it."""
-        paths = partition.runtime.paths
-        identity = read_identity(paths.backup_server_identity)
-        if identity is not None:
-            if identity.send_signal(signal.SIGTERM):
+        async with self._turns[partition.name]:
+            identity = read_identity(partition.runtime.paths.backup_server_identity)
+            if identity is not None and identity.send_signal(signal.SIGTERM):
                 try:
                     async with asyncio.timeout(_STOP_S):
                         await wait_process(identity)
                 except TimeoutError:
                     log.warning("%s: the server of its backup did not end in time; killed", partition.name)
                     identity.send_signal(signal.SIGKILL)
-            sockets = (paths.backing(disk.id) for disk in partition.record.definition.disks)
-            for path in (paths.backup_server_identity, *sockets):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-        process = self._servers.pop(partition.name, None)
-        if process is not None:
-            await asyncio.to_thread(process.wait)
+            await asyncio.to_thread(shutil.rmtree, partition.runtime.paths.backing_dir, ignore_errors=True)
+            process = self._servers.pop(partition.name, None)
+            if process is not None:
+                await asyncio.to_thread(process.wait)
 
 
 def _say(operation: Operation, reading: Mapping[str, Mapping[str, Any]]) -> None:

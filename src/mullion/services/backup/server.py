@@ -3,9 +3,9 @@
 One process a partition; nobody's child in the end: the service may die, the guest reads on, and the next service finds
 it by its identity. It ends when it is told to, and when its sockets are gone: then so is the partition's run.
 
-A storage that cannot be reached any more ends it at once, without a word to whoever waits: the provider asks again
-until a server answers, and the service starts another. Only what the repository itself says (a chunk is damaged) is an
-error to the guest.
+A storage that cannot be reached any more, does not let us in any more, or has no repository any more (another one is
+mounted there) ends it at once, without a word to whoever waits: the provider asks again until a server answers, and the
+service starts another. Only what the repository itself says (a chunk is damaged) is an error to the guest.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 from mullion.base.block import Buffer, Extent, WritableBuffer
-from mullion.base.errors import DeadlineError, MullionError, UnavailableError
+from mullion.base.errors import MullionError
 from mullion.base.files import replace_file
 from mullion.base.listener import bind_listener
 from mullion.base.process import ProcessIdentity
 from mullion.repository import Repository
 from mullion.repository.disk import BackupDisk
-from mullion.repository.errors import TargetDeniedError, TargetFullError
+from mullion.repository.errors import RepositoryDamagedError, TargetDeniedError, TargetFullError
 from mullion.wire.nbd import NbdExport
 
 log = logging.getLogger(__name__)
@@ -41,26 +41,30 @@ class ServedDisk:
 
     read_only = True
 
-    def __init__(self, disk: BackupDisk) -> None:
+    def __init__(self, disk: BackupDisk, repository: Repository) -> None:
         self._disk = disk
+        self._repository = repository
         self.size_bytes = disk.size_bytes
 
     def pread(self, offset: int, buffer: WritableBuffer) -> None:
         try:
             self._disk.pread(offset, buffer)
-        except (UnavailableError, DeadlineError) as error:
-            log.error("the backup cannot be read any more: %s", error)
-            os._exit(_LOST_STATUS)
         except MullionError as error:
-            log.error("bytes %d to %d of the backup: %s", offset, offset + len(memoryview(buffer)), error)
-            raise OSError(errno.EIO, str(error)) from error
+            raise self._judged(error, offset, len(memoryview(buffer))) from error
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         try:
             yield from self._disk.extents(offset, length)
-        except (UnavailableError, DeadlineError) as error:
+        except MullionError as error:
+            raise self._judged(error, offset, length) from error
+
+    def _judged(self, error: MullionError, offset: int, length: int) -> OSError:
+        """What whoever asked is told; no return where it is only the way to the backup that is lost."""
+        if not isinstance(error, RepositoryDamagedError) or not self._repository.is_there():
             log.error("the backup cannot be read any more: %s", error)
             os._exit(_LOST_STATUS)
+        log.error("bytes %d to %d of the backup: %s", offset, offset + length, error)
+        return OSError(errno.EIO, str(error))
 
     def pwrite(self, offset: int, buffer: Buffer) -> None:
         self._disk.pwrite(offset, buffer)
@@ -102,7 +106,7 @@ def serve(repository: Repository, request: Mapping[str, Any], ready: Callable[[]
     sockets: dict[str, str] = request["disks"]
     with ExitStack() as stack:
         for disk, path in sockets.items():
-            device = ServedDisk(repository.open_disk(manifest, disk))
+            device = ServedDisk(repository.open_disk(manifest, disk), repository)
             stack.callback(device.close)
             listener = bind_listener(path, uid=request["uid"], gid=request["gid"])
             export = NbdExport(path, device, name=disk, read_only=True, listener=listener)

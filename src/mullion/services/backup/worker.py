@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -44,15 +44,18 @@ from mullion.repository.retention import Retention, plan_retention
 from mullion.repository.verify import verify
 from mullion.services.backup.record import unfinished
 from mullion.services.backup.server import held, serve
-from mullion.vhd import create_dynamic, open_chain
+from mullion.vhd import Chain, create_dynamic, open_chain
 from mullion.vhd.diff import changed
 from mullion.vhd.storage import storage_explained
+from mullion.wire.nbd import SteadyReader
 
 log = logging.getLogger(__name__)
 
 REQUEST_LIMIT_BYTES: Final = 4 * 1024 * 1024
 _NICE: Final = 10
 _TELL_S: Final = 0.2
+_PATIENCE_S: Final = 600.0
+"""How long a backup waits for another one that it reads through: what was stored is used by the next try."""
 
 Request = Mapping[str, Any]
 Tell = Callable[[str, int, int], None]
@@ -130,7 +133,10 @@ def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
             notes=request["notes"],
         ) as backup:
             for disk in request["disks"]:
-                with open_chain(disk["top"], read_only=True, allowed_dirs=disk["folders"]) as chain:
+                with (
+                    open_chain(disk["top"], read_only=True, allowed_dirs=disk["folders"]) as chain,
+                    _read_through(chain, disk["id"], disk["backing"]),
+                ):
                     since = disk["since"] if backup.base is not None else None
                     ranges = None
                     if since is not None:
@@ -141,6 +147,17 @@ def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
                 with open(path, "rb") as content:
                     backup.add_blob(name, content)
             return _described(backup.commit())
+
+
+@contextlib.contextmanager
+def _read_through(chain: Chain, disk: str, path: str | None) -> Iterator[None]:
+    """Let a chain read from another backup what is still there only; nothing when there is no such thing."""
+    if path is None:
+        yield
+        return
+    with contextlib.closing(SteadyReader(path, disk, patience_s=_PATIENCE_S)) as backing:
+        chain.backing = backing
+        yield
 
 
 def _base(repository: Repository, backup_id: str | None) -> Manifest | None:

@@ -26,6 +26,7 @@ from mullion.parent.events import Events
 from mullion.parent.operations import Operation, Operations
 from mullion.parent.store import Condition, Delete, Put, Store
 from mullion.parent.store.protocol import Write
+from mullion.services.checkpoint.backings import Backings, ReadableDisk, until_answered
 from mullion.services.checkpoint.branching import (
     add_children,
     commit_children,
@@ -72,6 +73,7 @@ class CheckpointController:
         self._readers: Counter[str] = Counter()
         """Tops of chains that somebody reads, and how many do."""
         self._keepers: dict[str, LayerKeeper] = {}
+        self.backings = Backings()
 
     # -- life of the service -------------------------------------------------------------------------------------------
 
@@ -192,19 +194,21 @@ class CheckpointController:
         )
 
     @contextlib.asynccontextmanager
-    async def reading(self, name: str, checkpoint: str) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
-        """The chains of a checkpoint's disks, by disk id, top first, which stay as they are until the block ends.
+    async def reading(self, name: str, checkpoint: str) -> AsyncIterator[Mapping[str, ReadableDisk]]:
+        """A checkpoint's disks, by id, which stay as they are until the block ends.
 
-        Raises: NotFoundError; VhdError.
+        Raises: NotFoundError; VhdError; of a disk that is coming home, what keeps its backup from being read.
         """
         record = self.find(name, checkpoint)
-        async with self._reading(self._partitions.find(name), {disk.id: disk.path for disk in record.disks}) as chains:
-            yield chains
+        partition = self._partitions.find(name)
+        tops = {disk.id: disk.path for disk in record.disks}
+        async with self.backings.using(partition) as backings, self._reading(partition, tops, backings) as disks:
+            yield disks
 
     @contextlib.asynccontextmanager
     async def reading_present(
         self, name: str, *, consistent: bool = False
-    ) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
+    ) -> AsyncIterator[Mapping[str, ReadableDisk]]:
         """The same of a partition as it is at this instant: by a checkpoint that goes with the block where it runs.
 
         `consistent` freezes the filesystems of one that runs for that instant. A disk that a stopped partition has is
@@ -213,14 +217,15 @@ class CheckpointController:
         """
         partition = self._partitions.find(name)
         async with contextlib.AsyncExitStack() as stack:
+            backings = await stack.enter_async_context(self.backings.using(partition))
+            await until_answered(partition, lambda _: None)
             async with partition.lock:
-                _check_home(partition)
                 if partition.has_processes():
                     tops = await self._freeze_present(partition, stack, consistent=consistent)
                 else:
                     tops = {disk.id: layers_of(partition, disk.id).head for disk in partition.record.definition.disks}
-                chains = await stack.enter_async_context(self._reading(partition, tops))
-            yield chains
+                disks = await stack.enter_async_context(self._reading(partition, tops, backings))
+            yield disks
 
     async def _freeze_present(
         self, partition: Partition, stack: contextlib.AsyncExitStack, *, consistent: bool
@@ -257,14 +262,15 @@ class CheckpointController:
 
     @contextlib.asynccontextmanager
     async def _reading(
-        self, partition: Partition, tops: Mapping[str, str]
-    ) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
+        self, partition: Partition, tops: Mapping[str, str], backings: Mapping[str, str]
+    ) -> AsyncIterator[Mapping[str, ReadableDisk]]:
         """The chains of these tops, by disk id, which stay as they are inside the block."""
         self.hold(tops.values())
         try:
-            preparer = partition.surroundings.preparer
+            find = partition.surroundings.preparer.find_chain
             yield {
-                disk: await asyncio.to_thread(preparer.find_chain, partition.name, top) for disk, top in tops.items()
+                disk: ReadableDisk(await asyncio.to_thread(find, partition.name, top), backings.get(disk))
+                for disk, top in tops.items()
             }
         finally:
             self.release(tops.values())
@@ -298,10 +304,12 @@ class CheckpointController:
         )
 
         async def work(operation: Operation) -> Mapping[str, object]:
+            await until_answered(self._partitions.find(name), operation.stage)
+            operation.point_of_no_return()
             record, stall_ms = await self._create(operation.stage, wanted)
             return {"checkpoint": record.name, "id": record.id, "stall_ms": round(stall_ms, 3)}
 
-        return await self._operations.start("checkpoint.create", f"partition/{name}", work)
+        return await self._operations.start("checkpoint.create", f"partition/{name}", work, cancellable=True)
 
     async def make(
         self,
@@ -317,6 +325,7 @@ class CheckpointController:
         wanted = await self._wanted(
             name, checkpoint, memory=False, consistent=consistent, description=description, schedule=schedule
         )
+        await until_answered(self._partitions.find(name), say)
         return (await self._create(say, wanted))[0]
 
     async def _wanted(
@@ -371,7 +380,6 @@ class CheckpointController:
         self, say: Callable[[str], None], partition: Partition, wanted: CheckpointRecord
     ) -> tuple[CheckpointRecord, float]:
         """Make a checkpoint; the caller holds the lock. What is there now stems from it, unless it is a passing one."""
-        _check_home(partition)
         written = [disk.id for disk in partition.record.definition.disks if not disk.read_only]
         heads = {disk: layers_of(partition, disk).head for disk in written}
         if not heads:
@@ -563,18 +571,6 @@ class CheckpointController:
             [Condition(record.key, self._revisions[record.key]) for record in moved],
             [Put(record.key, record.encode()) for record in moved],
             moved,
-        )
-
-
-def _check_home(partition: Partition) -> None:
-    """Raises: StateError while blocks are missing: no layer of such a disk can be read without the backup."""
-    if partition.record.coming_home:
-        raise StateError(
-            f"partition {partition.name} was restored instantly, and not all of its blocks are there yet",
-            state="coming home",
-            required="whole",
-            remedy="Let it run until they are; how far that is: mullion operation list",
-            partition=partition.name,
         )
 
 

@@ -55,6 +55,7 @@ class ExportedDiskState:
     """The metadata context that tells what has changed."""
     chain: tuple[str, ...]
     since: tuple[str, ...] | None
+    backing: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,7 @@ class ExportLink:
                 None if disk["bitmap"] is None else DIRTY_BITMAP_PREFIX + str(disk["bitmap"]),
                 tuple(map(str, disk["chain"])),
                 None if disk["since"] is None else tuple(map(str, disk["since"])),
+                disk["backing"],
             )
             for disk in said["disks"]
         )

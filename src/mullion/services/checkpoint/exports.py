@@ -19,6 +19,7 @@ from mullion.base.pidfd import wait_process
 from mullion.model.views import ExportedDiskView, ExportView
 from mullion.parent.events import Events
 from mullion.provider.export_spec import ExportedDisk
+from mullion.services.checkpoint.backings import ReadableDisk
 from mullion.services.checkpoint.certificates import CLIENT_FOLDER, ensure_certificates
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.checkpoint.export_link import ExportLink, ExportState, Listener, find_exports
@@ -70,22 +71,23 @@ class CheckpointExports:
         listener = await self._listener(listen, tls)
         link = ExportLink(name, partition.runtime.paths, record.name)
         async with contextlib.AsyncExitStack() as stack:
-            chains = await stack.enter_async_context(self._checkpoints.reading(name, record.id))
-            before: Mapping[str, tuple[str, ...]] = {}
+            readable = await stack.enter_async_context(self._checkpoints.reading(name, record.id))
+            before: Mapping[str, ReadableDisk] = {}
             bitmap = None
             if since is not None:
                 older = self._checkpoints.find(name, since)
                 before = await stack.enter_async_context(self._checkpoints.reading(name, older.id))
                 bitmap = f"since-{older.name}"
             disks = []
-            for disk, chain in chains.items():
+            for disk, one in readable.items():
                 known = before.get(disk)
-                if since is not None and (known is None or known[0] not in chain):
+                if since is not None and (known is None or known.files[0] not in one.files):
                     raise InvalidError(
                         f"disk {disk} of checkpoint {record.name} was not made from that of {since}",
                         remedy=f"Choose an earlier one of the same branch: mullion checkpoint list {name}",
                     )
-                disks.append(ExportedDisk(disk, chain, known if bitmap else None, bitmap))
+                older_files = known.files if known is not None and bitmap else None
+                disks.append(ExportedDisk(disk, one.files, older_files, bitmap, one.backing))
             state = await link.start(
                 partition.surroundings.fleet, disks, listener=listener, run_as=partition.record.run_as
             )
@@ -138,16 +140,22 @@ class CheckpointExports:
         """Hold what it reads until it has ended."""
         tops = [chain[0] for disk in state.disks for chain in (disk.chain, disk.since) if chain is not None]
         self._checkpoints.hold(tops)
+        is_backed = any(disk.backing is not None for disk in state.disks)
+        if is_backed:
+            self._checkpoints.backings.hold(partition.name)
         key = (partition.name, link.id)
-        task = asyncio.create_task(self._until_end(key, link, tops), name=f"export {partition.name}/{link.id}")
+        ending = self._until_end(key, link, tops, is_backed=is_backed)
+        task = asyncio.create_task(ending, name=f"export {partition.name}/{link.id}")
         self._watches[key] = task
 
-    async def _until_end(self, key: tuple[str, str], link: ExportLink, tops: Sequence[str]) -> None:
+    async def _until_end(self, key: tuple[str, str], link: ExportLink, tops: Sequence[str], *, is_backed: bool) -> None:
         identity = link.identity
         if identity is not None:
             await wait_process(identity)
         del self._watches[key]
         self._checkpoints.release(tops)
+        if is_backed:
+            self._checkpoints.backings.release(key[0])
         self._events.publish("checkpoint.export-ended", f"partition/{key[0]}", {"export": key[1]})
 
     def _view(self, name: str, state: ExportState) -> ExportView:

@@ -42,15 +42,16 @@ def plan_layers(layers: DiskLayers, pinned: Collection[str], in_use: Collection[
     """The next thing to do; None when there is nothing. A merge that was begun comes first.
 
     `pinned` are the files that checkpoints name, `in_use` the tops that somebody reads just now: neither changes nor
-    goes. What lies above a file that changes hides it, so that one may be read meanwhile. Of a disk that is coming home
-    from a backup nothing is merged: its head is where it comes to, and knows which sectors are there.
+    goes. What lies above a file that changes hides it, so that one may be read meanwhile. Nothing is merged into the
+    definition's file of a disk that is coming home from a backup, because blocks come there: that waits until all are.
     """
     if layers.merging is not None:
         return Merge(layers.merging.upper, layers.merging.lower)
-    if layers.is_coming_home:
-        return None
     children = children_of(layers.parents)
-    free = [path for path in layers.parents if path != layers.head and path not in pinned and path not in in_use]
+    kept = {layers.head, *pinned, *in_use}
+    if layers.is_coming_home:
+        kept.update(path for path, parent in layers.parents.items() if parent is None)
+    free = [path for path in layers.parents if path not in kept]
     for path in free:
         if not children[path] and layers.parents[path] is not None:
             return Drop(path)

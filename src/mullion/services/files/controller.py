@@ -26,6 +26,7 @@ from mullion.media.errors import ReaderDiedError
 from mullion.media.files_worker import BackupSource, FilesCommand
 from mullion.model.views import FileVolumeView
 from mullion.parent.faults import error_view
+from mullion.services.checkpoint.backings import ReadableDisk
 from mullion.services.checkpoint.controller import CheckpointController
 
 log = logging.getLogger(__name__)
@@ -154,8 +155,8 @@ class FilesController:
         """The whole of a request; every error becomes the answer's."""
         try:
             try:
-                async with asyncio.timeout(_TOTAL_S), self._turn(), self._chains(request) as chains:
-                    await self._serve(request, chains, answer)
+                async with asyncio.timeout(_TOTAL_S), self._turn(), self._disks(request) as disks:
+                    await self._serve(request, disks, answer)
             except TimeoutError as error:
                 raise DeadlineError(
                     f"reading {request.label}:{request.path} took more than {_TOTAL_S / 3600:g} hours",
@@ -194,22 +195,23 @@ class FilesController:
             self._turns.release()
 
     @contextlib.asynccontextmanager
-    async def _chains(self, request: FilesRequest) -> AsyncIterator[Mapping[str, tuple[str, ...]]]:
-        """The chains of the disks, which stay as they are inside this block."""
+    async def _disks(self, request: FilesRequest) -> AsyncIterator[Mapping[str, ReadableDisk]]:
+        """The disks, which stay as they are inside this block."""
         if request.backup is not None:
             yield {}
         elif request.checkpoint:
-            async with self._checkpoints.reading(request.partition, request.checkpoint) as chains:
-                yield chains
+            async with self._checkpoints.reading(request.partition, request.checkpoint) as disks:
+                yield disks
         else:
-            async with self._checkpoints.reading_present(request.partition, consistent=request.consistent) as chains:
-                yield chains
+            async with self._checkpoints.reading_present(request.partition, consistent=request.consistent) as disks:
+                yield disks
 
-    async def _serve(self, request: FilesRequest, chains: Mapping[str, tuple[str, ...]], answer: FilesAnswer) -> None:
+    async def _serve(self, request: FilesRequest, disks: Mapping[str, ReadableDisk], answer: FilesAnswer) -> None:
         """Pass on what the process says, until its end."""
         command = FilesCommand(
             label=request.label,
-            chains=dict(chains),
+            chains={disk: one.files for disk, one in disks.items()},
+            backings={disk: one.backing for disk, one in disks.items() if one.backing is not None},
             operation=request.operation,
             path=request.path,
             disk=request.disk,

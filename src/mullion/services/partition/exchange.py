@@ -45,6 +45,11 @@ async def exchange_chains(partition: Partition, exchanges: Sequence[Exchange]) -
     link = partition.runtime.link
     if link is None:
         raise UnavailableError(f"partition {partition.name} has no provider that could be asked")
+    if (why := await awaited_backup(partition)) is not None:
+        raise UnavailableError(
+            f"partition {partition.name}: its disks cannot be held while requests wait for their backup: {why}",
+            remedy="Mend the way to the backup repository, then try again.",
+        )
     fds: list[int] = []
     try:
         for one in exchanges:
@@ -55,6 +60,18 @@ async def exchange_chains(partition: Partition, exchanges: Sequence[Exchange]) -
             os.close(fd)
     note_chains(partition, {one.id: one.chain for one in exchanges})
     return answer
+
+
+async def awaited_backup(partition: Partition) -> str | None:
+    """Why requests wait for a block that only a backup has, and keep their disk from being held; None when none does.
+
+    Raises: UnavailableError when the provider cannot be asked.
+    """
+    link = partition.runtime.link
+    if link is None or not partition.record.coming_home:
+        return None
+    backings = [disk["backing"] for disk in (await link.request("status"))["disks"]]
+    return next((str(one["reason"]) for one in backings if one is not None and one["is_waited_for"]), None)
 
 
 def _wire(one: Exchange) -> dict[str, object]:

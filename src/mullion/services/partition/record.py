@@ -49,7 +49,7 @@ class DiskLayers(msgspec.Struct, frozen=True):
     """Each file's parent; None for the definition's file."""
     merging: Merging | None = None
     is_coming_home: bool = False
-    """What no file has is in the backup that the record names: until all is home, none of them can be read alone."""
+    """What no file has is in the backup that the record names; it comes home into the definition's file."""
 
 
 class DiskStamp(msgspec.Struct, frozen=True):
@@ -95,10 +95,12 @@ class SavedPhase(enum.Enum):
 
 
 class BackupOrigin(msgspec.Struct, frozen=True):
-    """The backup that a partition's disks are coming home from."""
+    """The backup that a partition's disks are coming home from; kept until nobody reads it any more."""
 
     repository: str
     backup: str
+    disks: tuple[str, ...] = ()
+    """By id: all disks that it has."""
 
 
 class PartitionRecord(msgspec.Struct, frozen=True):

@@ -5,6 +5,7 @@ from mullion.wire.nbd.export import NbdExport
 from mullion.wire.nbd.messages import NbdProtocolError
 from mullion.wire.nbd.server import Counters, NbdServer
 from mullion.wire.nbd.session import Export, Handshake
+from mullion.wire.nbd.steady import SteadyReader
 from mullion.wire.nbd.transmission import Transmission
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "NbdExport",
     "NbdProtocolError",
     "NbdServer",
+    "SteadyReader",
     "Transmission",
 ]
