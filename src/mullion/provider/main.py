@@ -130,7 +130,12 @@ class Provider:
         if self._spec.pending_dir is not None and not disk.read_only:
             pending = log_path(self._spec.pending_dir, disk.id, fds[0])
         chain = Chain.from_descriptors(
-            fds, disk.chain, read_only=disk.read_only, pending_path=pending, holder=self._spec.partition
+            fds,
+            disk.chain,
+            read_only=disk.read_only,
+            pending_path=pending,
+            holder=self._spec.partition,
+            fills_cells=True,
         )
         for warning in chain.warnings:
             log.warning("disk %s: %s", disk.id, warning)

@@ -24,7 +24,8 @@ from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.base.errors import InvalidError, StateError
 from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bitmap
-from mullion.vhd.errors import DiskReadOnlyError, ParentNotFoundError, VhdDamagedError
+from mullion.vhd.cells import CELL_BYTES, YOUNG_SECTORS, widened
+from mullion.vhd.errors import DiskReadOnlyError, ParentNotFoundError, VhdDamagedError, VhdError
 from mullion.vhd.fileio import IOV_LIMIT, SYSTEM, ZEROS, FileIO
 from mullion.vhd.geometry import SizeFrom
 from mullion.vhd.image import Image, load_image, open_file
@@ -74,7 +75,14 @@ class Chain:
     """
 
     def __init__(
-        self, images: list[Image], *, read_only: bool, pending_path: str | None, holder: str, file_io: FileIO
+        self,
+        images: list[Image],
+        *,
+        read_only: bool,
+        pending_path: str | None,
+        holder: str,
+        file_io: FileIO,
+        fills_cells: bool = False,
     ) -> None:
         """Of files that are open, locked and belong together; private to this package."""
         said: list[str] = []
@@ -84,6 +92,7 @@ class Chain:
             self._writer, said = open_top(self._top, pending_path=pending_path, holder=holder, file_io=file_io)
         self._images = images
         self._read_only = read_only
+        self._fills_cells_after = 0 if fills_cells else None
         self._io = file_io
         self._is_closed = False
         self._write_lock = threading.Lock()
@@ -103,6 +112,7 @@ class Chain:
         lower = {one.image.fd: one.writer for one in self._unfinished if one.writer is not None}
         self._map = Mapping(self._images, self._writer, read_only=self._read_only, lower_writers=lower)
         self._mask = self._map.granule_bytes - 1
+        self._cell_sectors = min(CELL_BYTES, self._map.granule_bytes) // SECTOR_BYTES
         self.block_shift: int = self._map.shift
         self.direct_read: dict[int, tuple[int, int]] = self._map.direct_read
         self.direct_write: dict[int, tuple[int, int]] = self._map.direct_write
@@ -120,9 +130,11 @@ class Chain:
         pending_path: str | None = None,
         holder: str = "",
         file_io: FileIO = SYSTEM,
+        fills_cells: bool = False,
     ) -> Chain:
         """Make a chain of files that somebody else opened; `paths` are for messages only.
 
+        `fills_cells` is for a disk that runs: its top takes over whole cells before it falls into pieces (`cells`).
         The descriptors become the chain's, and are closed when this raises. The first must be open for writing unless
         `read_only`. Raises: what `open_chain` raises, except for what only finding a parent can meet.
         """
@@ -140,7 +152,14 @@ class Chain:
                 raise ParentNotFoundError(
                     f"{images[-1].path}: its parent was not given", path=images[-1].path, structure="chain"
                 )
-            return cls(images, read_only=read_only, pending_path=pending_path, holder=holder, file_io=file_io)
+            return cls(
+                images,
+                read_only=read_only,
+                pending_path=pending_path,
+                holder=holder,
+                file_io=file_io,
+                fills_cells=fills_cells,
+            )
         except BaseException:
             for fd in fds_top_first:
                 os.close(fd)
@@ -230,6 +249,8 @@ class Chain:
         `writer` is that of the new top. The files that are in the chain no more stay open, and are the caller's.
         """
         with self._write_lock:
+            if self._fills_cells_after is not None and writer is not self._writer:
+                self._fills_cells_after = YOUNG_SECTORS
             self._images, self._top, self._writer = images, images[0], writer
             self._unfinished.extend(unfinished)
             self._make_map()
@@ -407,18 +428,45 @@ class Chain:
         if data is not None and (bits := writer.bits(block)) & wanted == wanted:
             self._put(data + within, buffers, length)
         else:
-            head, tail = within % SECTOR_BYTES, -(within + length) % SECTOR_BYTES
-            if buffers is not None and (head or tail):
-                buffers = [self._read_bytes(offset - head, head), *buffers, self._read_bytes(offset + length, tail)]
-                within, length = within - head, length + head + tail
+            if buffers is not None:
+                first, end, buffers = self._completed(0 if data is None else bits, writer, offset, buffers, length)
+                within, length = first * SECTOR_BYTES, (end - first) * SECTOR_BYTES
             if data is None:
                 writer.write_new(block, within, buffers or (), length)  # a new block holds zeros already
             else:
                 self._put(data + within, buffers, length)
-                bits |= wanted
+                bits |= bitmap.mask(first, end - first, writer.sectors)
                 writer.keep_bits(block, bits, first, end - first)
             self._map.forget_sectors(granule, first % ((self._mask + 1) // SECTOR_BYTES), end - first)
         self._keep_whole(writer, granule, bits)
+
+    def _completed(
+        self, bits: int, writer: TopWriter, offset: int, buffers: Sequence[Buffer], length: int
+    ) -> tuple[int, int, Sequence[Buffer]]:
+        """What a write is to be, in a block that has these bits: its sectors there and their content.
+
+        They are whole, and all of the cell where that is wanted (`cells`) and the files below can be read.
+        """
+        within = offset % writer.block_bytes
+        first, end = within // SECTOR_BYTES, -(-(within + length) // SECTOR_BYTES)
+        after = self._fills_cells_after
+        if after is not None and writer.taken_sectors >= after and self.backing is None:
+            low, high = widened(bits, writer.sectors, first, end, self._cell_sectors)
+            high = min(high, (self._size - offset + within) // SECTOR_BYTES)
+            if low < first or end < high:
+                around = within - low * SECTOR_BYTES, high * SECTOR_BYTES - within - length
+                with contextlib.suppress(OSError, VhdError):  # whoever reads there hears of it; this write can be done
+                    return low, high, self._surrounded(offset, buffers, length, *around)
+        around = within - first * SECTOR_BYTES, end * SECTOR_BYTES - within - length
+        return first, end, self._surrounded(offset, buffers, length, *around)
+
+    def _surrounded(
+        self, offset: int, buffers: Sequence[Buffer], length: int, head: int, tail: int
+    ) -> Sequence[Buffer]:
+        """The buffers with so many bytes before and behind them as they are on the disk."""
+        if not head and not tail:
+            return buffers
+        return [self._read_bytes(offset - head, head), *buffers, self._read_bytes(offset + length, tail)]
 
     def _keep_whole(self, writer: TopWriter, granule: int, bits: int) -> None:
         """Let a granule be direct once the top, of whose block these are the bits, has all of its sectors."""
@@ -625,13 +673,14 @@ def open_chain(
     holder: str = "",
     file_io: FileIO = SYSTEM,
     size_from: SizeFrom = SizeFrom.FOOTER,
+    fills_cells: bool = False,
 ) -> Chain:
     """Open a disk with all its parents.
 
     Opening for writing mends what a crash may have left: replays the pending log, writes a missing footer at the end,
     gives orphan room back; `warnings` tells. `allowed_dirs` are the folders that parents may lie in (default: that of
     `path`), `limit` is the longest chain, `holder` is shown to whoever finds the disk busy. `size_from` says which size
-    of the two in its footer the disk has; for writing only the current one.
+    of the two in its footer the disk has; for writing only the current one. `fills_cells`: see `from_descriptors`.
 
     Raises: InvalidError, NotFoundError, DeniedError; VhdError for what is wrong with a file; DiskBusyError;
     HalfMergedError; OSError.
@@ -652,7 +701,14 @@ def open_chain(
             load_image(fd, path, size_from=size_from), allowed_dirs=allowed_dirs, limit=limit, lock=True
         )
         check_marks(images)
-        return Chain(images, read_only=read_only, pending_path=pending_path, holder=holder, file_io=file_io)
+        return Chain(
+            images,
+            read_only=read_only,
+            pending_path=pending_path,
+            holder=holder,
+            file_io=file_io,
+            fills_cells=fills_cells,
+        )
     except BaseException:
         for image in images[1:]:
             image.close()

@@ -60,6 +60,8 @@ class TopWriter:
         self.is_child = image.kind is DiskType.DIFFERENCING
         self._io = file_io
         self._log = log
+        self.taken_sectors = 0
+        """How many became the disk's own since it was opened, in blocks that it had."""
         self.block_bytes = image.block_bytes
         self.sectors = self.block_bytes // SECTOR_BYTES
         """Of a block."""
@@ -178,6 +180,7 @@ class TopWriter:
         if self._log is not None:
             self._log.append_bits(block, first, count)
         self._records += 1
+        self.taken_sectors += count
         with self._state:
             self._dirty_bits[block] = bits
             self._clean_bits.pop(block, None)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.unit.vhd.power_cut import SECTOR, KilledError, RecordingIO
 
+import mullion.vhd.chain
 import mullion.vhd.pending
 from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, open_chain
 
@@ -47,7 +48,9 @@ class DiskMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.boot = 0
         self.patch.setattr(mullion.vhd.pending, "boot_id", lambda: f"boot {self.boot:031}")
+        self.patch.setattr(mullion.vhd.chain, "YOUNG_SECTORS", 6)
         self.choose = random.Random(seed)
+        self.fills_cells = seed % 2 == 1  # half of the disks are those of running machines
         self.size = sectors * SECTOR
         self.top = f"{self.folder}/top.vhd"
         self.pending = f"{self.folder}/pending"
@@ -87,7 +90,7 @@ class DiskMachine(RuleBasedStateMachine):
                     self.model[offset : offset + len(content)] = content
 
     def _open(self) -> Chain:
-        return open_chain(self.top, pending_path=self.pending, file_io=self.io)
+        return open_chain(self.top, pending_path=self.pending, file_io=self.io, fills_cells=self.fills_cells)
 
     def _range(self, place: float, length: int) -> tuple[int, int]:
         offset = int(place * self.size)

@@ -62,7 +62,9 @@ class SwitchMachine(DiskMachine):
                     raise
             fds.insert(0, fd)
         fds.insert(0, os.open(self.top, os.O_RDWR))
-        return Chain.from_descriptors(fds, self.layers, pending_path=self._log(fds[0]), file_io=self.io)
+        return Chain.from_descriptors(
+            fds, self.layers, pending_path=self._log(fds[0]), file_io=self.io, fills_cells=self.fills_cells
+        )
 
     def _come_back(self, under_way: range, wanted: bytearray, *, power: bool) -> None:
         self.chain.abandon()
