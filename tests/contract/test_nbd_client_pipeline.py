@@ -92,12 +92,12 @@ class Server:
 @contextmanager
 def connected(folder: Path, answer: Answer) -> Iterator[tuple[NbdClient, Server]]:
     server = Server(folder / "s", answer)
-    client = NbdClient(str(folder / "s"), timeout_s=30)
+    client = NbdClient(str(folder / "s"), timeout_s=60)
     try:
         yield client, server
     finally:
         client.close()
-        server.thread.join(30)
+        server.thread.join(60)
         assert not server.thread.is_alive()
 
 

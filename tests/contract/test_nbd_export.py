@@ -206,7 +206,7 @@ def test_a_negotiation_has_a_deadline_as_a_whole(folder: Path, device: MemoryDev
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "d.nbd"))
         listener.listen(4)
-        server = NbdServer(listener.dup(), [Export("system", device)], handshake_timeout_s=0.05)
+        server = NbdServer(listener.dup(), [Export("system", device)], handshake_timeout_s=0.5)
         server.start()
         with RawClient(str(folder / "d.nbd")) as slow:
             slow.receive(18)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.framework.leftovers import Leftovers, checked_home, processes_naming
+from tests.framework.leftovers import Leftovers, checked_home
 from tests.framework.service import Command, Service
 
 from mullion.base.errors import (
@@ -98,17 +98,8 @@ def start_error(service: Service, name: str) -> MullionError:
     error = caught.value
     view = service.partition(name)
     assert (view.state.value, view.reason, view.remedy) == ("failed", error.message, error.remedy)
-    assert_nothing_runs(service, name)
+    service.assert_nothing_runs(name)
     return error
-
-
-def assert_nothing_runs(service: Service, name: str) -> None:
-    view = service.partition(name)
-    assert (view.qemu_pid, view.provider_pid) == (None, None)
-    run = service.paths.partition(name).run
-    assert not os.path.exists(run), os.listdir(run)
-    left = [one for one in processes_naming(service.home) if f"{run}/" in str(one) or f"guest={name}" in str(one)]
-    assert left == []
 
 
 # -- names and definitions ---------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
     def runner(scenario: Scenario) -> None:
         async def main() -> None:
             async with opened(request.param, tmp_path, 50) as store:
-                await asyncio.wait_for(scenario(store), 60)
+                async with asyncio.timeout(60):
+                    await scenario(store)
 
         asyncio.run(main())
 

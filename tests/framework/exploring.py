@@ -10,6 +10,7 @@ import os
 from typing import Final
 
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 EXPLORE: Final = int(os.environ.get("MULLION_EXPLORE", "0"))
 
@@ -19,3 +20,7 @@ def load_profile() -> None:
     settings.register_profile("same", derandomize=True, deadline=None)
     settings.register_profile("explore", deadline=None, print_blob=True)
     settings.load_profile("explore" if EXPLORE else "same")
+    if not EXPLORE:
+        # It would try numbers and texts that it finds in the modules that are loaded, too: its examples would change
+        # with each change of any source, and with what the tests before have imported.
+        providers._get_local_constants = lambda: providers._local_constants

@@ -25,8 +25,10 @@ from mullion.base.process import ProcessIdentity
 
 REGISTRY = Path(f"/tmp/mullion-tests-{os.getuid()}")
 _HOME_PREFIX = "/tmp/mn-"
-_ROUNDS = 50
+_ROUNDS = 600
 _ROUND_S = 0.1
+PATIENCE_S = 10.0
+"""What ends by itself, as a zygote does when its parent has gone, may need an instant on a loaded machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,9 @@ def _names(text: bytes, needle: bytes) -> bool:
 class Leftovers:
     """One session's homes and processes, kept in a file so that the next session can clean up after this one."""
 
-    def __init__(self, registry: Path = REGISTRY) -> None:
+    def __init__(self, registry: Path = REGISTRY, patience_s: float = PATIENCE_S) -> None:
         self._registry = registry
+        self._patience_s = patience_s
         self._homes: dict[str, None] = {}
         self._processes: list[ProcessIdentity] = []
         own = ProcessIdentity.of(os.getpid())
@@ -131,7 +134,11 @@ class Leftovers:
 
     def remove_home(self, home: str | Path) -> list[Survivor]:
         """Remove a home; what still ran or listened there is returned, after it was ended."""
-        survivors = [*processes_naming(home), *sockets_under(home)]
+        deadline_s = time.monotonic() + self._patience_s
+        while survivors := [*processes_naming(home), *sockets_under(home)]:
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(_ROUND_S)
         end_processes(home)
         shutil.rmtree(home)
         self._homes.pop(str(home), None)

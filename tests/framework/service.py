@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tests.framework.leftovers import end_processes, sockets_under
+from tests.framework.leftovers import end_processes, processes_naming, sockets_under
 
 from mullion.base.paths import HostPaths
 from mullion.base.process import ProcessIdentity, read_identity
@@ -159,6 +159,19 @@ class Service:
                 return file.read().decode(errors="replace")
         except FileNotFoundError:
             return f"(no {name})"
+
+    def assert_nothing_runs(self, name: str) -> None:
+        """No process, no socket, no file in the partition's run folder; what was killed may take an instant to end."""
+        view = self.partition(name)
+        assert (view.qemu_pid, view.provider_pid) == (None, None)
+        run = self.paths.partition(name).run
+        assert not os.path.exists(run), os.listdir(run)
+        deadline_s = time.monotonic() + READY_S
+        while left := [
+            one for one in processes_naming(self.home) if f"{run}/" in str(one) or f"guest={name}" in str(one)
+        ]:
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.02)
 
     def destroy(self) -> None:
         """End the service and every process of its partitions, gracefully or not."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 from tests.framework.leftovers import Leftovers, checked_home
-from tests.framework.service import Service
+from tests.framework.service import READY_S, Service
 
 from mullion.base.errors import MullionError
 from mullion.base.units import MIB
@@ -45,7 +45,7 @@ def service(leftovers: Leftovers) -> Iterator[Service]:
 
 def provider(service: Service) -> ProviderView:
     """The provider, as soon as there is one."""
-    deadline_s = time.monotonic() + 30.0
+    deadline_s = time.monotonic() + READY_S
     while True:
         try:
             with service.client() as client:
@@ -73,7 +73,7 @@ def test_caps_of_the_definition_hold_from_the_start_change_live_and_come_back_wi
     old = provider(service)
     assert old.limits == {"iops": 900}
     os.kill(old.pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + 30.0
+    deadline_s = time.monotonic() + READY_S
     while (new := provider(service)).pid == old.pid:
         assert time.monotonic() < deadline_s
         time.sleep(0.1)

@@ -348,7 +348,7 @@ def answer(connection: socket.socket) -> tuple[int, bytes]:
 
 def talk(port: int, certificates: Path) -> None:
     """Every option before STARTTLS, then TLS 1.1, then what was sent before TLS pretending to be inside it."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as plain:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as plain:
         receive(plain, 18)
         plain.sendall(CLIENT_FLAGS)
         for number in (Option.LIST, Option.GO, Option.INFO, Option.STRUCTURED_REPLY, Option.LIST_META_CONTEXT):
@@ -363,7 +363,7 @@ def talk(port: int, certificates: Path) -> None:
         context.options |= ssl.OP_NO_TLSv1_3 | ssl.OP_NO_TLSv1_2
         with pytest.raises((ssl.SSLError, ConnectionError)):
             context.wrap_socket(plain, server_hostname="127.0.0.1")
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as plain:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as plain:
         receive(plain, 18)
         plain.sendall(CLIENT_FLAGS + option(Option.STARTTLS) + option(Option.LIST))
         assert answer(plain) == (OptionReply.ACK, b"")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.framework.leftovers import Leftovers, checked_home
-from tests.framework.service import Service
+from tests.framework.service import READY_S, Service
 from tests.interop.filesystem_images import call, make_ext, make_fat, make_mbr
 
 pytestmark = pytest.mark.interop
@@ -198,7 +198,7 @@ def test_a_client_that_goes_away_ends_the_reader(service: Service) -> None:
     assert len(_readers(service)) == 1  # it waits: what it has read is more than anybody keeps for it
     response.close()
     connection.close()
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + READY_S
     while _readers(service):
         assert time.monotonic() < deadline_s, "the reader goes on"
         time.sleep(0.05)

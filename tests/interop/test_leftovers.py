@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[Leftovers]:
-    leftovers = Leftovers(tmp_path / "registry")
+    leftovers = Leftovers(tmp_path / "registry", patience_s=0)
     yield leftovers
     leftovers.finish()
 
@@ -94,6 +94,15 @@ def test_what_survives_a_test_is_named_and_ended(session: Leftovers) -> None:
     assert process.wait(60) == -9
 
 
+def test_what_ends_by_itself_has_the_time_to(tmp_path: Path) -> None:
+    session = Leftovers(tmp_path / "registry", patience_s=60)
+    with checked_home(session) as home:
+        argv = [sys.executable, "-c", "import time; time.sleep(0.5)", str(home)]
+        process = subprocess.Popen(argv, start_new_session=True)
+    assert process.wait(60) == 0
+    session.finish()
+
+
 def test_the_error_of_a_test_is_not_hidden_by_what_it_left(session: Leftovers) -> None:
     def broken_test() -> None:
         with checked_home(session) as home:
@@ -109,7 +118,7 @@ def test_the_error_of_a_test_is_not_hidden_by_what_it_left(session: Leftovers) -
 
 
 def test_the_end_of_a_session_reports_and_ends_the_rest(tmp_path: Path) -> None:
-    session = Leftovers(tmp_path / "registry")
+    session = Leftovers(tmp_path / "registry", patience_s=0)
     home = session.add_home()
     with sleeper(MULLION_HOME=str(home)) as naming, sleeper() as recorded:
         wait_until_started(naming, recorded)

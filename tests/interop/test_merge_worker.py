@@ -84,6 +84,11 @@ def start(zygote: ZygotePeer, spec: MergeSpec) -> dict[str, object]:
     return zygote.receive()
 
 
+def wait_until_copied(control: Control, size_bytes: int) -> None:
+    while control.ask("status")["copied_bytes"] < size_bytes:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("user", [None, USER])
 def test_a_chain_is_read_while_its_layer_is_merged(user: int | None, short_tmp: Path, zygote: ZygotePeer) -> None:
     lower, upper, top = make_layers(short_tmp)
@@ -121,11 +126,15 @@ def test_kills_at_random_until_it_is_done(short_tmp: Path, zygote: ZygotePeer) -
     before, merged, expected = content(lower), content(upper), content(top)
     choose = random.Random(4)
     refused = 0
-    for _ in range(KILLS):
-        spec = spec_of(short_tmp, upper, lower, 2 * MIB)  # so slow that none comes to its end
+    for number in range(KILLS):
+        spec = spec_of(short_tmp, upper, lower, MIB)  # so slow that none comes to its end
         start(zygote, spec)
         identity = read_identity(spec.identity)
         assert identity is not None
+        if number == KILLS - 1:  # this one has begun, however slow the machine is
+            control = Control(spec.control)
+            wait_until_copied(control, 1)
+            control.close()
         time.sleep(choose.random() / 2)
         identity.send_signal(signal.SIGKILL)
         assert zygote.receive()["status"] == -signal.SIGKILL
@@ -145,12 +154,13 @@ def test_kills_at_random_until_it_is_done(short_tmp: Path, zygote: ZygotePeer) -
 
 def test_rate_is_kept_and_changed(short_tmp: Path, zygote: ZygotePeer) -> None:
     lower, upper, _ = make_layers(short_tmp)
-    rate = 4 * MIB
+    rate = MIB
     spec = spec_of(short_tmp, upper, lower, rate)
     begun_s = time.monotonic()
     start(zygote, spec)
     control = Control(spec.control)
     time.sleep(1)
+    wait_until_copied(control, 1)
     status = control.ask("status")
     most = rate * (time.monotonic() - begun_s + 0.2)
     assert status["copied_bytes"] <= most
@@ -173,8 +183,7 @@ def test_a_stopped_worker_leaves_the_file_well_and_the_next_goes_on(
     spec = spec_of(short_tmp, upper, lower, 4 * MIB)
     pid = int(str(start(zygote, spec)["pid"]))
     control = Control(spec.control)
-    while control.ask("status")["copied_bytes"] < 3 * MIB:
-        time.sleep(0.01)
+    wait_until_copied(control, 3 * MIB)
     if how == "quit":
         assert control.ask("quit") == {"quitting": True}
     else:

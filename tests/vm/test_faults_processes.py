@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.framework.leftovers import processes_naming
 from tests.framework.service import Service
 
 from mullion.base.errors import ConflictError, OperationCancelledError, StateError
@@ -53,16 +52,8 @@ def turn_off(service: Service, name: str) -> None:
 
 def assert_nothing_is_left(service: Service, name: str) -> None:
     """No process, no socket, no file in the run folder; the disks are free."""
-    view = service.partition(name)
-    assert (view.qemu_pid, view.provider_pid) == (None, None)
-    run = service.paths.partition(name).run
-    assert not os.path.exists(run), os.listdir(run)
-    deadline_s = time.monotonic() + DEADLINE_S
-    while left := [
-        one for one in processes_naming(service.home) if f"{run}/" in str(one) or f"guest={name}" in str(one)
-    ]:
-        assert time.monotonic() < deadline_s, left
-    for disk in view.definition.disks:
+    service.assert_nothing_runs(name)
+    for disk in service.partition(name).definition.disks:
         with open_chain(f"{service.paths.disks}/{disk.path}.vhd"):
             pass
 

@@ -24,11 +24,11 @@ from mullion.hypervisor.states import ShutdownOutcome, ShutdownStage
 from mullion.model.definition import Bus, DirectBoot, Transport
 from mullion.model.states import PartitionState
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 __all__ = ["yard"]
 
 KERNEL_LINE = "console=ttyS0 quiet no_timer_check"
-BOOT_S = 120.0
+BOOT_S = 180.0
 
 
 def overlay(socket_path: str) -> str:
