@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_an_object_of_many_pieces(backend: Backend) -> None:
     pieces = [bytes([number % 251]) * 100 for number in range(3000)]
     backend.put("packs/many", pieces)
     assert backend.get("packs/many") == b"".join(pieces)
+
+
+def test_an_object_that_is_made_while_it_is_put(backend: Backend) -> None:
+    """By somebody who needs the storage for it."""
+    backend.put("packs/source", [b"x" * MIB])
+
+    class Made:
+        def __iter__(self) -> Iterator[bytes]:
+            for offset in range(0, MIB, MIB // 4):
+                with ThreadPoolExecutor() as threads:  # connections have locks that one thread may take twice
+                    yield threads.submit(backend.get, "packs/source", offset, MIB // 4).result(60)
+
+    backend.put("packs/made", Made())
+    assert backend.get("packs/made") == b"x" * MIB
 
 
 def test_an_empty_object(backend: Backend) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from mullion.base.block import Buffer
@@ -49,8 +49,12 @@ class Backend(Protocol):
         """The size of packs that suits this storage."""
         ...
 
-    def put(self, name: str, buffers: Sequence[Buffer], *, durable: bool = True) -> None:
-        """Make the object, or put it in the place of the one that is there; `durable=False` for what may be lost."""
+    def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
+        """Make the object, or put it in the place of the one that is there; `durable=False` for what may be lost.
+
+        The buffers may be made while they are iterated, and waited for; they can be iterated again. So a storage that
+        does one thing at a time collects them first.
+        """
         ...
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -127,7 +131,7 @@ class Persistent:
     def pack_bytes(self) -> int:
         return self._inner.pack_bytes
 
-    def put(self, name: str, buffers: Sequence[Buffer], *, durable: bool = True) -> None:
+    def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
         self._try(lambda: self._inner.put(name, buffers, durable=durable))
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:

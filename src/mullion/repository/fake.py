@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from mullion.base.block import Buffer
 from mullion.repository.backend import Listed, ObjectMissingError
@@ -33,9 +33,10 @@ class FakeBackend:
         other.objects = dict(self.objects)
         return other
 
-    def put(self, name: str, buffers: Sequence[Buffer], *, durable: bool = True) -> None:
+    def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
+        content = b"".join(buffers)
         with self._change():
-            self.objects[name] = b"".join(buffers)
+            self.objects[name] = content
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         self.gets += 1

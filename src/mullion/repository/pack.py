@@ -114,11 +114,6 @@ class PackBuilder:
         self._key.encrypt(self.size_bytes, directory, _directory_authenticated(trailer), memoryview(sealed))
         return [self._view[: self.size_bytes], sealed, trailer]
 
-    @property
-    def room(self) -> memoryview:
-        """The memory, for others after the pack was put."""
-        return self._view
-
 
 def pack_name(pack_id: bytes) -> str:
     return f"packs/{pack_id.hex()}"

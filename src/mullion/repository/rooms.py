@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
+from typing import Final
+
+_PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+"""Shared memory, which is what Python takes, has large pages only where somebody has turned them on for it."""
 
 
 class Rooms:
@@ -18,9 +21,7 @@ class Rooms:
         try:
             room = self._free.pop()
         except IndexError:
-            room = mmap.mmap(-1, self._size_bytes)
-            with contextlib.suppress(OSError):  # a kernel without large pages
-                room.madvise(mmap.MADV_HUGEPAGE)
+            room = mmap.mmap(-1, self._size_bytes, flags=_PRIVATE)
         return memoryview(room)
 
     def give(self, view: object) -> None:

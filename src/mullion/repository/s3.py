@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from mullion.base.block import Buffer
@@ -62,11 +62,12 @@ class S3Backend:
             )
         self._store = _open_store(bucket, credentials, endpoint, request_timeout_s)
 
-    def put(self, name: str, buffers: Sequence[Buffer], *, durable: bool = True) -> None:
+    def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
         import obstore
 
+        content = b"".join(buffers)
         with self._explained("putting", name):
-            obstore.put(self._store, self._prefix + name, b"".join(buffers), use_multipart=False)
+            obstore.put(self._store, self._prefix + name, content, use_multipart=False)
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         import obstore

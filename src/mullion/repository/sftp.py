@@ -17,7 +17,7 @@ import posixpath
 import stat
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from mullion.base.block import Buffer
@@ -78,14 +78,15 @@ class SftpBackend:
         self._folders: set[str] = set()
         self._can_sync = True
 
-    def put(self, name: str, buffers: Sequence[Buffer], *, durable: bool = True) -> None:
-        size = sum(map(len, buffers))
+    def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
+        content = list(buffers)  # all of them: who makes them may need the connection for that
+        size = sum(map(len, content))
         with self._session("putting", name, size) as sftp:
             for folder in (_TMP, posixpath.dirname(name)):
                 self._make_folder(sftp, folder)
             temporary = self._path(f"{_TMP}/{uuid.uuid4().hex}")
             try:
-                self._write(sftp, temporary, buffers, size, durable=durable)
+                self._write(sftp, temporary, content, size, durable=durable)
                 self._rename(sftp, temporary, self._path(name))
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error says what happened; this is tidying

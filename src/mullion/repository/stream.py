@@ -1,8 +1,8 @@
 """The pipeline of a backup: read, digest in threads, encrypt into packs, put packs; in bounded memory.
 
 The caller's thread reads pieces of 1 MiB and encrypts finished chunks into the pack being filled (AES-GCM runs at
-GB/s); threads hash and compress, which is the work; one more puts packs while the next is filled. All of it releases
-the interpreter's lock for nearly all of its time. At most two packs and some pieces are in memory.
+GB/s); threads hash and compress, which is the work; one more puts packs, each while it is filled (`filling`). All of it
+releases the interpreter's lock for nearly all of its time. At most two packs and some pieces are in memory.
 
 Durability: an index segment is put after the packs that it names; nothing refers to a chunk before `finish` returns.
 """
@@ -25,9 +25,10 @@ from mullion.base.block import Buffer
 from mullion.base.units import MIB
 from mullion.repository import sealing
 from mullion.repository.backend import Backend
+from mullion.repository.filling import FillingPack
 from mullion.repository.index import Index, build_segment
 from mullion.repository.keys import CHUNK_BYTES, Keys
-from mullion.repository.pack import STORED_LIMIT_BYTES, ZSTD_FLAG, PackBuilder, PackEntry, pack_name
+from mullion.repository.pack import STORED_LIMIT_BYTES, ZSTD_FLAG, PackEntry
 from mullion.repository.rooms import Rooms
 from mullion.repository.tree import ZERO_ID
 
@@ -35,6 +36,7 @@ PIECE_BYTES: Final = MIB
 LEVEL: Final = 3
 PACKS_PER_SEGMENT: Final = 32
 """After so many packs their index is put too, so that a backup that is interrupted is soon taken up again."""
+_PACKS_IN_MEMORY: Final = 2
 _ZERO_CHUNK: Final = bytes(CHUNK_BYTES)
 _PEEK_BYTES: Final = 64
 _ZERO_PEEK: Final = bytes(_PEEK_BYTES)
@@ -70,9 +72,9 @@ class ChunkWriter:
         self._local = threading.local()
         self._pack_rooms = Rooms(backend.pack_bytes + STORED_LIMIT_BYTES)
         self.piece_rooms = Rooms(PIECE_BYTES)
-        self._pack: PackBuilder | None = None
+        self._pack: FillingPack | None = None
         self._pending: set[bytes] = set()
-        self._puts: deque[tuple[PackBuilder, Future[None]]] = deque()
+        self._puts: deque[tuple[FillingPack, Future[None]]] = deque()
         self._unindexed: dict[bytes, list[PackEntry]] = {}
         self.new_bytes = 0
 
@@ -113,14 +115,15 @@ class ChunkWriter:
 
     def finish(self) -> None:
         """Return when everything that was stored is durable and in the index."""
-        if self._pack is not None:
-            self._put_pack()
+        self._close_pack()
         while self._puts:
             self._await_put()
         self._put_segment()
 
     def close(self) -> None:
         """End the threads; what is not finished is dropped."""
+        if self._pack is not None:
+            self._pack.drop()
         self._workers.shutdown(cancel_futures=True)
         self._putter.shutdown(cancel_futures=True)
 
@@ -166,21 +169,23 @@ class ChunkWriter:
         self.piece_rooms.give(piece.content)
 
     def _add(self, chunk_id: bytes, payload: Buffer, raw_bytes: int, flags: int) -> None:
-        if self._pack is None:
-            self._pack = PackBuilder(self._keys, self._pack_rooms.take())
+        pack = self._pack or self._begin_pack()
         self._pending.add(chunk_id)
-        self.new_bytes += self._pack.add(chunk_id, payload, raw_bytes, flags).stored_bytes
-        if self._pack.is_full:
-            self._put_pack()
+        self.new_bytes += pack.add(chunk_id, payload, raw_bytes, flags).stored_bytes
+        if pack.is_full:
+            self._close_pack()
 
-    def _put_pack(self) -> None:
-        pack = self._pack
-        assert pack is not None
-        self._pack = None
-        if self._puts:
+    def _begin_pack(self) -> FillingPack:
+        if len(self._puts) == _PACKS_IN_MEMORY:
             self._await_put()
-        name, buffers = pack_name(pack.pack_id), pack.close()
-        self._puts.append((pack, self._putter.submit(self._backend.put, name, buffers)))
+        self._pack = pack = FillingPack(self._keys, self._pack_rooms.take())
+        self._puts.append((pack, self._putter.submit(self._backend.put, pack.name, pack)))
+        return pack
+
+    def _close_pack(self) -> None:
+        if self._pack is not None:
+            self._pack.close()
+            self._pack = None
 
     def _await_put(self) -> None:
         pack, future = self._puts.popleft()

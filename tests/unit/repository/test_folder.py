@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
+import random
 import stat
 from pathlib import Path
 
@@ -23,16 +26,19 @@ pytestmark = pytest.mark.unit
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is asked of the filesystem that matters after a power cut, in order."""
     seen: list[str] = []
-    fsync, link, rename, write = os.fsync, os.link, os.rename, os.writev
+    fsync, link, rename, write = os.fsync, os.link, os.rename, os.write
 
     def said_fsync(fd: int) -> None:
         seen.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file")
         fsync(fd)
 
+    def said_how(fd: int) -> str:
+        return "direct " if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT else ""
+
     monkeypatch.setattr(os, "fsync", said_fsync)
     monkeypatch.setattr(os, "link", lambda *given, **named: (seen.append("name"), link(*given, **named)))
     monkeypatch.setattr(os, "rename", lambda *given: (seen.append("name"), rename(*given)))
-    monkeypatch.setattr(os, "writev", lambda fd, buffers: (seen.append("write"), write(fd, buffers))[1])
+    monkeypatch.setattr(os, "write", lambda fd, content: (seen.append(f"{said_how(fd)}write"), write(fd, content))[1])
     return seen
 
 
@@ -53,11 +59,48 @@ def test_an_object_is_synced_before_it_has_its_name(tmp_path: Path, calls: list[
     backend = FolderBackend.create(str(tmp_path / "r"))
     backend.put("packs/aa", [b"first"])
     calls.clear()
-    backend.put("packs/bb", [b"content"] * 3000)
+    backend.put("packs/bb", [b"content"] * 3)
     assert calls == ["write", "write", "write", "sync file", "name", "sync folder"]
     calls.clear()
     backend.put("leases/cc", [b"x"], durable=False)
     assert "sync file" not in calls
+
+
+def test_large_buffers_go_around_the_page_cache(tmp_path: Path, calls: list[str]) -> None:
+    """As long as they fit: what is not aligned, and all that lies behind it, is written as anything else."""
+    backend = FolderBackend.create(str(tmp_path / "r"))
+    room = memoryview(mmap.mmap(-1, 4 * MIB))
+    room[:] = random.Random(1).randbytes(len(room))
+    pieces = [room[: 2 * MIB], room[2 * MIB : 3 * MIB + 17], room[: 2 * MIB]]
+    backend.put("packs/aa", pieces)
+    writes = [call for call in calls if call.endswith("write")]
+    assert writes == ["direct write", "direct write", "write", "write"]
+    assert backend.get("packs/aa") == b"".join(pieces)
+
+
+@pytest.mark.parametrize("refused", ["flag", "write"])
+def test_a_filesystem_that_cannot_go_around_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    write, control = os.write, fcntl.fcntl
+
+    def refuse_write(fd: int, content: memoryview) -> int:
+        if control(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not here")
+        return write(fd, content)
+
+    def refuse_flag(fd: int, what: int, value: int = 0) -> int:
+        if what == fcntl.F_SETFL and value & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not here")
+        return control(fd, what, value)
+
+    monkeypatch.setattr(os, "write", refuse_write)
+    if refused == "flag":
+        monkeypatch.setattr(fcntl, "fcntl", refuse_flag)
+    backend = FolderBackend.create(str(tmp_path / "r"))
+    pieces = [random.Random(1).randbytes(2 * MIB), b"end"]
+    backend.put("packs/aa", pieces)
+    assert backend.get("packs/aa") == b"".join(pieces)
 
 
 def test_without_files_without_a_name(tmp_path: Path, without_tmpfile: None, calls: list[str]) -> None:
