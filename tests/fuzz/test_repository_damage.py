@@ -14,7 +14,8 @@ from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.errors import RepositoryDamagedError
 from mullion.repository.fake import FakeBackend
 from mullion.repository.prune import prune
-from mullion.repository.verify import repair_index, verify
+from mullion.repository.repair import repair
+from mullion.repository.verify import verify
 
 pytestmark = pytest.mark.fuzz
 
@@ -166,7 +167,9 @@ def test_the_index_is_made_again_from_the_packs() -> None:
     repository.reload_index()
     assert content_of(repository.open_disk(manifests[0], "disk0")) == disks[0].content
     assert not verify(repository).is_whole
-    assert repair_index(repository).is_whole
+    done = repair(repository)
+    assert done.is_whole
+    assert all(finding.name.startswith("index/") for finding in done.found)
     for manifest, disk in zip(manifests, disks, strict=True):
         assert content_of(repository.open_disk(manifest, "disk0")) == disk.content
     assert verify(repository).is_whole
@@ -180,9 +183,11 @@ def test_what_was_lost_is_stored_again_by_the_next_full_backup() -> None:
     damaged = bytearray(backend.objects[name])
     damaged[1000] ^= 1
     backend.objects[name] = bytes(damaged)
-    report = repair_index(repository, read_data=True)
-    assert [finding.name for finding in report.findings] == [name]
-    assert list(report.damaged) == [first.id]
+    done = repair(repository)
+    assert [finding.name for finding in done.found] == [name]
+    assert list(done.after.damaged) == [first.id]
+    assert done.lost_chunks == 1
+    assert done.left == [name]
     disk.pwrite(MIB, b"changed")
     with begin_backup(repository, "web", base=first) as backup:
         assert backup.base is None  # nothing is built on a backup that has lost something

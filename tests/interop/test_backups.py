@@ -253,6 +253,35 @@ def crash(service: Service) -> None:
     service.start()
 
 
+def test_a_damaged_repository_is_repaired_and_filled_again(service: Service) -> None:
+    service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web,size=64M")
+    write(service, "web", 0, os.urandom(8 * MIB))
+    add_repository(service, "near", f"{service.home}/near")
+    service.cli("backup", "create", "web")
+    (pack,) = [path for path in Path(service.home, "near/packs").rglob("*") if path.is_file()]
+    with open(pack, "r+b") as file:
+        file.seek(MIB)
+        file.write(b"rubbish")
+    found = service.cli("backup", "verify", check=False)
+    assert found.status == 11
+    assert "mullion backup repair near" in found.stderr
+    repaired = service.cli("backup", "repair", "near", check=False)
+    assert repaired.status == 11
+    (hurt,) = backups(service, "near")
+    assert "1 lost" in repaired.stderr
+    assert f"backup {hurt['id']} is hurt" in repaired.stderr
+    assert f"packs/{pack.name} is left" in repaired.stderr
+    service.cli("backup", "create", "web", "--full")
+    assert service.cli("backup", "repair", "near", "--discard").status == 0
+    assert not pack.exists()
+    assert "\nwhole: 2 backups" in service.cli("backup", "verify").stderr
+    newest = backups(service, "near")[-1]
+    service.cli("backup", "restore", newest["id"], "--as", "again")
+    assert content_hash(service, f"{service.paths.disks}/again-disk0.vhd") == content_hash(
+        service, top_of(service, "web")
+    )
+
+
 def test_a_full_target_and_a_partition_that_goes(service: Service, tmp_path: Path) -> None:
     service.cli("partition", "create", "big", "--memory", "128M", "--disk", "big,size=128M")
     write(service, "big", 0, os.urandom(BIG_BYTES))

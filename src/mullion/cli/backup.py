@@ -207,7 +207,38 @@ def _part(text: str | None) -> tuple[int, int]:
 def _verified(operation: OperationView) -> str:
     from mullion.cli.backup_views import verdict
 
-    return verdict(operation.result or {})
+    return verdict(operation.result or {}, operation.target.removeprefix("repository/"))
+
+
+@backup.command("repair")
+@click.argument("name", metavar="[REPOSITORY]", required=False, shell_complete=complete.repositories)
+@click.option("--quick", is_flag=True, help="Do not read the content, only what leads to it: enough for a lost index.")
+@click.option("--discard", is_flag=True, help="Delete damaged packs, once what is whole in them is copied.")
+@wait_option
+@pass_face
+def repair_backups(face: Face, name: str | None, *, quick: bool, discard: bool, wait: bool) -> None:
+    """Make a repository's index again from its packs, and leave damaged packs behind.
+
+    What is whole in a damaged pack is copied into a new one. What is lost is said, with the backups that need it; the
+    next full backup (`mullion backup create PARTITION --full`) stores it again where the disk still has it. A damaged
+    pack stays unless --discard is given: a copy of it from elsewhere may still bring all of it back. Nobody else may
+    work on the repository meanwhile. Ends with 11 when anything is hurt after it.
+
+    \b
+    Examples:
+      mullion backup repair nightly
+      mullion backup repair nightly --discard
+    """
+    begun = face.client.repair_backups(repository=name, read_data=not quick, discard=discard)
+    ended = conclude(face, begun, wait=wait, sentence=_repaired)
+    if wait and not (ended.result or {}).get("is_whole"):
+        raise click.exceptions.Exit(11)
+
+
+def _repaired(operation: OperationView) -> str:
+    from mullion.cli.backup_views import repaired
+
+    return repaired(operation.result or {})
 
 
 @backup.command("restore")

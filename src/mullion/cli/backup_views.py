@@ -52,22 +52,57 @@ def details(view: BackupView) -> str:
     )
 
 
-def verdict(result: Mapping[str, Any]) -> str:
-    """What a verification found."""
+def verdict(result: Mapping[str, Any], repository: str) -> str:
+    """What a verification of a repository found."""
     seen = (
         f"{result.get('backups')} backups, {result.get('packs')} packs, {format_size(int(result['read_bytes']))} read"
     )
     if result.get("is_whole"):
         return f"whole: {seen}"
-    lines = [f"damaged: {seen}"]
-    lines += [f"  backup {name} is hurt: {', '.join(map(printable, what))}" for name, what in result["damaged"].items()]
-    for finding in result["findings"]:
-        offset = "" if finding["offset"] is None else f" at byte {finding['offset']}"
-        lines.append(f"  {printable(finding['name'])}{offset}: {printable(finding['message'])}")
+    lines = [f"damaged: {seen}", *_hurt(result["damaged"]), *_listed(result["findings"])]
     lines.append(
-        "→ Back the partitions up again with --full; restore what is whole; keep the damaged place to look into."
+        f"→ `mullion backup repair {repository}` leaves behind what is damaged and copies what is whole in it; then "
+        "back the partitions up again with --full: what was lost is stored again. Restore what is whole."
     )
     return "\n".join(lines)
+
+
+def repaired(result: Mapping[str, Any]) -> str:
+    """What a repair did, and what is left to do."""
+    lines = [
+        f"{'whole' if result['is_whole'] else 'still hurt'}: index of {result['indexed_chunks']} chunks in "
+        f"{result['indexed_packs']} packs; {result['rescued_chunks']} chunks copied out of damaged packs, "
+        f"{result['lost_chunks']} lost",
+        *(f"  was: {line.strip()}" for line in _listed(result["found"])),
+        *_hurt(result["damaged"]),
+        *(f"  {line.strip()}" for line in _listed(result["findings"])),
+        *(f"  {name} is left: nothing whole is only in it" for name in result["left"]),
+        *(f"  {name} is deleted" for name in result["discarded"]),
+    ]
+    if result["damaged"]:
+        lines.append(
+            "→ Back those partitions up again: `mullion backup create PARTITION --full` stores again what was lost. "
+            "Then `mullion backup verify` says which of the hurt backups are whole; forget the others by name."
+        )
+    if result["left"]:
+        lines.append(
+            "→ Put copies of the damaged packs into their places, if there are any, and repair again; or delete them: "
+            "`mullion backup repair --discard`."
+        )
+    return "\n".join(lines)
+
+
+def _hurt(damaged: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"  backup {name} is hurt: {', '.join(map(printable, what))}" for name, what in damaged.items()]
+
+
+def _listed(findings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each."""
+    lines = []
+    for finding in findings:
+        offset = "" if finding["offset"] is None else f" at byte {finding['offset']}"
+        lines.append(f"  {printable(finding['name'])}{offset}: {printable(finding['message'])}")
+    return lines
 
 
 def pruned(result: Mapping[str, Any], *, dry_run: bool) -> str:

@@ -325,6 +325,12 @@ class Client:
         fields = {"repository": repository, "read_data": read_data, "part": part, "of": of}
         return self._post("/backups/verify", fields, OperationView)
 
+    def repair_backups(
+        self, *, repository: str | None = None, read_data: bool = True, discard: bool = False
+    ) -> OperationView:
+        fields = {"repository": repository, "read_data": read_data, "discard": discard}
+        return self._post("/backups/repair", fields, OperationView)
+
     def prune_backups(
         self,
         *,

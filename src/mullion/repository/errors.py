@@ -25,8 +25,8 @@ class RepositoryDamagedError(MullionError):
     exit_code = 8
     http_status = 422
     default_remedy = (
-        "`mullion backup verify` says which backups are hurt. Restore from another one; a full backup of the same disk "
-        "stores again what was lost."
+        "`mullion backup verify` says which backups are hurt. Restore from another one; `mullion backup repair` and "
+        "then a full backup of the same disk (`mullion backup create PARTITION --full`) store again what was lost."
     )
 
     def __init__(

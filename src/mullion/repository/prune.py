@@ -33,6 +33,10 @@ from mullion.repository.tree import ZERO_ID, node_ids, walk_nodes
 
 REPACK_BELOW: Final = 0.6
 """A pack of which less than this share is live is copied."""
+_REMEDY: Final = (
+    "`mullion backup verify` says which backup that is: forget it by its id (`mullion backup prune BACKUP`), or let "
+    "`mullion backup repair` and a full backup (`mullion backup create PARTITION --full`) store again what was lost."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ def mark(
             raise RepositoryDamagedError(
                 f"{repository.location}: chunk {chunk_id.hex()[:16]} is in no pack, and a backup needs it",
                 repository=repository.location,
+                remedy=_REMEDY,
             )
         live.setdefault(place.pack_id, {})[place.entry.offset] = place.entry
 
@@ -156,6 +161,7 @@ class _Plan:
                 f"{repository.location}: {pack_name(pack_id)} is missing, and a backup needs it",
                 repository=repository.location,
                 name=pack_name(pack_id),
+                remedy=_REMEDY,
             )
 
 

@@ -248,7 +248,7 @@ class Repository:
             except ObjectMissingError:
                 continue
             for damage in damaged:
-                log.warning("%s; the packs themselves are searched", damage)
+                log.warning("%s; the packs themselves are searched (`mullion backup repair` makes it again)", damage)
             return list(loaded.values())
         raise RepositoryDamagedError(
             f"{self.location}: parts of the index vanish as fast as they are listed", repository=self.location

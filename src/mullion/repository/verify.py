@@ -2,7 +2,7 @@
 
 Each object is authenticated whole (`config`, key slots, sealed objects) or in parts that leave no gap (packs). The
 index is compared with the packs' own directories. A backup is whole when all nodes and chunks that it reaches are in a
-pack, unharmed. `repair_index` makes the index from the packs alone.
+pack, unharmed. `repair` mends what can be mended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mullion.repository.backend import ObjectMissingError, is_name
 from mullion.repository.chunks import ChunkReader, id_key_of
 from mullion.repository.directories import load_directory
 from mullion.repository.errors import RepositoryDamagedError
-from mullion.repository.index import Index, Segment, build_segment, collect
+from mullion.repository.index import Index, Segment, collect
 from mullion.repository.keys import Config, KeySlot
 from mullion.repository.lease import FOLDER as LEASES
 from mullion.repository.lease import Holder, Lease
@@ -40,13 +40,12 @@ from mullion.repository.pack import (
     read_directory,
 )
 from mullion.repository.repository import SMALL_OBJECT_BYTES, Repository, mark_name
-from mullion.repository.stream import put_segment
 from mullion.repository.tree import ZERO_ID, Tree, node_ids
 
 _THREADS: Final = 2
 _FOLDERS: Final = ("packs/", "index/", f"{BACKUPS}/", f"{LEASES}/", "keys/", "damaged/")
 _FINDINGS_LIMIT: Final = 10_000
-_IsRead = Callable[[bytes], bool]
+IsRead = Callable[[bytes], bool]
 """Whether all of a pack is read, by its id."""
 
 
@@ -115,31 +114,6 @@ def verify(
             for name in names:
                 if name.startswith("damaged/") and name.removeprefix("damaged/") not in report.damaged:
                     repository.backend.delete(name)
-    return report
-
-
-def repair_index(repository: Repository, *, read_data: bool = False, progress: Progress = no_progress) -> Report:
-    """Make the index again, from the packs' directories alone; durable before the old one goes.
-
-    With `read_data` chunks that are damaged are left out, so that the next backup that meets their content stores it
-    again; backups that have lost one are marked. Raises: RepositoryBusyError; what the storage raises.
-    """
-    report = Report()
-    backend, keys = repository.backend, repository.keys
-    with Lease(backend, keys, "repair of the index", exclusive=True) as lease:
-        old = repository.object_names("index")
-        packs: dict[bytes, list[PackEntry]] = {}
-        names = {listed.name: listed.size_bytes for listed in backend.list("packs")}
-        for name, entries, bad in _scan_packs(repository, names, report, lambda _: read_data, progress):
-            pack_id = pack_id_of(name)
-            assert pack_id is not None
-            packs[pack_id] = [entry for entry in entries if entry.offset not in bad]
-        lease.check()
-        put_segment(backend, keys, build_segment(packs))
-        for name in old:
-            backend.delete(name)
-    repository.reload_index()
-    report.damaged = verify(repository, read_data=False).damaged
     return report
 
 
@@ -222,9 +196,13 @@ def _check_packs(
     def is_read(pack_id: bytes) -> bool:
         return read_data and int.from_bytes(pack_id) % parts == number
 
-    for name, entries, damaged in _scan_packs(repository, packs, report, is_read, progress):
-        pack_id = pack_id_of(name)
-        assert pack_id is not None
+    for name, scanned in scan_packs(repository, packs, is_read, progress):
+        for error in scanned.errors:
+            report.add(error, name)
+        report.read_bytes += scanned.read_bytes
+        pack_id, entries, damaged = pack_id_of(name), scanned.entries, scanned.damaged
+        if pack_id is None or entries is None:
+            continue
         sound[pack_id] = {entry.offset for entry in entries} - damaged
         report.packs += 1
         if pack_id not in indexed:
@@ -237,46 +215,42 @@ def _check_packs(
                 bad.add((pack_id, entry.offset))
                 report.say(name, f"{repository.location}: the index says of {name} what its directory does not")
     for pack_id, entries in indexed.items():
-        if pack_name(pack_id) not in packs:
+        if entries and pack_name(pack_id) not in packs:
             report.say(pack_name(pack_id), f"{repository.location}: {pack_name(pack_id)} is missing")
         bad |= {(pack_id, entry.offset) for entry in entries if entry.offset not in sound.get(pack_id, ())}
     return bad
 
 
-def _scan_packs(
-    repository: Repository,
-    packs: dict[str, int],
-    report: Report,
-    is_read: _IsRead,
-    progress: Progress,
-) -> Iterator[tuple[str, list[PackEntry], set[int]]]:
-    """Each pack that has a directory: its name, its entries, and the offsets of those that are damaged."""
-    total, done = sum(packs.values()), 0
-
-    def scan(name: str) -> _Scanned:
-        return _scan_pack(repository, name, packs[name], is_read)
-
-    with ThreadPoolExecutor(_THREADS, "repository-verify") as workers:
-        for name, scanned in zip(packs, workers.map(scan, packs), strict=True):
-            for error in scanned.errors:
-                report.add(error, name)
-            report.read_bytes += scanned.read_bytes
-            done += packs[name]
-            progress("verifying", done, total)
-            if scanned.entries is not None:
-                yield name, scanned.entries, scanned.damaged
-
-
 @dataclass(slots=True)
-class _Scanned:
+class ScannedPack:
+    """What reading a pack has shown."""
+
     entries: list[PackEntry] | None = None
+    """What its directory says; None when that is lost."""
     damaged: set[int] = field(default_factory=set)
+    """Offsets of chunks that cannot be read."""
     errors: list[RepositoryDamagedError | ObjectMissingError] = field(default_factory=list)
     read_bytes: int = 0
 
 
-def _scan_pack(repository: Repository, name: str, pack_bytes: int, is_read: _IsRead) -> _Scanned:
-    scanned = _Scanned()
+def scan_packs(
+    repository: Repository, packs: dict[str, int], is_read: IsRead, progress: Progress
+) -> Iterator[tuple[str, ScannedPack]]:
+    """Look at packs, given with their sizes: at every byte of those that are to be read, of others at the directory."""
+    total, done = sum(packs.values()), 0
+
+    def scan(name: str) -> ScannedPack:
+        return _scan_pack(repository, name, packs[name], is_read)
+
+    with ThreadPoolExecutor(_THREADS, "repository-verify") as workers:
+        for name, scanned in zip(packs, workers.map(scan, packs), strict=True):
+            done += packs[name]
+            progress("verifying", done, total)
+            yield name, scanned
+
+
+def _scan_pack(repository: Repository, name: str, pack_bytes: int, is_read: IsRead) -> ScannedPack:
+    scanned = ScannedPack()
     pack_id, location = pack_id_of(name), repository.location
     if pack_id is None:
         return scanned
@@ -293,7 +267,7 @@ def _scan_pack(repository: Repository, name: str, pack_bytes: int, is_read: _IsR
     return scanned
 
 
-def _read_pack(repository: Repository, pack_id: bytes, name: str, scanned: _Scanned) -> None:
+def _read_pack(repository: Repository, pack_id: bytes, name: str, scanned: ScannedPack) -> None:
     """Every byte of a pack: header and trailer compared, directory and chunks authenticated, no gap between them."""
     location = repository.location
     content = memoryview(repository.backend.get(name, 0, PACK_LIMIT_BYTES))

@@ -23,7 +23,8 @@ from mullion.repository.errors import RepositoryMissingError, TargetFullError
 from mullion.repository.fake import FakeBackend
 from mullion.repository.lease import Holder
 from mullion.repository.prune import prune
-from mullion.repository.verify import repair_index, verify
+from mullion.repository.repair import repair
+from mullion.repository.verify import verify
 
 pytestmark = pytest.mark.unit
 
@@ -151,7 +152,7 @@ def test_a_repair_of_the_index_ends_anywhere() -> None:
     back_up(repository, MemoryDisk(scattered(MIB, 3)), partition="mail")
     ended_everywhere(
         backend,
-        repair_index,
+        repair,
         lambda repository, is_over: all_right(repository, {manifest.id: bytes(disk.content)}),
     )
 

@@ -281,6 +281,18 @@ class BackupController:
             "backup.verify", f"repository/{chosen}", work, cancellable=True, exclusive=False
         )
 
+    async def repair(self, repository: str | None, *, read_data: bool, discard: bool) -> OperationView:
+        """Begin to make a repository's index again, and to leave damaged packs behind; `discard` deletes those.
+
+        Cancelled at any instant, it leaves the repository as it was or better.
+        """
+        chosen = self.repositories.choose(repository)
+
+        async def work(operation: Operation) -> Mapping[str, object]:
+            return await self.repositories.ask(chosen, "repair", operation, read_data=read_data, discard=discard)
+
+        return await self._operations.start("backup.repair", f"repository/{chosen}", work, cancellable=True)
+
     async def prune(
         self,
         repository: str | None,

@@ -49,6 +49,14 @@ class Verification(Struct, frozen=True, forbid_unknown_fields=True):
     of: Annotated[int, Meta(ge=1, le=1000)] = 1
 
 
+class Repairing(Struct, frozen=True, forbid_unknown_fields=True):
+    """`read_data` reads every chunk; `discard` deletes damaged packs, once what is whole in them is copied."""
+
+    repository: str | None = None
+    read_data: bool = True
+    discard: bool = False
+
+
 class Keep(Struct, frozen=True, forbid_unknown_fields=True):
     """How many backups of a partition each rule keeps; what one keeps is kept."""
 
@@ -158,6 +166,15 @@ async def verify_backups(
     return accepted(await backups.verify(wanted.repository, read_data=wanted.read_data, part=(wanted.part, wanted.of)))
 
 
+@post("/1.0/backups/repair", tags=_TAGS, status_code=202)
+async def repair_backups(
+    backups: Service[BackupController], data: JSONBody[Repairing | None] = None
+) -> Response[OperationView]:
+    """Make a repository's index again from its packs, and leave damaged ones behind."""
+    wanted = data or Repairing()
+    return accepted(await backups.repair(wanted.repository, read_data=wanted.read_data, discard=wanted.discard))
+
+
 @post("/1.0/backups/prune", tags=_TAGS, status_code=202)
 async def prune_backups(backups: Service[BackupController], data: JSONBody[Pruning]) -> Response[OperationView]:
     """Forget backups, and delete what no other needs."""
@@ -181,5 +198,6 @@ ROUTES: Final = (
     show_backup,
     restore_backup,
     verify_backups,
+    repair_backups,
     prune_backups,
 )

@@ -40,6 +40,7 @@ from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.credentials import Credentials
 from mullion.repository.location import open_backend
 from mullion.repository.prune import prune
+from mullion.repository.repair import repair
 from mullion.repository.retention import Retention, plan_retention
 from mullion.repository.verify import verify
 from mullion.services.backup.record import unfinished
@@ -199,6 +200,23 @@ def _verify(request: Request, tell: Tell) -> Mapping[str, Any]:
         }
 
 
+def _repair(request: Request, tell: Tell) -> Mapping[str, Any]:
+    with _open(request) as repository:
+        done = repair(repository, read_data=request["read_data"], discard=request["discard"], progress=tell)
+        return {
+            "is_whole": done.is_whole,
+            "found": msgspec.to_builtins(done.found),
+            "indexed_packs": done.indexed_packs,
+            "indexed_chunks": done.indexed_chunks,
+            "rescued_chunks": done.rescued_chunks,
+            "lost_chunks": done.lost_chunks,
+            "left": done.left,
+            "discarded": done.discarded,
+            "damaged": done.after.damaged,
+            "findings": msgspec.to_builtins(done.after.findings),
+        }
+
+
 def _prune(request: Request, tell: Tell) -> Mapping[str, Any]:
     with _open(request) as repository:
         if request["forget"]:
@@ -318,6 +336,7 @@ _ACTIONS: Final[Mapping[str, Callable[[Request, Tell], Mapping[str, Any]]]] = {
     "list": _list,
     "show": _show,
     "verify": _verify,
+    "repair": _repair,
     "prune": _prune,
     "restore": _restore,
 }
