@@ -41,7 +41,6 @@ def relink_frozen(child_path: str, parent_path: str, *, file_io: FileIO = SYSTEM
             )
         if child.kind is not DiskType.DIFFERENCING or child.header is None:
             raise ParentMismatchError(f"{child_path} is {child.kind.word} and has no parent", path=child_path)
-        if child.header.parent_unique_id != parent_id:
-            set_parent(child, parent_path, parent_id, file_io)
+        set_parent(child, parent_path, parent_id, file_io)  # also where it is named already: it may not be durable
     finally:
         os.close(fd)

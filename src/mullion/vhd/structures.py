@@ -118,7 +118,10 @@ def _neither(pair: FooterPair) -> Finding:
 
 
 _LOOK: Final = "See whether it can be mended: mullion vhd check {path}"
-_CONVERT: Final = "Choose a VHD file; another format becomes one by: mullion vhd convert {path} NEW.vhd"
+_CONVERT: Final = (
+    "Choose a VHD file; another format becomes one by: mullion vhd convert {path} NEW.vhd; "
+    "whether it was a VHD and can be mended says: mullion vhd check {path}"
+)
 
 
 def judge_fixed(footer: Footer, footer_offset: int) -> Finding | None:

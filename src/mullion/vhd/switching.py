@@ -225,11 +225,11 @@ class _Shorten(Switch):
 
 
 def name_other_parent(chain: Chain, parent: Image) -> None:
-    """Make another file the parent of the top, durably; requests that change metadata wait. Raises: OSError."""
+    """Make another file the parent of the top, durably; requests that change metadata wait. Raises: OSError.
+
+    Also where the top names it already: an earlier attempt may have failed in the very write that was to make it last.
+    """
     top = chain.images[0]
-    assert top.header is not None
-    if top.header.parent_unique_id == parent.footer.unique_id:
-        return
     chain.flush()  # so that little is left to be flushed while allocating writes wait
     with chain.settled():
         try:

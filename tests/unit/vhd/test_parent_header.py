@@ -1,10 +1,14 @@
-"""Another parent for a child: at whatever instant the power goes, the child has its old parent or the new one."""
+"""Another parent for a child: at whatever instant the power goes, the child has its old parent or the new one.
+
+And the new one for good, once it was said to be done, whatever earlier attempts met.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,8 @@ from mullion.vhd import create_differencing, create_dynamic, inspect_chain, open
 from mullion.vhd.fileio import SYSTEM, FileIO
 from mullion.vhd.image import load_image, open_file
 from mullion.vhd.parent_header import set_parent
+from mullion.vhd.relink import relink_frozen
+from mullion.vhd.switching import name_other_parent
 
 pytestmark = pytest.mark.unit
 
@@ -88,3 +94,45 @@ def test_any_instant(ends_by: str, tmp_path: Path) -> None:
             assert not inspect_chain(child).files[0].warnings
             shutil.rmtree(folder)
     assert seen == {"old.vhd", "new with ä.vhd"}
+
+
+def relink(child: str, base: str, file_io: FileIO) -> None:
+    relink_frozen(child, base, file_io=file_io)
+
+
+def rename_in_use(child: str, base: str, file_io: FileIO) -> None:
+    """Twice, if it fails: as one provider does, which is told to try again; it is killed afterwards."""
+    chain = open_chain(child, file_io=file_io)
+    try:
+        name_other_parent(chain, chain.images[2])
+    except OSError:
+        name_other_parent(chain, chain.images[2])
+    finally:
+        chain.abandon()
+
+
+@pytest.mark.parametrize("work", [relink, rename_in_use])
+def test_what_failed_is_done_again_for_good(work: Callable[[str, str, FileIO], None], tmp_path: Path) -> None:
+    """The file system was full, or its disk failed, at any step: what was written then may never reach the platter."""
+    choose = random.Random(11)
+    source = tmp_path / "source"
+    source.mkdir()
+    create_dynamic(str(source / "base.vhd"), SIZE, block_bytes=4096)
+    create_differencing(str(source / "old.vhd"), str(source / "base.vhd"))
+    create_differencing(str(source / "child.vhd"), str(source / "old.vhd"))
+    for fuse in range(16):
+        for _ in range(3):
+            folder = tmp_path / "try"
+            shutil.copytree(source, folder)
+            child, base = str(folder / "child.vhd"), str(folder / "base.vhd")
+            file_io = RecordingIO()
+            file_io.fuse, file_io.fuse_kills = fuse, False
+            try:
+                work(child, base, file_io)
+            except OSError:
+                file_io.fuse = None
+                work(child, base, file_io)
+            os.unlink(folder / "old.vhd")  # as is done once it is said that nothing lies on it
+            file_io.cut_power(choose)
+            assert inspect_chain(child).paths[1:] == (base,)
+            shutil.rmtree(folder)
