@@ -167,7 +167,7 @@ def merge_layer(
         report.notes.extend(f"{lower.path}: {text}" for text in said)
         if lower.size_bytes < upper.size_bytes:
             grow_file(lower, upper.size_bytes, file_io)
-            writer = None if writer is None else TopWriter(lower, file_io, None)
+            writer = None if writer is None else TopWriter(lower, file_io)
         copying = _Copying(upper, lower, writer, journal, paced)
         try:
             copying.run(report, progress, note_bytes)

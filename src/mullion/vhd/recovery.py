@@ -32,11 +32,12 @@ def open_top(
         return None, []
     log = PendingLog(pending_path, top.fd, top.footer.unique_id) if pending_path is not None else None
     try:
-        writer = TopWriter(top, file_io, log)
+        writer = TopWriter(top, file_io)
         said = _replay(writer, log, was_open=was_open)
         said += writer.mend()
         if log is not None:
             log.begin()
+            writer.keep_log(log)
         else:
             start_session(top.fd)
         write_holder(top.fd, holder)
@@ -79,8 +80,8 @@ def end_top(top: Image, writer: TopWriter | None, file_io: FileIO) -> None:
 def _replay(writer: TopWriter, log: PendingLog | None, *, was_open: bool) -> list[str]:
     """Carry out what a killed writer had acknowledged, or say that it cannot be done."""
     records, is_ours = log.recover() if log is not None else ([], False)
-    if is_ours and records:
-        writer.replay(records)
+    if log is not None and is_ours and records:
+        writer.replay(records, log.path)
         writer.flush()
         return [f"{len(records)} changes of a writer that was killed were carried out"]
     said: list[str] = []

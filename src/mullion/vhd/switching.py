@@ -333,10 +333,11 @@ class _Collapse(Switch):
         self._lower.flush()
 
     def exchange(self) -> None:
-        self._io.ftruncate(self._upper.fd, 0)
         writer = self._chain.writer
-        if writer is not None:
-            writer.close_log(remove=True)
+        assert writer is not None, "a differencing disk that is written"
+        with writer.retired():  # a flush that nobody waits for may still run
+            self._io.ftruncate(self._upper.fd, 0)
+        writer.close_log(remove=True)
         images = [self._image, *self._chain.images[2:]]
         self._chain.exchange(images, self._writer, [_Emptied(self._upper, self._io)])
 

@@ -3,9 +3,13 @@
 Durability (FORMAT: "Writing safely"). Between two flushes the file gets data, the bitmaps of blocks that no BAT entry
 points to yet, and a footer at its new end. `flush` then does, in this order:
 
-    1  write the bitmaps of new blocks     4  write BAT entries, and bitmap bits of older blocks
-    2  fdatasync                           5  fdatasync
-    3  (nothing visible has changed yet)   6  reset the pending log
+    1  take what has changed until now     4  write its BAT entries, and its bitmap bits of older blocks
+    2  write the bitmaps of its new blocks 5  fdatasync
+    3  fdatasync                           6  free its area of the pending log
+
+Requests go on meanwhile: what they change is taken by the next flush, and shows in nothing that this one writes. So all
+that 4 makes visible was there before 3 began. A flush that fails is repeated by the next one, with what it had taken,
+before that one takes anything: a block whose BAT entry may be on the platter already is not new any more.
 
 A crash before 4 leaves the state of the last flush and orphan bytes behind the last block; the tail footer may be gone,
 because a new block is written over it, and the copy at byte 0 stands in. During 4 each sector of BAT and bitmap is old
@@ -24,7 +28,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from mullion.base.block import Buffer
@@ -45,21 +50,37 @@ RESERVE_BYTES: Final = 64 * MIB
 """Room that is taken at once for new blocks; sparse, so it costs nothing until it is used."""
 _RESERVE_BLOCKS: Final = 256
 _CACHED_BITMAP_BYTES: Final = MIB
-_DIRTY_BITMAP_BYTES: Final = 4 * MIB
+_DIRTY_BITMAP_BYTES: Final = 2 * MIB
 _RECORDS_PER_WRITE: Final = 2
+_BLANK_ENTRY: Final = bat_table.UNALLOCATED.to_bytes(bat_table.ENTRY_BYTES, "big")
+
+
+@dataclass(slots=True)
+class _Changes:
+    """Metadata that waits for a flush, or is being flushed."""
+
+    bat: set[int] = field(default_factory=set)
+    """Sectors of the BAT."""
+    new_blocks: set[int] = field(default_factory=set)
+    bits: dict[int, int] = field(default_factory=dict)
+    """Block → all of its bitmap."""
+    records: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.bat or self.bits)
 
 
 class TopWriter:
     """A dynamic or differencing disk that is open for writing.
 
-    Threads: `bits` and `data_offset` may be called by anyone; the chain serialises everything else.
+    Threads: `bits`, `data_offset` and whatever flushes may be called by anyone; the chain serialises everything else.
     """
 
-    def __init__(self, image: Image, file_io: FileIO, log: PendingLog | None) -> None:
+    def __init__(self, image: Image, file_io: FileIO) -> None:
         self.image = image
         self.is_child = image.kind is DiskType.DIFFERENCING
         self._io = file_io
-        self._log = log
+        self._log: PendingLog | None = None
         self.taken_sectors = 0
         """How many became the disk's own since it was opened, in blocks that it had."""
         self.block_bytes = image.block_bytes
@@ -68,14 +89,23 @@ class TopWriter:
         self._bitmap_bytes = image.bitmap_bytes
         self._next = image.footer_offset
         self._has_grown = False
-        self._records = 0
+        self._flush_lock = threading.Lock()
+        """Held while a flush runs; taken before `_state`, behind all others."""
+        self._failure: OSError | None = None
+        self._is_retired = False
         self._state = threading.Lock()
-        self._dirty_bat: set[int] = set()
-        self._new_blocks: set[int] = set()
-        self._dirty_bits: dict[int, int] = {}
+        """Guards what follows, and the log."""
+        self._waiting = _Changes()
+        self._taken: _Changes | None = None
+        """What the flush that runs has taken, or the one that failed."""
         self._clean_bits: OrderedDict[int, int] = OrderedDict()
         self._clean_limit = max(4, _CACHED_BITMAP_BYTES // self._bitmap_bytes)
         self._dirty_limit = max(4, _DIRTY_BITMAP_BYTES // self._bitmap_bytes)
+
+    def keep_log(self, log: PendingLog) -> None:
+        """Keep what waits in this log from now on; nothing waits yet."""
+        assert not self.has_pending
+        self._log = log
 
     def restart(self) -> None:
         """The structures of the file were changed by somebody else, while nothing was pending and no room taken."""
@@ -87,12 +117,24 @@ class TopWriter:
 
     @property
     def is_full(self) -> bool:
-        """Too much waits: flush before the next write."""
-        return self._records > RECORD_LIMIT - _RECORDS_PER_WRITE or len(self._dirty_bits) >= self._dirty_limit
+        """Too much waits: `flush` or `make_room` before the next write."""
+        waiting = self._waiting
+        return waiting.records > RECORD_LIMIT - _RECORDS_PER_WRITE or len(waiting.bits) >= self._dirty_limit
+
+    @property
+    def is_half_full(self) -> bool:
+        """It is time to flush behind the requests."""
+        waiting = self._waiting
+        return waiting.records > RECORD_LIMIT // 2 or len(waiting.bits) > self._dirty_limit // 2
 
     @property
     def has_pending(self) -> bool:
-        return bool(self._dirty_bat or self._dirty_bits)
+        return self._taken is not None or bool(self._waiting)
+
+    @property
+    def has_failed(self) -> bool:
+        """A flush that nobody waited for did not succeed: the next one tells."""
+        return self._failure is not None
 
     def data_offset(self, block: int) -> int | None:
         """Where the block's data begins in the file; None when it is not allocated."""
@@ -105,7 +147,9 @@ class TopWriter:
             return self._bits(block)
 
     def _bits(self, block: int) -> int:
-        found = self._dirty_bits.get(block)
+        found = self._waiting.bits.get(block)
+        if found is None and self._taken is not None:
+            found = self._taken.bits.get(block)
         if found is not None:
             return found
         found = self._clean_bits.get(block)
@@ -140,11 +184,11 @@ class TopWriter:
         records = [Record(RecordKind.ALLOC, block, entry, 0)]
         if self.is_child and count:
             records.append(Record(RecordKind.BITS, block, first, count))
-        self._record(records)
         with self._state:
+            self._record(records)
             self._allocate(block, entry)
             if self.is_child:
-                self._dirty_bits[block] = bits
+                self._waiting.bits[block] = bits
 
     def write_runs(self, block: int, runs: Sequence[tuple[int, Buffer]]) -> None:
         """Allocate a dynamic disk's block that has data in some runs (offset in the block, content), zeros elsewhere.
@@ -177,39 +221,102 @@ class TopWriter:
 
     def keep_bits(self, block: int, bits: int, first: int, count: int) -> None:
         """The same, for a caller that knows what the block's bitmap is with them."""
-        if self._log is not None:
-            self._log.append_bits(block, first, count)
-        self._records += 1
         self.taken_sectors += count
         with self._state:
-            self._dirty_bits[block] = bits
+            if self._log is not None:
+                self._log.append_bits(block, first, count)
+            waiting = self._waiting
+            waiting.records += 1
+            waiting.bits[block] = bits
             self._clean_bits.pop(block, None)
 
     def flush(self) -> None:
-        """Make all that was written durable. May be repeated after an OSError."""
-        fd = self.image.fd
-        if not self.has_pending:
-            self._io.fdatasync(fd)
-            return
-        for block in sorted(self._new_blocks & self._dirty_bits.keys()):
-            self._write_bitmap(block)
-        self._io.fdatasync(fd)
-        self._write_bat()
-        for block in sorted(self._dirty_bits.keys() - self._new_blocks):
-            self._write_bitmap(block)
-        self._io.fdatasync(fd)
-        if self._log is not None:
-            self._log.reset()
-        self._records = 0
-        self._dirty_bat.clear()
-        self._new_blocks.clear()
-        with self._state:
-            for block, bits in self._dirty_bits.items():
-                self._keep_clean(block, bits)
-            self._dirty_bits.clear()
+        """Make all durable that was written before this call. May be repeated after an OSError.
 
-    def replay(self, records: Sequence[Record]) -> None:
-        """Take over what a killed writer had acknowledged; the next flush writes it.
+        Raises: OSError, also that of a flush that nobody waited for.
+        """
+        with self._flush_lock:
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise OSError(failure.errno, failure.strerror) from failure
+            if not self._is_retired:
+                for _ in self.flush_steps():
+                    pass
+
+    def flush_steps(self) -> Iterator[None]:
+        """The steps of `flush`, for one thread at a time; requests may go on between them and during each."""
+        if self._taken is not None:
+            yield from self._write_out(self._taken)
+        if self._waiting:
+            yield from self._write_out(self._take())
+        else:
+            self._io.fdatasync(self.image.fd)
+
+    def flush_behind(self) -> None:
+        """Flush what waits, if that is much or was taken already. Raises: OSError, which the next `flush` tells too."""
+        with self._flush_lock:
+            if not self._is_retired and (self._taken is not None or self.is_half_full):
+                self._flush_some()
+
+    def make_room(self) -> None:
+        """When too much waits, let it be taken by `flush_behind`; a flush that runs is waited for.
+
+        Raises: OSError, when an earlier flush had failed and does so again.
+        """
+        with self._flush_lock:
+            if self.is_full:
+                if self._taken is not None:
+                    self._flush_some()
+                self._take()
+
+    @contextlib.contextmanager
+    def retired(self) -> Iterator[None]:
+        """No flush writes during the block, nor after it when it ends well: the file counts no more."""
+        with self._flush_lock:
+            yield
+            self._is_retired = True
+
+    def _flush_some(self) -> None:
+        """What an earlier flush has taken, or else what waits."""
+        try:
+            for _ in self._write_out(self._take() if self._taken is None else self._taken):
+                pass
+        except OSError as error:
+            self._failure = error
+            raise
+
+    def _take(self) -> _Changes:
+        """Take what waits for a flush; what changes from now on is the next one's."""
+        assert self._taken is None
+        with self._state:
+            self._taken, self._waiting = self._waiting, _Changes()
+            if self._log is not None:
+                self._log.switch()
+            return self._taken
+
+    def _write_out(self, taken: _Changes) -> Iterator[None]:
+        for block in sorted(taken.new_blocks & taken.bits.keys()):
+            self._write_bitmap(block, taken.bits[block])
+        yield
+        self._io.fdatasync(self.image.fd)
+        yield
+        for index in sorted(taken.bat):
+            self._write_bat_sector(index)
+        for block in sorted(taken.bits.keys() - taken.new_blocks):
+            self._write_bitmap(block, taken.bits[block])
+        yield
+        self._io.fdatasync(self.image.fd)
+        yield
+        with self._state:
+            self._taken = None
+            if self._log is not None:
+                self._log.empty_other()
+            for block, bits in taken.bits.items():
+                if block not in self._waiting.bits:
+                    self._keep_clean(block, bits)
+
+    def replay(self, records: Sequence[Record], path: str) -> None:
+        """Take over what a killed writer had acknowledged, from the log at `path`; the next flush writes it.
 
         Raises: VhdDamagedError when the records do not fit the disk.
         """
@@ -217,17 +324,20 @@ class TopWriter:
         for kind, block, first, count in records:
             known = block < len(table)
             if known and kind == RecordKind.ALLOC and table[block] in (bat_table.UNALLOCATED, first):
-                self._allocate(block, first)
+                if table[block] == first:  # perhaps on the platter, so that its bitmap follows its data
+                    self._waiting.bat.add(block // bat_table.ENTRIES_PER_SECTOR)
+                else:
+                    self._allocate(block, first)
                 if self.is_child:
-                    self._dirty_bits[block] = 0
+                    self._waiting.bits[block] = 0
             elif known and kind == RecordKind.BITS and self.is_child and 0 < count <= self.sectors - first:
-                self._dirty_bits[block] = self.bits(block) | bitmap.mask(first, count, self.sectors)
+                self._waiting.bits[block] = self.bits(block) | bitmap.mask(first, count, self.sectors)
             else:
-                raise self._bad_log(f"a record of kind {kind} for block {block}")
-        self._records = len(records)
+                raise self._bad_log(path, f"a record of kind {kind} for block {block}")
+        self._waiting.records = len(records)
         self.image.check_entries()
         if self.image.damage:
-            raise self._bad_log(self.image.damage[-1])
+            raise self._bad_log(path, self.image.damage[-1])
 
     def mend(self) -> list[str]:
         """Put the footer right behind the last block, when it is missing or a crash left it far out."""
@@ -255,8 +365,9 @@ class TopWriter:
 
     def close_log(self, *, remove: bool) -> None:
         """Let the pending log go; `remove` it when nothing waits any more."""
-        if self._log is not None:
-            self._log.close(remove=remove)
+        with self._flush_lock:
+            if self._log is not None:
+                self._log.close(remove=remove)
 
     def _end_at(self, end: int) -> bool:
         """End the file behind data that ends at `end`; False when the full file system has no room for the footer."""
@@ -319,26 +430,32 @@ class TopWriter:
 
     def _allocate(self, block: int, entry: int) -> None:
         self.image.bat[block] = entry
-        self._dirty_bat.add(block // bat_table.ENTRIES_PER_SECTOR)
-        self._new_blocks.add(block)
+        self._waiting.bat.add(block // bat_table.ENTRIES_PER_SECTOR)
+        self._waiting.new_blocks.add(block)
 
     def _record(self, records: Sequence[Record]) -> None:
         if self._log is not None:
             self._log.append(records)
-        self._records += len(records)
+        self._waiting.records += len(records)
 
-    def _write_bitmap(self, block: int) -> None:
+    def _write_bitmap(self, block: int, bits: int) -> None:
         start = self.image.block_start(block)
         assert start is not None
-        raw = bitmap.to_raw(self._dirty_bits[block], self.sectors, self._bitmap_bytes)
+        raw = bitmap.to_raw(bits, self.sectors, self._bitmap_bytes)
         self._io.write_all(self.image.fd, [raw], start)
 
-    def _write_bat(self) -> None:
+    def _write_bat_sector(self, index: int) -> None:
+        """Without the blocks that were allocated since this flush began."""
         header = self.image.header
         assert header is not None
-        for index in sorted(self._dirty_bat):
-            raw = bat_table.raw_sector(self.image.bat, index)
-            self._io.write_all(self.image.fd, [raw], header.bat_offset + index * SECTOR_BYTES)
+        with self._state:
+            raw = bytearray(bat_table.raw_sector(self.image.bat, index))
+            if index in self._waiting.bat:
+                first = index * bat_table.ENTRIES_PER_SECTOR
+                for at in range(0, len(raw), bat_table.ENTRY_BYTES):
+                    if first + at // bat_table.ENTRY_BYTES in self._waiting.new_blocks:
+                        raw[at : at + bat_table.ENTRY_BYTES] = _BLANK_ENTRY
+        self._io.write_all(self.image.fd, [raw], header.bat_offset + index * SECTOR_BYTES)
 
     def _keep_clean(self, block: int, bits: int) -> None:
         self._clean_bits[block] = bits
@@ -346,8 +463,7 @@ class TopWriter:
         while len(self._clean_bits) > self._clean_limit:
             self._clean_bits.popitem(last=False)
 
-    def _bad_log(self, what: str) -> VhdDamagedError:
-        path = self._log.path if self._log else None
+    def _bad_log(self, path: str, what: str) -> VhdDamagedError:
         return VhdDamagedError(
             f"{path}: the pending log does not fit {self.image.path}: {what}",
             path=path,

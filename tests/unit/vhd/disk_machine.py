@@ -5,6 +5,7 @@ What is promised, and checked after every death, for each sector on its own:
 - killed, with a pending log: exactly what was acknowledged; a request under way may be done in part
 - power cut: what the last finished flush promised, or anything written since
 - no space: nothing but the refused request's own sectors may differ, and repeating it succeeds
+- a flush promises what was written before it began; what is written between its steps may be lost, and nothing else
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.unit.vhd.power_cut import SECTOR, KilledError, RecordingIO
 
 import mullion.vhd.chain
 import mullion.vhd.pending
+import mullion.vhd.top
 from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, open_chain
 
 OFFSETS = st.floats(0, 0.999)
@@ -42,13 +44,15 @@ class DiskMachine(RuleBasedStateMachine):
         block_bytes=st.sampled_from([512, 2048, 4096, 16384]),
         sectors=st.integers(1, 160),
         seed=st.integers(0, 2**32),
+        records=st.sampled_from([mullion.vhd.top.RECORD_LIMIT, 9]),
     )
-    def create(self, kind: str, block_bytes: int, sectors: int, seed: int) -> None:
+    def create(self, kind: str, block_bytes: int, sectors: int, seed: int, records: int) -> None:
         self.folder = tempfile.mkdtemp(prefix="vhd-", dir="/tmp")
         self.patch = pytest.MonkeyPatch()
         self.boot = 0
         self.patch.setattr(mullion.vhd.pending, "boot_id", lambda: f"boot {self.boot:031}")
         self.patch.setattr(mullion.vhd.chain, "YOUNG_SECTORS", 6)
+        self.patch.setattr(mullion.vhd.top, "RECORD_LIMIT", records)
         self.choose = random.Random(seed)
         self.fills_cells = seed % 2 == 1  # half of the disks are those of running machines
         self.size = sectors * SECTOR
@@ -102,12 +106,14 @@ class DiskMachine(RuleBasedStateMachine):
     def _flushed(self) -> None:
         """From here on a power cut must not lose what the model has."""
         self.since_flush: dict[int, list[bytes]] = {}
+        self.since_step: dict[int, list[bytes]] = {}
         self.at_flush = bytes(self.model)
 
     def _became(self, offset: int, length: int) -> None:
         for sector in self._sectors(offset, length):
             now = bytes(self.model[sector * SECTOR : (sector + 1) * SECTOR])
-            self.since_flush.setdefault(sector, []).append(now)
+            for contents in (self.since_flush, self.since_step):
+                contents.setdefault(sector, []).append(now)
 
     def _content(self) -> bytearray:
         content = bytearray(self.size)
@@ -147,6 +153,45 @@ class DiskMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         self.chain.flush()
         self._flushed()
+
+    @rule(
+        between=st.lists(
+            st.tuples(st.sampled_from(["write", "write", "zero", "discard", ""]), OFFSETS, LENGTHS),
+            min_size=9,  # twice the steps of a flush: one that has failed is repeated first
+            max_size=9,
+        ),
+        step=st.integers(0, 4),
+        end=st.sampled_from(["", "", "leave", "full", "kill", "power"]),
+        fuse=st.integers(0, 3),
+    )
+    def flush_by_steps(self, between: list[tuple[str, float, int]], step: int, end: str, fuse: int) -> None:
+        """Requests between the steps of a flush, which ends well or, at some step, otherwise."""
+        self.chain.complete()
+        writer = self.chain.writer
+        if writer is None:
+            return
+        self.since_step = {}
+        at_begin = bytes(self.model)
+        act = {"write": self.write, "zero": self.write_zeroes, "discard": self.discard}
+        steps = writer.flush_steps()
+        try:
+            for number, (what, place, length) in enumerate(between):
+                is_last = end and number == step
+                if is_last and end == "leave":
+                    return
+                self.io.fuse, self.io.fuse_kills = (fuse if is_last else None), end != "full"
+                next(steps)
+                self.io.fuse = None
+                if what and not writer.is_full:  # a request that finds no room would wait for this flush
+                    act[what](place, length)
+        except StopIteration:
+            self.at_flush, self.since_flush = at_begin, self.since_step
+        except OSError:
+            assert end == "full"
+        except KilledError:
+            self._come_back(range(0), bytearray(self.model), power=end == "power")
+        finally:
+            self.io.fuse = None
 
     @rule(place=OFFSETS, length=LENGTHS)
     def read(self, place: float, length: int) -> None:
@@ -222,6 +267,7 @@ class DiskMachine(RuleBasedStateMachine):
                 break
             except KilledError:
                 deaths -= 1
+                power = power or self.choose.random() < 0.3
         now = self._content()
         for sector in range(self.size // SECTOR):
             part = slice(sector * SECTOR, (sector + 1) * SECTOR)

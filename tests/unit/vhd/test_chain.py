@@ -274,7 +274,7 @@ def test_more_layers_than_an_owner_map_can_number(tmp_path: Path) -> None:
             create_differencing(path, paths[number - 1])
         # Written without its parents: opening the whole chain for each layer would take quadratic time.
         image = load_image(open_file(path, writable=True), path)
-        writer = TopWriter(image, SYSTEM, None)
+        writer = TopWriter(image, SYSTEM)
         writer.write_new(0, number * 512, [b"%05d" % number + bytes(507)], 512)
         data = writer.data_offset(0)
         assert data is not None

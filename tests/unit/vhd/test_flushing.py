@@ -1,0 +1,309 @@
+"""Flushes beside requests: what waits for what, who shares, and where errors go."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import mullion.vhd.top
+from mullion.base.units import KIB, MIB
+from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, open_chain
+from mullion.vhd.fileio import FileIO
+from mullion.vhd.flushing import SharedFlush
+from mullion.vhd.pending import LOG_BYTES
+
+pytestmark = pytest.mark.unit
+
+DEADLINE_S = 30.0
+
+
+class SlowSync(FileIO):
+    """Syncs wait, once `hold` was called, until they are let go; the next may fail."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
+        self.failure: OSError | None = None
+        self.began = threading.Semaphore(0)
+        self._may_end = threading.Event()
+        self._may_end.set()
+
+    def hold(self) -> None:
+        while self.began.acquire(blocking=False):
+            pass
+        self._may_end.clear()
+
+    def let_go(self) -> None:
+        self._may_end.set()
+
+    def fdatasync(self, fd: int) -> None:
+        self.syncs += 1
+        self.began.release()
+        assert self._may_end.wait(DEADLINE_S)
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+        super().fdatasync(fd)
+
+    def wait_for_sync(self) -> None:
+        assert self.began.acquire(timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def slow() -> Iterator[SlowSync]:
+    io = SlowSync()
+    yield io
+    io.let_go()
+
+
+@pytest.fixture(params=["fixed", "dynamic", "differencing"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    top = str(tmp_path / "top.vhd")
+    if request.param == "fixed":
+        create_fixed(top, 4 * MIB)
+    elif request.param == "dynamic":
+        create_dynamic(top, 4 * MIB, block_bytes=16 * KIB)
+    else:
+        create_dynamic(str(tmp_path / "base.vhd"), 4 * MIB)
+        create_differencing(top, str(tmp_path / "base.vhd"), block_bytes=16 * KIB)
+    return top
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> str:
+    create_dynamic(str(tmp_path / "base.vhd"), 4 * MIB)
+    create_differencing(str(tmp_path / "top.vhd"), str(tmp_path / "base.vhd"), block_bytes=16 * KIB)
+    return str(tmp_path / "top.vhd")
+
+
+def opened(path: str, io: FileIO) -> Chain:
+    return open_chain(path, pending_path=f"{path}.pending", file_io=io)
+
+
+def read(chain: Chain, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    chain.pread(offset, buffer)
+    return bytes(buffer)
+
+
+class Caller:
+    """A call in a thread of its own, and what became of it."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.error: OSError | None = None
+        self._act = act
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._act()
+        except OSError as error:
+            self.error = error
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self) -> OSError | None:
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+        return self.error
+
+
+def test_requests_go_on_while_a_flush_runs(path: str, slow: SlowSync) -> None:
+    chain = opened(path, slow)
+    chain.pwrite(0, b"before")
+    slow.hold()
+    flush = Caller(chain.flush)
+    slow.wait_for_sync()
+    for number in range(40):  # in the block that is being flushed, and in others of the same BAT sector
+        chain.pwrite(number * 4 * KIB + 512, b"%06d" % number)
+        chain.discard(100 * 16 * KIB, 16 * KIB)
+        chain.write_zeroes(101 * 16 * KIB, 512)
+        assert read(chain, number * 4 * KIB + 512, 6) == b"%06d" % number
+    assert flush.is_waiting
+    slow.let_go()
+    assert flush.join() is None
+    chain.abandon()
+    with opened(path, slow) as chain:
+        assert read(chain, 0, 6) == b"before"
+        assert [read(chain, number * 4 * KIB + 512, 6) for number in range(40)] == [b"%06d" % n for n in range(40)]
+
+
+def test_a_flush_makes_nothing_visible_that_was_written_since(child: str, slow: SlowSync) -> None:
+    """Without the log, as after a power cut: the file shows what was there when the flush began."""
+    chain = opened(child, slow)
+    chain.pwrite(0, b"a" * 512)
+    slow.hold()
+    flush = Caller(chain.flush)
+    slow.wait_for_sync()
+    chain.pwrite(512, b"b" * 512)
+    chain.pwrite(16 * KIB, b"c" * 512)
+    slow.let_go()
+    assert flush.join() is None
+    Path(f"{child}.pending").unlink()
+    chain.abandon()
+    with opened(child, slow) as chain:
+        assert read(chain, 0, 1024) == b"a" * 512 + bytes(512)
+        assert read(chain, 16 * KIB, 512) == bytes(512)
+
+
+class CountingLock:
+    """Tells how many have come to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._came = threading.Semaphore(0)
+
+    def __enter__(self) -> None:
+        self._came.release()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            assert self._came.acquire(timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def shared() -> SharedFlush:
+    made = SharedFlush()
+    made.lock = CountingLock()  # type: ignore[assignment]
+    return made
+
+
+def come_to(shared: SharedFlush, count: int) -> None:
+    assert isinstance(shared.lock, CountingLock)
+    shared.lock.wait_for(count)
+
+
+def test_flushes_that_come_while_one_runs_share_the_next(
+    path: str, slow: SlowSync, shared: SharedFlush, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mullion.vhd.chain.SharedFlush", lambda: shared)
+    with opened(path, slow) as chain:
+        slow.hold()
+        first = Caller(chain.flush)
+        slow.wait_for_sync()
+        before = slow.syncs
+        others = [Caller(chain.flush) for _ in range(8)]
+        come_to(shared, 9)
+        slow.let_go()
+        assert [caller.join() for caller in (first, *others)] == [None] * 9
+        assert slow.syncs == before + 1
+
+
+def test_all_who_share_a_flush_hear_of_its_failure(shared: SharedFlush) -> None:
+    runs: list[int] = []
+    may_end, began = threading.Event(), threading.Semaphore(0)
+
+    def flush() -> None:
+        runs.append(1)
+        began.release()
+        assert may_end.wait(DEADLINE_S)
+        if len(runs) == 2:
+            raise OSError(errno.EIO, "lost")
+
+    first = Caller(lambda: shared.run(flush))
+    assert began.acquire(timeout=DEADLINE_S)
+    others = [Caller(lambda: shared.run(flush)) for _ in range(5)]
+    come_to(shared, 6)
+    may_end.set()
+    assert first.join() is None
+    errors = [caller.join() for caller in others]
+    assert [error and error.errno for error in errors] == [errno.EIO] * 5
+    assert len(runs) == 2
+    shared.run(flush)
+    assert len(runs) == 3
+
+
+def test_a_flush_that_failed_is_repeated_with_what_it_had_taken(child: str, slow: SlowSync) -> None:
+    chain = opened(child, slow)
+    chain.pwrite(0, b"a" * 512)
+    slow.failure = OSError(errno.ENOSPC, "full")
+    with pytest.raises(OSError, match="full"):
+        chain.flush()
+    chain.pwrite(512, b"b" * 512)
+    chain.flush()
+    Path(f"{child}.pending").unlink()
+    chain.abandon()
+    with opened(child, slow) as chain:
+        assert read(chain, 0, 1024) == b"a" * 512 + b"b" * 512
+
+
+@pytest.fixture
+def small_log(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(mullion.vhd.top, "RECORD_LIMIT", 40)
+    return 40
+
+
+def test_a_half_full_log_is_flushed_behind_the_requests(child: str, slow: SlowSync, small_log: int) -> None:
+    chain = opened(child, slow)
+    slow.hold()
+    before = slow.syncs
+    for number in range(25):  # of two records each, more than an area has: a flush has begun, and nobody has waited
+        chain.pwrite(number * 16 * KIB, b"%06d" % number)
+    slow.wait_for_sync()
+    assert slow.syncs == before + 1
+
+    def write_on() -> None:
+        for number in range(25, 100):
+            chain.pwrite(number * 16 * KIB, b"%06d" % number)
+
+    writer = Caller(write_on)
+    slow.let_go()
+    assert writer.join() is None
+    chain.abandon()
+    with opened(child, slow) as chain:
+        assert [read(chain, n * 16 * KIB, 6) for n in range(100)] == [b"%06d" % n for n in range(100)]
+
+
+def test_what_a_flush_behind_fails_with_is_told_by_the_next(child: str, slow: SlowSync, small_log: int) -> None:
+    with opened(child, slow) as chain:
+        slow.failure = OSError(errno.EIO, "lost")
+        number = 0
+        while not (chain.writer and chain.writer.has_failed):
+            chain.pwrite(number % small_log * 16 * KIB, b"x" * 512)
+            number += 1
+        with pytest.raises(OSError, match="lost"):
+            chain.flush()
+        chain.flush()
+        chain.pwrite(0, b"again")
+
+
+def test_closing_waits_for_a_flush(path: str, slow: SlowSync) -> None:
+    chain = opened(path, slow)
+    slow.hold()
+    flush = Caller(chain.flush)
+    slow.wait_for_sync()
+    closing = Caller(chain.close)
+    slow.let_go()
+    assert flush.join() is None
+    assert closing.join() is None
+    assert not Path(f"{path}.pending").exists()
+
+
+def test_killed_while_both_areas_of_the_log_hold_something(child: str, slow: SlowSync) -> None:
+    chain = opened(child, slow)
+    for round_number in range(2):  # areas change their roles
+        chain.pwrite(round_number * 16 * KIB, b"first")
+        slow.hold()
+        flush = Caller(chain.flush)
+        slow.wait_for_sync()
+        chain.pwrite(round_number * 16 * KIB + 1024, b"later")
+        log = Path(f"{child}.pending").read_bytes()  # what a kill leaves at this instant
+        slow.let_go()
+        assert flush.join() is None
+    chain.abandon()
+    assert len(log) == LOG_BYTES
+    Path(f"{child}.pending").write_bytes(log)
+    with opened(child, slow) as chain:
+        for round_number in range(2):
+            assert read(chain, round_number * 16 * KIB, 5) == b"first"
+            assert read(chain, round_number * 16 * KIB + 1024, 5) == b"later"
