@@ -154,7 +154,7 @@ class World:
             return step
 
         async def merge_at_once(
-            _partition: Partition, _disk: str, act: Merge, _status: MergeStatus, _rate: int
+            _partition: Partition, _disk: str, act: Merge, _status: MergeStatus, _rate: Callable[[], int]
         ) -> None:
             """What the worker does, in this process."""
             with LayerFiles.open(act.upper, act.lower) as files:

@@ -12,6 +12,7 @@ from mullion.cli.checkpoint_schedule import schedule
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
 from mullion.cli.progress import conclude, wait_option
+from mullion.cli.values import RateType
 
 if TYPE_CHECKING:
     from mullion.model.views import CheckpointView, OperationView
@@ -137,6 +138,34 @@ def delete_checkpoint(face: Face, partition: str, name: str, wait: bool) -> None
     """
     begun = face.client.delete_checkpoint(partition, name)
     conclude(face, begun, wait=wait, sentence=lambda _: f"checkpoint {name} deleted")
+
+
+@checkpoint.command("merge-rate")
+@partition_argument
+@click.argument("rate", metavar="[RATE|unlimited|default]", required=False, type=RateType())
+@pass_face
+def set_merge_rate(face: Face, partition: str, rate: int | str | None) -> None:
+    """Say how fast layers of deleted checkpoints may be merged, or show it: SIZE a second, such as 20M.
+
+    It holds at once, also for a merge that is going on, and stays with the partition. `default` is what the service's
+    setting merge_rate says.
+
+    \b
+    Examples:
+      mullion checkpoint merge-rate web 20M
+      mullion checkpoint merge-rate web unlimited
+    """
+    if rate is None:
+        tree = face.client.checkpoints(partition)
+    else:
+        tree = face.client.set_merge_rate(partition, None if isinstance(rate, str) else rate)
+    if face.is_json:
+        face.emit_json({"bytes_per_s": tree.merge_rate, "is_own": tree.is_merge_rate_own})
+        return
+    from mullion.cli.checkpoint_views import merge_line, rate_words
+
+    whose = "" if tree.is_merge_rate_own else ", as the service is set"
+    face.say("\n".join([f"{partition}: {rate_words(tree.merge_rate)}{whose}", *map(merge_line, tree.merges)]))
 
 
 @checkpoint.command("export")

@@ -67,7 +67,13 @@ def merge_line(merge: MergeView) -> str:
     if not merge.total_bytes:
         return f"{what}: {merge.state}"
     share = merge.done_bytes / merge.total_bytes
-    return f"{what}: {share:.0%} of {format_size(merge.total_bytes)} at {format_size(merge.bytes_per_s)}/s"
+    limit = "" if merge.limit_bytes_per_s is None else f" ({rate_words(merge.limit_bytes_per_s)})"
+    return f"{what}: {share:.0%} of {format_size(merge.total_bytes)} at {format_size(merge.bytes_per_s)}/s{limit}"
+
+
+def rate_words(rate: int) -> str:
+    """`at most 64 MiB/s`."""
+    return f"at most {format_size(rate)}/s" if rate else "no limit"
 
 
 def details(view: CheckpointView) -> str:

@@ -31,6 +31,17 @@ class SizeType(click.ParamType[int]):
             self.fail(f"{error.message}: {error.remedy}", param, ctx)
 
 
+class RateType(click.ParamType[int | str]):
+    """Bytes a second, such as 20M; 0 for `unlimited`; `default` as it is."""
+
+    name = "rate"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "default":
+            return "default"
+        return 0 if value == "unlimited" else SizeType().convert(value, param, ctx)
+
+
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
     """A `--disk`: the disk to attach and, with `parent` or `size_bytes`, how to create it when it is not there."""

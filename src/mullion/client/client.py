@@ -164,6 +164,11 @@ class Client:
     def checkpoints(self, partition: str) -> CheckpointTreeView:
         return self._get(f"/partitions/{_part(partition)}/checkpoints", CheckpointTreeView)
 
+    def set_merge_rate(self, partition: str, bytes_per_s: int | None) -> CheckpointTreeView:
+        """How fast its layers may be merged, from now on; 0 is without a limit, None the service's setting."""
+        path = f"/partitions/{_part(partition)}/merge-rate"
+        return _decoded(self._ask("PUT", path, {"bytes_per_s": bytes_per_s}, {}), CheckpointTreeView)
+
     def checkpoint(self, partition: str, name: str) -> CheckpointView:
         return self._get(f"/partitions/{_part(partition)}/checkpoints/{_part(name)}", CheckpointView)
 

@@ -201,6 +201,8 @@ class MergeView(Struct, frozen=True):
     total_bytes: int = 0
     bytes_per_s: int = 0
     reason: str | None = None
+    limit_bytes_per_s: int | None = None
+    """The rate that is kept, 0 for none; null while nobody copies."""
 
 
 class CheckpointTreeView(Struct, frozen=True):
@@ -210,6 +212,10 @@ class CheckpointTreeView(Struct, frozen=True):
     present: str | None
     checkpoints: tuple[CheckpointView, ...]
     merges: tuple[MergeView, ...] = ()
+    merge_rate: int = 0
+    """Bytes a second for the merge of a layer; 0 is without a limit."""
+    is_merge_rate_own: bool = False
+    """Whether it is this partition's; else it is the service's setting."""
 
 
 class ScheduleView(Struct, frozen=True, kw_only=True):

@@ -15,8 +15,9 @@ At the end the result file gets one JSON line:
 An empty one is of a worker that was killed. Whatever the end, the same merge may be started again and goes on.
 
 Commands (`control_client` has the framing): `status` → state, upper, lower, done_bytes and total_bytes (of the disk, in
-blocks that the layer has), copied_bytes, bytes_per_s (the limit), speed_bytes_per_s (measured), eta_s or null; `rate`
-with `bytes_per_s` → another limit, at once; `quit` → it stops within a piece, leaves the file well, and ends.
+blocks that the layer has), copied_bytes, bytes_per_s (the limit), speed_bytes_per_s (measured since the limit was set),
+eta_s or null; `rate` with `bytes_per_s` → another limit, at once; `quit` → it stops within a piece, leaves the file
+well, and ends.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class Merger:
         if not isinstance(rate, int) or isinstance(rate, bool):
             raise InvalidError("rate: bytes_per_s is needed, a whole number", remedy="0 is without a limit.")
         self._pace.set_rate(rate)
+        self._begun_s, self._begun_bytes = time.monotonic(), self._done_bytes  # the speed is that at this rate
         return {"bytes_per_s": rate}
 
     def status(self) -> Mapping[str, object]:

@@ -44,6 +44,7 @@ from mullion.services.partition.controller import PartitionController
 from mullion.services.partition.partition import Partition
 from mullion.services.partition.saving import forget_saved
 from mullion.vhd import inspect_chain
+from mullion.vhd.pacing import checked_rate
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,22 @@ class CheckpointController:
             present=partition.record.checkpoint,
             checkpoints=tuple(self._view(record) for record in self.records(name) if not record.is_passing),
             merges=self._keeper(partition).views(),
+            merge_rate=self._keeper(partition).rate,
+            is_merge_rate_own=partition.record.merge_rate is not None,
         )
+
+    async def set_merge_rate(self, name: str, rate: int | None) -> CheckpointTreeView:
+        """How fast this partition's layers may be merged from now on, also the one that is being merged: bytes a
+        second, 0 for no limit, None for the service's setting. It stays in the partition's record.
+
+        Raises: NotFoundError; InvalidError for a rate at which nothing would ever end.
+        """
+        partition = self._partitions.find(name)
+        if rate is not None:
+            checked_rate(rate)
+        await partition.save(merge_rate=rate)
+        await self._keeper(partition).follow_rate()
+        return self.tree(name)
 
     def get(self, name: str, checkpoint: str) -> CheckpointView:
         """Raises: NotFoundError."""

@@ -24,7 +24,7 @@ from typing import Final
 import msgspec
 
 from mullion.base.errors import MullionError
-from mullion.base.units import MIB
+from mullion.base.units import MIB, format_size
 from mullion.model.views import MergeView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operation
@@ -41,7 +41,14 @@ from mullion.services.checkpoint.layers import (
     plan_layers,
     without,
 )
-from mullion.services.checkpoint.merging import MergeStatus, forget_merge, merge_layer, merge_now, relink
+from mullion.services.checkpoint.merging import (
+    MergeStatus,
+    follow_rate,
+    forget_merge,
+    merge_layer,
+    merge_now,
+    relink,
+)
 from mullion.services.checkpoint.record import CheckpointRecord
 from mullion.services.partition.exchange import Exchange, exchange_chains
 from mullion.services.partition.partition import Partition
@@ -63,7 +70,7 @@ MovePins = Callable[[str, str], tuple[list[Condition], list[Write], list[Checkpo
 
 @dataclass(slots=True)
 class MergeSlots:
-    """How many merges of a host go on at the same time, and how fast each may be."""
+    """How many merges of a host go on at the same time, and how fast each may be unless its partition says so."""
 
     slots: asyncio.Semaphore
     bytes_per_s: int
@@ -129,8 +136,7 @@ class LayerKeeper:
         while not self._idle.is_set():
             for view in self.views():
                 share = view.done_bytes / view.total_bytes if view.total_bytes else None
-                what = view.reason or f"merging {os.path.basename(view.upper)} into {os.path.basename(view.lower)}"
-                operation.stage(f"{view.disk}: {what}", share)
+                operation.stage(f"{view.disk}: {view.reason or _merge_stage(view)}", share)
             if self._trouble is not None and not self._work:
                 operation.stage(self._trouble)
             with contextlib.suppress(TimeoutError):
@@ -150,9 +156,21 @@ class LayerKeeper:
                 work.status.total_bytes,
                 work.status.bytes_per_s,
                 work.reason,
+                work.status.limit_bytes_per_s,
             )
             for disk, work in self._work.items()
         )
+
+    @property
+    def rate(self) -> int:
+        """How fast a layer may be merged: bytes a second, 0 for no limit."""
+        rate = self.partition.record.merge_rate
+        return self._slots.bytes_per_s if rate is None else rate
+
+    async def follow_rate(self) -> None:
+        """The rate has changed: a merge that is going on keeps the new one when this returns."""
+        for work in tuple(self._work.values()):
+            await follow_rate(work.status, self.rate)
 
     async def _run(self) -> None:
         while True:
@@ -246,7 +264,7 @@ class LayerKeeper:
         async with self._slots.slots:
             begun_s = time.monotonic()
             work.reason = None
-            await merge_layer(self.partition, disk_id, act, work.status, self._slots.bytes_per_s)
+            await merge_layer(self.partition, disk_id, act, work.status, lambda: self.rate)
         log.info(
             "%s: %s merged into %s in %.1f s", self.partition.name, act.upper, act.lower, time.monotonic() - begun_s
         )
@@ -315,6 +333,15 @@ class LayerKeeper:
             limit = self._limits[disk_id] = min(limit * 2, _COLLAPSE_LIMIT_BYTES)
         self._last_held[disk_id] = held
         return limit
+
+
+def _merge_stage(view: MergeView) -> str:
+    """`merging web-1a2b.avhd into web.vhd, 64 MiB/s of at most 64 MiB/s`."""
+    what = f"merging {os.path.basename(view.upper)} into {os.path.basename(view.lower)}"
+    if view.limit_bytes_per_s is None:
+        return what
+    limit = f"of at most {format_size(view.limit_bytes_per_s)}/s" if view.limit_bytes_per_s else "without a limit"
+    return f"{what}, {format_size(view.bytes_per_s)}/s {limit}"
 
 
 def _held_bytes(path: str) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from mullion.base.errors import MullionError, OperationFailedError
+from mullion.base.errors import MullionError, OperationFailedError, UnavailableError
 from mullion.services.checkpoint.layers import Merge
 from mullion.services.checkpoint.merge_link import MergeWorker, check_complete
 from mullion.services.partition.partition import Partition
@@ -33,30 +34,39 @@ class MergeStatus:
     done_bytes: int = 0
     total_bytes: int = 0
     bytes_per_s: int = 0
+    """Measured, since the rate was set."""
+    limit_bytes_per_s: int | None = None
+    """The rate that the worker keeps, 0 for none; None while there is no worker that says it."""
+    worker: MergeWorker | None = None
 
 
-async def merge_layer(partition: Partition, _disk_id: str, act: Merge, status: MergeStatus, bytes_per_s: int) -> None:
+async def merge_layer(
+    partition: Partition, _disk_id: str, act: Merge, status: MergeStatus, rate: Callable[[], int]
+) -> None:
     """Have a worker write the upper layer into the lower one, both frozen; durable when this returns.
 
-    Cancelled, it lets go of the worker, which goes on; called again, also by the next parent, it goes on with that one.
+    `rate` says how fast it may be at any time, in bytes a second; 0 is without a limit. Cancelled, it lets go of the
+    worker, which goes on; called again, also by the next parent, it goes on with that one.
     Raises: what refuses the layers; NoSpaceError; VhdError; OperationFailedError when the worker was killed.
     """
     worker = MergeWorker(partition.name, partition.runtime.paths, act.upper, act.lower)
     if await worker.adopt():
         with contextlib.suppress(MullionError):  # it has just ended: `wait` says how
-            await worker.set_rate(bytes_per_s)
+            await worker.set_rate(rate())
     else:
         surroundings = partition.surroundings
         await worker.start(
             surroundings.fleet,
             run_as=partition.record.run_as,
-            bytes_per_s=bytes_per_s,
+            bytes_per_s=rate(),
             inspect=surroundings.preparer.disks.inspect,
         )
-    following = asyncio.create_task(_follow(worker, status), name=f"{partition.name}: merge's progress")
+    status.worker = worker
+    following = asyncio.create_task(_follow(worker, status, rate), name=f"{partition.name}: merge's progress")
     try:
         result = await worker.wait()
     finally:
+        status.worker = status.limit_bytes_per_s = None
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         await worker.release()
@@ -69,10 +79,23 @@ async def merge_layer(partition: Partition, _disk_id: str, act: Merge, status: M
         )
 
 
-async def _follow(worker: MergeWorker, status: MergeStatus) -> None:
+async def follow_rate(status: MergeStatus, rate: int) -> None:
+    """Have a merge that is going on keep another rate, at once; nothing where none is going on."""
+    if status.worker is None:
+        return
+    with contextlib.suppress(UnavailableError):  # it has just ended
+        await status.worker.set_rate(rate)
+        status.limit_bytes_per_s = rate
+
+
+async def _follow(worker: MergeWorker, status: MergeStatus, rate: Callable[[], int]) -> None:
+    """Keep the status up to date, and the worker's rate, which may have changed while it was started."""
     while True:
         progress = await worker.status()
         if progress is not None:
+            status.limit_bytes_per_s = progress.bytes_per_s
+            if progress.bytes_per_s != rate():
+                await follow_rate(status, rate())
             status.state = progress.state
             status.done_bytes, status.total_bytes = progress.done_bytes, progress.total_bytes
             status.bytes_per_s = progress.speed_bytes_per_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from litestar import Response, delete, get, post
+from litestar import Response, delete, get, post, put
 from litestar.params import JSONBody, PathParameter
 from msgspec import Meta, Struct
 
@@ -26,6 +26,12 @@ class NewCheckpoint(Struct, frozen=True, forbid_unknown_fields=True):
     description: Annotated[str, Meta(max_length=1000)] = ""
     memory: bool = False
     consistent: bool = False
+
+
+class MergeRate(Struct, frozen=True, forbid_unknown_fields=True):
+    """Bytes a second; 0 is without a limit, null what the service's setting `merge_rate` says."""
+
+    bytes_per_s: Annotated[int, Meta(ge=0)] | None
 
 
 class ApplyOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +62,14 @@ async def create_checkpoint(
             description=wanted.description,
         )
     )
+
+
+@put("/1.0/partitions/{name:str}/merge-rate", tags=_TAGS)
+async def set_merge_rate(
+    checkpoints: Service[CheckpointController], name: PathName, data: JSONBody[MergeRate]
+) -> CheckpointTreeView:
+    """How fast layers of deleted checkpoints may be merged, also the one that is being merged now."""
+    return await checkpoints.set_merge_rate(name, data.bytes_per_s)
 
 
 @get("/1.0/partitions/{name:str}/checkpoints/{checkpoint:str}", tags=_TAGS)
@@ -133,6 +147,7 @@ ROUTES: Final = (
     end_export,
     list_checkpoints,
     create_checkpoint,
+    set_merge_rate,
     show_checkpoint,
     delete_checkpoint,
     apply_checkpoint,

@@ -120,11 +120,18 @@ class PartitionRecord(msgspec.Struct, frozen=True):
     """The id of the checkpoint that the present was made from."""
     saved: SavedState | None = None
     origin: BackupOrigin | None = None
+    merge_rate: int | None = None
+    """Bytes a second for the merge of one of its layers, 0 for no limit; None is what the service's setting says."""
 
     @property
     def coming_home(self) -> tuple[str, ...]:
         """The disks of which some blocks are still in the backup only."""
         return tuple(disk for disk, layers in self.layers.items() if layers.is_coming_home)
+
+    @property
+    def files(self) -> set[str]:
+        """The files of its disks that checkpoints and restores have made."""
+        return {path for layers in self.layers.values() for path in layers.parents}
 
     @property
     def heads(self) -> dict[str, str]:
