@@ -466,9 +466,7 @@ class Chain:
         around = within - first * SECTOR_BYTES, end * SECTOR_BYTES - within - length
         return first, end, self._surrounded(offset, buffers, length, *around)
 
-    def _filled_up(
-        self, offset: int, buffers: Sequence[Buffer], length: int, head: int, tail: int
-    ) -> Sequence[Buffer]:
+    def _filled_up(self, offset: int, buffers: Sequence[Buffer], length: int, head: int, tail: int) -> Sequence[Buffer]:
         """The same as `_surrounded`, of a short write in one piece: two system calls less than in three."""
         if head + length + tail > CELL_BYTES:
             return self._surrounded(offset, buffers, length, head, tail)
