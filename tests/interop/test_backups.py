@@ -105,6 +105,12 @@ def test_the_whole_way_over_every_kind_of_storage(service: Service, tmp_path: Pa
         for name in ("near", "shell", "bucket"):
             there_and_back(service, name)
             files_out_of_it(service, name, tmp_path)
+        copies = {name: Path(service.paths.index_cache(name)) for name in ("near", "shell", "bucket")}
+        assert sorted(os.listdir(copies["shell"])) == sorted(os.listdir(tmp_path / "far/index"))
+        assert not copies["near"].exists()
+        assert stat_bits(copies["bucket"]) == "0o700"
+        service.cli("backup", "repository", "remove", "bucket")
+        assert not copies["bucket"].exists()
         assert secret_places(service, PASSPHRASE) == [f"{service.home}/passphrase"]
         assert secret_places(service, keys["s3_secret_key"]) == [f"{service.home}/bucket.toml"]
     assert stat_bits(service.paths.secrets) == "0o700"

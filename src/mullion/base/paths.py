@@ -53,6 +53,10 @@ class HostPaths:
         """Passphrases and credentials, for the service's own user only."""
         return f"{self.data_dir}/secrets"
 
+    def index_cache(self, repository: str) -> str:
+        """The folder of the copies of a backup repository's index; it may go at any time."""
+        return f"{self.data_dir}/cache/index-{repository}"
+
     @property
     def log(self) -> str:
         return f"{self.data_dir}/mullion.log"

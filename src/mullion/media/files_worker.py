@@ -41,10 +41,14 @@ _PATIENCE_S: Final = 20.0
 
 
 class BackupSource(msgspec.Struct, frozen=True):
-    """A backup in a repository: `secret` has its passphrase and the storage's credentials."""
+    """A backup in a repository: `secret` has its passphrase and the storage's credentials.
+
+    In the folder `index_cache` are copies of its index.
+    """
 
     url: str
     secret: dict[str, Any]
+    index_cache: str
     backup: str
 
 
@@ -122,11 +126,12 @@ def _openers(command: FilesCommand, stack: contextlib.ExitStack) -> Mapping[str,
         return {disk: partial(_open_chain, disk, command, stack) for disk in command.chains}
     from mullion.repository import Repository
     from mullion.repository.credentials import Credentials
-    from mullion.repository.location import open_backend
+    from mullion.repository.location import index_cache_of, open_backend
 
     source = command.backup
     backend = open_backend(source.url, Credentials(**source.secret["credentials"]))
-    repository = stack.enter_context(Repository.open(backend, source.secret["passphrase"]))
+    cache = index_cache_of(source.url, source.index_cache)
+    repository = stack.enter_context(Repository.open(backend, source.secret["passphrase"], index_cache=cache))
     manifest = repository.backup(source.backup)
     return {disk: partial(repository.open_disk, manifest, disk) for disk in manifest.disks}
 

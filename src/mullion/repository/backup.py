@@ -95,7 +95,13 @@ class BackupWriter:
                     self._manifest = msgspec.structs.replace(manifest, base="")
             self._index = repository.reload_index()
             self._reader = ChunkReader(repository.backend, repository.keys, self._index, lambda: self._index)
-            self._writer = ChunkWriter(repository.backend, repository.keys, self._index, threads=threads)
+            self._writer = ChunkWriter(
+                repository.backend,
+                repository.keys,
+                self._index,
+                threads=threads,
+                index_cache=repository.index_cache,
+            )
         except BaseException:
             self._lease.release()
             raise
@@ -243,11 +249,15 @@ class BackupWriter:
 
     def _merge_segments(self) -> None:
         """Keep the index from falling into many small segments: one new, durable, before the old ones go."""
-        small = [segment for segment in self._repository.segments() if segment.count < _SMALL_SEGMENT]
+        repository = self._repository
+        if len(repository.object_names("index")) <= SEGMENTS_LIMIT:
+            return
+        small = [segment for segment in repository.segments() if segment.count < _SMALL_SEGMENT]
         if len(small) > SEGMENTS_LIMIT:
-            put_segment(self._repository.backend, self._repository.keys, build_segment(collect(small)))
+            payload = build_segment(collect(small))
+            put_segment(repository.backend, repository.keys, payload, repository.index_cache)
             for segment in small:
-                self._repository.backend.delete(segment.name)
+                repository.backend.delete(segment.name)
 
 
 def _resized(before_bytes: int, now_bytes: int) -> list[Range]:

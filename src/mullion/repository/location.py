@@ -20,6 +20,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from mullion.base.errors import InvalidError
 from mullion.repository.backend import Backend, Persistent
 from mullion.repository.credentials import Credentials
+from mullion.repository.index_cache import IndexCache
 from mullion.repository.local import FolderBackend
 
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -60,6 +61,12 @@ def open_backend(text: str, credentials: Credentials | None = None, *, create: b
         case "s3" | "s3+https" | "s3+http" if url.hostname:
             return Persistent(_bucket(text, url, credentials))
     raise InvalidError(f"{text!r} is not a place for a repository", remedy=_FORMS)
+
+
+def index_cache_of(text: str, folder: str) -> IndexCache | None:
+    """The copies of a place's index in a folder; none for a place that is a folder itself, and as near."""
+    is_folder = text.startswith(("/", "file:")) or "://" not in text
+    return None if is_folder else IndexCache(folder)
 
 
 def _folder(path: str, *, create: bool) -> Backend:

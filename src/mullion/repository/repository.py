@@ -28,6 +28,7 @@ from mullion.repository.errors import (
     WrongKeyError,
 )
 from mullion.repository.index import Index, Segment
+from mullion.repository.index_cache import IndexCache
 from mullion.repository.keys import SCRYPT_LOG2_N, SECRET_BYTES, Config, Keys, KeySlot
 from mullion.repository.lease import Lease
 from mullion.repository.manifest import FOLDER, Manifest, Stored, decode, is_backup_id, manifest_name
@@ -47,11 +48,12 @@ class Repository:
     The backend becomes the repository's, which closes it.
     """
 
-    def __init__(self, backend: Backend, config: Config, keys: Keys) -> None:
+    def __init__(self, backend: Backend, config: Config, keys: Keys, index_cache: IndexCache | None = None) -> None:
         """Use `create` or `open`."""
         self.backend = backend
         self.config = config
         self.keys = keys
+        self.index_cache = index_cache
         self._index: Index | None = None
 
     @classmethod
@@ -75,8 +77,8 @@ class Repository:
         return cls(backend, config, keys)
 
     @classmethod
-    def open(cls, backend: Backend, passphrase: str) -> Self:
-        """Open a repository that is there.
+    def open(cls, backend: Backend, passphrase: str, *, index_cache: IndexCache | None = None) -> Self:
+        """Open a repository that is there; with a cache its index is not fetched again each time.
 
         Raises: RepositoryMissingError; WrongKeyError; RepositoryDamagedError; what the storage raises.
         """
@@ -88,7 +90,7 @@ class Repository:
         config = Config.unpack(found, location)
         keys = Keys.of(_unlock(backend, config, _passphrase_bytes(passphrase)))
         config.check(found, keys, location)
-        return cls(backend, config, keys)
+        return cls(backend, config, keys, index_cache)
 
     @property
     def location(self) -> str:
@@ -241,18 +243,38 @@ class Repository:
                 for name in names:
                     if name not in loaded:
                         try:
-                            payload = sealing.fetch(sealing.Kind.INDEX, name, self.backend, self.keys)
-                            loaded[name] = Segment(payload, name, self.location)
+                            loaded[name] = self._segment(name)
                         except RepositoryDamagedError as error:
                             damaged.append(error)
             except ObjectMissingError:
                 continue
+            if self.index_cache is not None:
+                self.index_cache.keep(names)
             for damage in damaged:
                 log.warning("%s; the packs themselves are searched (`mullion backup repair` makes it again)", damage)
             return list(loaded.values())
         raise RepositoryDamagedError(
             f"{self.location}: parts of the index vanish as fast as they are listed", repository=self.location
         )
+
+    def _segment(self, name: str) -> Segment:
+        """A segment, from our copy when that is whole. Raises: RepositoryDamagedError; ObjectMissingError."""
+        cache = self.index_cache
+        copy = None if cache is None else cache.get(name)
+        if cache is not None and copy is not None:
+            try:
+                return Segment(self._unseal_segment(name, copy), name, self.location)
+            except RepositoryDamagedError as error:
+                log.warning("the copy in %s is dropped: %s", cache.folder, error)
+                cache.drop(name)
+        sealed = self.backend.get(name, 0, sealing.OBJECT_LIMIT_BYTES)
+        segment = Segment(self._unseal_segment(name, sealed), name, self.location)
+        if cache is not None:
+            cache.put(name, sealed)
+        return segment
+
+    def _unseal_segment(self, name: str, sealed: bytes) -> bytes:
+        return sealing.unseal(sealing.Kind.INDEX, name, sealed, self.keys, self.location)
 
     def object_names(self, folder: str) -> Sequence[str]:
         """The names in a folder that are names of ours at all."""

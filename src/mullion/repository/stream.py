@@ -27,6 +27,7 @@ from mullion.repository import sealing
 from mullion.repository.backend import Backend
 from mullion.repository.filling import FillingPack
 from mullion.repository.index import Index, build_segment
+from mullion.repository.index_cache import IndexCache
 from mullion.repository.keys import CHUNK_BYTES, Keys
 from mullion.repository.pack import STORED_LIMIT_BYTES, ZSTD_FLAG, PackEntry
 from mullion.repository.rooms import Rooms
@@ -62,8 +63,17 @@ class _Digested(NamedTuple):
 class ChunkWriter:
     """Stores chunks and nodes, each once."""
 
-    def __init__(self, backend: Backend, keys: Keys, index: Index, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        keys: Keys,
+        index: Index,
+        *,
+        threads: int | None = None,
+        index_cache: IndexCache | None = None,
+    ) -> None:
         self._backend = backend
+        self._index_cache = index_cache
         self._keys = keys
         self._index = index
         self._threads = threads or max(1, min(8, os.cpu_count() or 1))
@@ -199,7 +209,7 @@ class ChunkWriter:
 
     def _put_segment(self) -> None:
         if self._unindexed:
-            put_segment(self._backend, self._keys, build_segment(self._unindexed))
+            put_segment(self._backend, self._keys, build_segment(self._unindexed), self._index_cache)
             self._unindexed = {}
 
 
@@ -213,8 +223,11 @@ def _is_zero(chunk: memoryview) -> bool:
     return bytes(chunk[:_PEEK_BYTES]) == _ZERO_PEEK and bytes(chunk) == _ZERO_CHUNK
 
 
-def put_segment(backend: Backend, keys: Keys, payload: bytes) -> str:
-    """Put an index segment, durably; its name."""
+def put_segment(backend: Backend, keys: Keys, payload: bytes, cache: IndexCache | None = None) -> str:
+    """Put an index segment, durably, and a copy of it into the cache; its name."""
     name = f"index/{uuid.uuid4().hex}"
-    backend.put(name, [sealing.seal(sealing.Kind.INDEX, name, payload, keys)])
+    sealed = sealing.seal(sealing.Kind.INDEX, name, payload, keys)
+    backend.put(name, [sealed])
+    if cache is not None:
+        cache.put(name, sealed)
     return name

@@ -17,6 +17,7 @@ server, and this operation, which is resumed, starts one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -38,6 +39,8 @@ from mullion.model.states import OperationState
 from mullion.model.views import BackupDiskView, BackupView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operation, Operations
+from mullion.services.backup.record import note_files, unfinished
+from mullion.services.backup.repositories import RepositorySource
 from mullion.services.backup.worker_link import start_server
 from mullion.services.checkpoint.controller import CheckpointController
 from mullion.services.partition.controller import PartitionController
@@ -67,7 +70,7 @@ class Homecomings:
         paths: HostPaths,
         partitions: PartitionController,
         checkpoints: CheckpointController,
-        source: Callable[[str | None], tuple[str, dict[str, Any]]],
+        source: Callable[[str | None], RepositorySource],
     ) -> None:
         self._operations = operations
         self._events = events
@@ -122,6 +125,7 @@ class Homecomings:
             for disk in view.disks:
                 base = disks[disk.id]
                 head = f"{os.path.splitext(base)[0]}-{secrets.token_hex(4)}.avhd"
+                await asyncio.to_thread(note_files, base, (base, head))
                 await asyncio.to_thread(_make_files, base, head, disk, made)
                 layers[disk.id] = DiskLayers(head, {base: None, head: base}, is_coming_home=True)
             origin = BackupOrigin(view.repository, view.id, tuple(disks))
@@ -130,6 +134,10 @@ class Homecomings:
             for path in made:
                 os.unlink(path)
             raise
+        finally:
+            for base in disks.values():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(unfinished(base))
         return await self._begin(wanted.name)
 
     # -- the operation -------------------------------------------------------------------------------------------------
@@ -239,13 +247,11 @@ class Homecomings:
         paths = partition.runtime.paths
         origin = partition.record.origin
         assert origin is not None, "blocks are missing"
-        url, secret = self._source(origin.repository)
         uid, gid = partition.record.run_as or (None, None)
         await asyncio.to_thread(make_folder, paths.backing_dir, 0o750, group=gid)
         request = {
             "action": "serve",
-            "url": url,
-            "secret": secret,
+            **self._source(origin.repository)._asdict(),
             "backup": origin.backup,
             "disks": {disk: paths.backing(disk) for disk in origin.disks},
             "identity": paths.backup_server_identity,

@@ -11,8 +11,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
 from mullion.base.files import replace_file
@@ -39,6 +40,14 @@ CREDENTIALS: Final = frozenset(
     }
 )
 """The fields of `repository.credentials.Credentials`, which the service does not import."""
+
+
+class RepositorySource(NamedTuple):
+    """Where a repository is, its secret, and the folder for copies of its index: for the process that reads it."""
+
+    url: str
+    secret: dict[str, Any]
+    index_cache: str
 
 
 class Repositories:
@@ -104,6 +113,8 @@ class Repositories:
         del self._known[name]
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._secret_path(name))
+        with contextlib.suppress(FileNotFoundError):
+            await asyncio.to_thread(shutil.rmtree, self._paths.index_cache(name))
         self._events.publish("backup.repository-removed", f"repository/{name}")
 
     def _find(self, name: str) -> tuple[RepositoryRecord, int]:
@@ -128,19 +139,18 @@ class Repositories:
             field="repository",
         )
 
-    def source(self, repository: str | None) -> tuple[str, dict[str, Any]]:
-        """Where a repository is, and its secret: for the process that reads it. Raises: as `choose`."""
+    def source(self, repository: str | None) -> RepositorySource:
+        """What a process needs to open a repository. Raises: as `choose`."""
         record, _ = self._find(self.choose(repository))
         with open(self._secret_path(record.name), "rb") as file:
             secret: dict[str, Any] = json.loads(file.read())
-        return record.url, secret
+        return RepositorySource(record.url, secret, self._paths.index_cache(record.name))
 
     async def ask(
         self, repository: str, action: str, operation: Operation | None = None, **arguments: object
     ) -> Mapping[str, Any]:
         """Have a worker act on a repository. Raises: what it ends with."""
-        url, secret = self.source(repository)
-        return await self.work({"action": action, "url": url, "secret": secret, **arguments}, operation)
+        return await self.work({"action": action, **self.source(repository)._asdict(), **arguments}, operation)
 
     async def work(self, request: Mapping[str, object], operation: Operation | None = None) -> Mapping[str, Any]:
         """Have a worker carry out a request, and the operation say how far it is. Raises: what it ends with."""

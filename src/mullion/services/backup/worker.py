@@ -38,7 +38,8 @@ from mullion.base.errors import (
 from mullion.base.units import format_time
 from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.credentials import Credentials
-from mullion.repository.location import open_backend
+from mullion.repository.index_cache import IndexCache
+from mullion.repository.location import index_cache_of, open_backend
 from mullion.repository.prune import prune
 from mullion.repository.repair import repair
 from mullion.repository.retention import Retention, plan_retention
@@ -108,8 +109,18 @@ class _Line:
 
 
 def _open(request: Request) -> Repository:
+    return _open_with(request, None)
+
+
+def _open_nearer(request: Request) -> Repository:
+    """With copies of its index on this host: for what does not judge or change what the storage has."""
+    return _open_with(request, index_cache_of(request["url"], request["index_cache"]))
+
+
+def _open_with(request: Request, index_cache: IndexCache | None) -> Repository:
     secret = request["secret"]
-    return Repository.open(open_backend(request["url"], Credentials(**secret["credentials"])), secret["passphrase"])
+    backend = open_backend(request["url"], Credentials(**secret["credentials"]))
+    return Repository.open(backend, secret["passphrase"], index_cache=index_cache)
 
 
 def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
@@ -123,7 +134,7 @@ def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
 
 def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
     """Back up frozen chains. Where a disk says since which file, only what the layers above it hold is read."""
-    with _open(request) as repository:
+    with _open_nearer(request) as repository:
         base = _base(repository, request["base"])
         with begin_backup(
             repository,
@@ -251,7 +262,7 @@ def _restore(request: Request, tell: Tell) -> Mapping[str, Any]:
 
     Until then each is a file of another name beside (`unfinished`), which the service takes away when we do not.
     """
-    with _open(request) as repository, held(repository, "restore"):
+    with _open_nearer(request) as repository, held(repository, "restore"):
         manifest = repository.backup(request["backup"])
         for path in request["disks"].values():
             if os.path.lexists(path):
@@ -291,7 +302,7 @@ def _serve(request: Request, line: _Line) -> None:
         line.let_go()
         line.tell({"result": {}})
 
-    with _open(request) as repository, held(repository, "instant restore"):
+    with _open_nearer(request) as repository, held(repository, "instant restore"):
         serve(repository, request, ready)
 
 
