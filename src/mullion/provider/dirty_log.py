@@ -4,7 +4,8 @@ Spec: QEMU, "Vhost-user Protocol", "Migration". One bit a page of 4 KiB of guest
 
 Invariants: the log is shared by all devices of the guest, and Python has no atomic OR. So a whole byte of ones is
 stored, for eight pages: a bit of another device is never lost, and a few pages too many are copied.
-A page is marked after it was written, and before the request is announced.
+A request's pages are marked after they were written, and before it is announced; those of the used ring when the ring
+has been drained: before a message of the front-end is taken, such as the one that stops the ring.
 """
 
 from __future__ import annotations
