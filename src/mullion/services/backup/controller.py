@@ -35,6 +35,7 @@ from mullion.services.backup.record import (
     MARK,
     BackupBase,
     base_key,
+    noted_files,
     unfinished,
     unfinished_in,
 )
@@ -112,8 +113,12 @@ class BackupController:
 
     async def _give_up_restore(self, operation: Operation) -> NoReturn:
         """The service ended during a restore: what was not finished goes."""
+        used = {file for partition in self._partitions.all() for file in partition.record.files}
         for path in await asyncio.to_thread(unfinished_in, self._paths.disks):
             log.info("%s was not restored to its end: removed", path)
+            for made in await asyncio.to_thread(noted_files, path):
+                if made not in used:
+                    await asyncio.to_thread(_unlink, made)
             await asyncio.to_thread(_unlink, path)
         raise OperationInterruptedError(
             f"the restore of {operation.target} was interrupted: the service ended before it was done",

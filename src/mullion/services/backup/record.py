@@ -14,11 +14,14 @@ from typing import Final, Self
 
 import msgspec
 
+from mullion.base.files import replace_file
+
 REPOSITORIES: Final = "repositories/"
 BASES: Final = "backup-bases/"
 MARK: Final = "backup:"
 """Begins the `schedule` of checkpoints that backups made: they come and go with them."""
 _UNFINISHED: Final = ".restoring"
+_NOTE_LIMIT_BYTES: Final = 64 * 1024
 
 
 class RepositoryRecord(msgspec.Struct, frozen=True):
@@ -68,7 +71,23 @@ def unfinished(path: str) -> str:
 
 def unfinished_in(folder: str) -> list[str]:
     """Disks that were being restored when the service was killed."""
-    return glob.glob(f"{glob.escape(folder)}/.*{_UNFINISHED}")
+    return glob.glob(f"{glob.escape(folder)}/.*{_UNFINISHED}*")
+
+
+def note_files(disk: str, files: tuple[str, ...]) -> None:
+    """Beside a disk that is to be restored instantly, which files are being made for it. Raises: OSError."""
+    replace_file(unfinished(disk), msgspec.json.encode(files))
+
+
+def noted_files(path: str) -> tuple[str, ...]:
+    """What a file of `unfinished_in` says was being made, all beside it; nothing when it is a part of a disk."""
+    with open(path, "rb") as file:
+        raw = file.read(_NOTE_LIMIT_BYTES)
+    try:
+        files = msgspec.json.decode(raw, type=tuple[str, ...])
+    except msgspec.MsgspecError:
+        return ()
+    return tuple(one for one in files if os.path.dirname(one) == os.path.dirname(path))
 
 
 def base_key(partition: str, repository: str) -> str:

@@ -527,16 +527,17 @@ class NbdClient:
         return self._socket
 
     def _send(self, head: bytes, payload: Buffer = b"") -> None:
+        """A server that is gone is an error, also in a process that SIGPIPE would end."""
         connection = self._connected()
         if not payload:
-            connection.sendall(head)
+            connection.sendall(head, socket.MSG_NOSIGNAL)
             return
-        sent = connection.sendmsg([head, payload])
+        sent = connection.sendmsg([head, payload], (), socket.MSG_NOSIGNAL)
         if sent < len(head):
-            connection.sendall(head[sent:])
+            connection.sendall(head[sent:], socket.MSG_NOSIGNAL)
             sent = len(head)
         if sent < len(head) + len(payload):
-            connection.sendall(memoryview(payload)[sent - len(head) :])
+            connection.sendall(memoryview(payload)[sent - len(head) :], socket.MSG_NOSIGNAL)
 
     def _receive(self, length: int) -> bytes:
         buffer = bytearray(length)
