@@ -167,10 +167,9 @@ class BackupWriter:
         """
         new_before = self._writer.new_bytes
         pieces = StreamPieces(io.BytesIO(content) if isinstance(content, bytes) else content)
-        ids = [chunk_id for _, chunk_id in self._writer.store_all(pieces)]
+        ids = [chunk_id for _, some in self._writer.store_all(pieces) for chunk_id in some]
         builder = TreeBuilder(pieces.read_bytes, self._reader.load_node, self._writer.store_node)
-        for number, chunk_id in enumerate(ids):  # how many levels there are is known only at the end of the stream
-            builder.set(number, chunk_id)
+        builder.set(0, ids)  # how many levels there are is known only at the end of the stream
         self._blobs[blob] = Stored(
             root=builder.finish().root,
             size_bytes=pieces.read_bytes,
@@ -185,8 +184,8 @@ class BackupWriter:
         self, pieces: DevicePieces, builder: TreeBuilder, before: Stored | None, notes: Mapping[str, str] | None
     ) -> Stored:
         new_before = self._writer.new_bytes
-        for number, chunk_id in self._writer.store_all(pieces):
-            builder.set(number, chunk_id)
+        for first, chunk_ids in self._writer.store_all(pieces):
+            builder.set(first, chunk_ids)
         tree = builder.finish()
         if before is not None and before.size_bytes > tree.size_bytes:
             self._writer.finish()  # counting reads the nodes that were just stored

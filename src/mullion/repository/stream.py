@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 import zstandard
 from blake3 import blake3
@@ -38,6 +38,7 @@ LEVEL: Final = 3
 PACKS_PER_SEGMENT: Final = 32
 """After so many packs their index is put too, so that a backup that is interrupted is soon taken up again."""
 _PACKS_IN_MEMORY: Final = 2
+_ZEROS_AT_ONCE: Final = 4096
 _ZERO_CHUNK: Final = bytes(CHUNK_BYTES)
 _PEEK_BYTES: Final = 64
 _ZERO_PEEK: Final = bytes(_PEEK_BYTES)
@@ -52,12 +53,8 @@ class Piece:
     content: Buffer | None
 
 
-class _Digested(NamedTuple):
-    """A chunk; without a payload when it is stored already, or is all zeros."""
-
-    chunk_id: bytes
-    payload: Buffer | None
-    flags: int
+_Digested = tuple[bytes, Buffer | None, int]
+"""A chunk's id, its payload and flags; without a payload when it is stored already, or is all zeros."""
 
 
 class ChunkWriter:
@@ -93,8 +90,8 @@ class ChunkWriter:
         self._index.add(pack_id, entries)
         self._unindexed[pack_id] = entries
 
-    def store_all(self, pieces: Iterable[Piece]) -> Iterator[tuple[int, bytes]]:
-        """Store pieces; gives the number and the id of each chunk in order, the id of zeros for those of zeros."""
+    def store_all(self, pieces: Iterable[Piece]) -> Iterator[tuple[int, list[bytes]]]:
+        """Store pieces; gives some chunks' ids at a time and the number of the first; zeros have an id of their own."""
         waiting: deque[tuple[Piece, Future[list[_Digested]] | None]] = deque()
         window = self._threads * 2 + 1
         try:
@@ -146,15 +143,19 @@ class ChunkWriter:
 
     def _digest(self, content: Buffer) -> list[_Digested]:
         view = memoryview(content)
-        return [self._digest_chunk(view[begin : begin + CHUNK_BYTES]) for begin in range(0, len(view), CHUNK_BYTES)]
-
-    def _digest_chunk(self, chunk: memoryview) -> _Digested:
-        if _is_zero(chunk):
-            return _Digested(ZERO_ID, None, 0)
-        chunk_id = blake3(chunk, key=self._keys.chunk_id).digest()
-        if self._is_stored(chunk_id):
-            return _Digested(chunk_id, None, 0)
-        return _Digested(chunk_id, *_smaller(self._compressor().compress(chunk), chunk))
+        key, compress = self._keys.chunk_id, self._compressor().compress
+        digested: list[_Digested] = []
+        for begin in range(0, len(view), CHUNK_BYTES):
+            chunk = view[begin : begin + CHUNK_BYTES]
+            if _is_zero(chunk):
+                digested.append((ZERO_ID, None, 0))
+                continue
+            chunk_id = blake3(chunk, key=key).digest()
+            if self._is_stored(chunk_id):
+                digested.append((chunk_id, None, 0))
+            else:
+                digested.append((chunk_id, *_smaller(compress(chunk), chunk)))
+        return digested
 
     def _compressor(self) -> zstandard.ZstdCompressor:
         """This thread's own: they must not be shared."""
@@ -168,14 +169,16 @@ class ChunkWriter:
 
     # ------------------------------------------------------------------ in the caller's thread
 
-    def _collect(self, piece: Piece, future: Future[list[_Digested]] | None) -> Iterator[tuple[int, bytes]]:
+    def _collect(self, piece: Piece, future: Future[list[_Digested]] | None) -> Iterator[tuple[int, list[bytes]]]:
         if future is None:
-            yield from ((number, ZERO_ID) for number in range(piece.first, piece.first + piece.count))
+            for first in range(piece.first, piece.first + piece.count, _ZEROS_AT_ONCE):
+                yield first, [ZERO_ID] * min(_ZEROS_AT_ONCE, piece.first + piece.count - first)
             return
-        for number, digested in enumerate(future.result(), piece.first):
-            if digested.payload is not None and not self._is_stored(digested.chunk_id):
-                self._add(digested.chunk_id, digested.payload, CHUNK_BYTES, digested.flags)
-            yield number, digested.chunk_id
+        digested = future.result()
+        for chunk_id, payload, flags in digested:
+            if payload is not None and not self._is_stored(chunk_id):
+                self._add(chunk_id, payload, CHUNK_BYTES, flags)
+        yield piece.first, [chunk_id for chunk_id, _, _ in digested]
         self.piece_rooms.give(piece.content)
 
     def _add(self, chunk_id: bytes, payload: Buffer, raw_bytes: int, flags: int) -> None:

@@ -10,7 +10,7 @@ what they share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from mullion.repository.keys import CHUNK_BYTES, ID_BYTES, NODE_IDS
@@ -113,12 +113,17 @@ class TreeBuilder:
             self._fit(base)
         self._is_shorter = base is not None and base.chunks > chunks_of(size_bytes)
 
-    def set(self, chunk: int, chunk_id: bytes) -> None:
-        """What the chunk of this number is from now on."""
-        leaf = self._node(0, chunk // NODE_IDS)
-        offset = chunk % NODE_IDS * ID_BYTES
-        self.data_chunks += (chunk_id != ZERO_ID) - (leaf[offset : offset + ID_BYTES] != ZERO_ID)
-        leaf[offset : offset + ID_BYTES] = chunk_id
+    def set(self, chunk: int, chunk_ids: Sequence[bytes]) -> None:
+        """What some chunks, from the one of this number on, are from now on."""
+        done = 0
+        while done < len(chunk_ids):
+            leaf_number, place = divmod(chunk + done, NODE_IDS)
+            leaf = self._node(0, leaf_number)
+            ids = chunk_ids[done : done + NODE_IDS - place]
+            stored = slice(place * ID_BYTES, (place + len(ids)) * ID_BYTES)
+            self.data_chunks += _count_zeros(leaf[stored]) - ids.count(ZERO_ID)
+            leaf[stored] = b"".join(ids)
+            done += len(ids)
 
     def finish(self) -> Tree:
         """Store what is open still."""
@@ -185,6 +190,13 @@ class TreeBuilder:
             node = self._node(level, last // NODE_IDS ** (level + 1))
             kept = (last // NODE_IDS**level % NODE_IDS + 1) * ID_BYTES
             node[kept:] = bytes(NODE_BYTES - kept)
+
+
+def _count_zeros(ids: bytearray) -> int:
+    """How many of the ids in a part of a node are those of zeros."""
+    if ids == ZERO_NODE[: len(ids)]:
+        return len(ids) // ID_BYTES
+    return sum(ids.startswith(ZERO_ID, offset) for offset in range(0, len(ids), ID_BYTES))
 
 
 def count_data(tree: Tree, load: LoadNode) -> int:

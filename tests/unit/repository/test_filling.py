@@ -94,7 +94,7 @@ def test_what_is_stored_can_be_read_when_the_writer_has_finished() -> None:
     writer = ChunkWriter(backend, repository.keys, index)
     content = os.urandom(2 * WINDOW_BYTES + 3 * MIB)
     pieces = [Piece(at // CHUNK, MIB // CHUNK, content[at : at + MIB]) for at in range(0, len(content), MIB)]
-    ids = [chunk_id for _, chunk_id in writer.store_all(pieces)]
+    ids = [chunk_id for _, some in writer.store_all(pieces) for chunk_id in some]
     writer.finish()
     writer.close()
     found = ChunkReader(backend, repository.keys, index, lambda: index).read(ids)
