@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -105,6 +107,31 @@ def test_a_cell_that_is_held_in_part_is_filled_up_around_it(disk: tuple[str, byt
             wanted[number * PAGE : (number + 1) * PAGE] = b"b" * PAGE
         assert held_of(chain) == CELL_BYTES
         assert all_of(chain) == wanted
+
+
+def test_threads_that_share_cells_lose_nothing(disk: tuple[str, bytes], tmp_path: Path) -> None:
+    """One fills a cell up while others write into it for the first time, or what it holds already."""
+    path, content = disk
+    wanted = bytearray(content)
+    writers = 4
+    sectors = [list(range(number, MIB // SECTOR_BYTES, writers)) for number in range(writers)]
+    for number, mine in enumerate(sectors):
+        Random(number).shuffle(mine)
+
+    def write(number: int) -> None:
+        for letter in (b"1", b"2"):
+            for sector in sectors[number]:
+                chain.pwrite(sector * SECTOR_BYTES, letter * SECTOR_BYTES)
+                assert read(chain, sector * SECTOR_BYTES, SECTOR_BYTES) == letter * SECTOR_BYTES
+
+    with open_chain(path, pending_path=str(tmp_path / "pending"), fills_cells=True) as chain:
+        with ThreadPoolExecutor(writers) as pool:
+            for done in [pool.submit(write, number) for number in range(writers)]:
+                done.result()
+        wanted[:MIB] = b"2" * MIB
+        assert all_of(chain) == wanted
+        assert 0 not in chain.direct_write  # it is half of a block
+        assert held_of(chain) == MIB
 
 
 def test_what_cannot_be_read_below_does_not_keep_a_write_from_being_done(disk: tuple[str, bytes]) -> None:
