@@ -69,8 +69,11 @@ class Backend(Protocol):
         """All objects whose names begin with a folder's name and a slash, or all for an empty text; in any order."""
         ...
 
-    def delete(self, name: str) -> None:
-        """Take an object away; one that is not there is no error."""
+    def delete(self, name: str, *, durable: bool = False) -> None:
+        """Take an object away; one that is not there is no error.
+
+        `durable=True` for one that must not come back after a power cut, where the storage can promise that.
+        """
         ...
 
     def close(self) -> None:
@@ -143,8 +146,8 @@ class Persistent:
     def list(self, prefix: str) -> Iterator[Listed]:
         return iter(self._try(lambda: list(self._inner.list(prefix))))
 
-    def delete(self, name: str) -> None:
-        self._try(lambda: self._inner.delete(name))
+    def delete(self, name: str, *, durable: bool = False) -> None:
+        self._try(lambda: self._inner.delete(name, durable=durable))
 
     def close(self) -> None:
         self._inner.close()

@@ -54,7 +54,7 @@ class FakeBackend:
             found = [Listed(name, len(content)) for name, content in self.objects.items() if name.startswith(begin)]
         return iter(found)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, durable: bool = False) -> None:
         with self._change():
             self.objects.pop(name, None)
 

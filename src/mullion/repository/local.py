@@ -125,9 +125,11 @@ class FolderBackend:
                     with contextlib.suppress(FileNotFoundError):  # deleted by somebody since
                         yield Listed(os.path.relpath(path, self._root), os.lstat(path).st_size)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, durable: bool = False) -> None:
         with self._explained("deleting", name), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
+            if durable:
+                _sync_folder(os.path.dirname(self._path(name)))
 
     def close(self) -> None:
         pass

@@ -75,7 +75,7 @@ def prune(
         if not dry_run:
             lease.check()
             for backup_id in gone:
-                repository.backend.delete(manifest_name(backup_id))
+                repository.backend.delete(manifest_name(backup_id), durable=True)
                 repository.backend.delete(mark_name(backup_id))
             _sweep(repository, index, plan, lease, progress)
         repository.reload_index()
@@ -178,7 +178,7 @@ def _sweep(repository: Repository, index: Index, plan: _Plan, lease: Lease, prog
         writer.close()
     lease.check()
     put_segment(backend, keys, build_segment(_whole_packs(index, plan.stay)))
-    _delete_all(repository, old, "deleting the old index", progress)
+    _delete_all(repository, old, "deleting the old index", progress, durable=True)  # before what it knows is gone
     gone = [pack_name(pack_id) for pack_id in (*plan.dead, *plan.copied)]
     _delete_all(repository, gone, "deleting packs", progress)
 
@@ -204,7 +204,9 @@ def _whole_packs(index: Index, stay: Mapping[bytes, list[PackEntry]]) -> dict[by
     return {pack_id: known[pack_id] for pack_id in stay}
 
 
-def _delete_all(repository: Repository, names: list[str], stage: str, progress: Progress) -> None:
+def _delete_all(
+    repository: Repository, names: list[str], stage: str, progress: Progress, *, durable: bool = False
+) -> None:
     for number, name in enumerate(names):
         progress(stage, number, len(names))
-        repository.backend.delete(name)
+        repository.backend.delete(name, durable=durable)

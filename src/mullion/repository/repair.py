@@ -86,7 +86,7 @@ def repair(
         # Named with nothing in them, or the next backup would take damaged packs for those of an interrupted one.
         put_segment(backend, keys, build_segment({**packs.whole, **dict.fromkeys(packs.damaged, ())}))
         for name in old:
-            backend.delete(name)
+            backend.delete(name, durable=True)
         for name in map(pack_name, packs.damaged):
             if discard:
                 backend.delete(name)

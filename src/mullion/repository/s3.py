@@ -102,7 +102,7 @@ class S3Backend:
                 for found in batch:
                     yield Listed(found["path"].removeprefix(self._prefix), found["size"])
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, durable: bool = False) -> None:
         import obstore
 
         with self._explained("deleting", name), contextlib.suppress(FileNotFoundError):

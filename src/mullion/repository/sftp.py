@@ -114,7 +114,7 @@ class SftpBackend:
                 found = []
         return iter(found)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, durable: bool = False) -> None:
         with contextlib.suppress(ObjectMissingError), self._session("deleting", name) as sftp:
             sftp.remove(self._path(name))
 

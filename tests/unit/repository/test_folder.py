@@ -66,6 +66,17 @@ def test_an_object_is_synced_before_it_has_its_name(tmp_path: Path, calls: list[
     assert "sync file" not in calls
 
 
+def test_what_must_not_come_back_is_gone_when_its_folder_is_synced(tmp_path: Path, calls: list[str]) -> None:
+    backend = FolderBackend.create(str(tmp_path / "r"))
+    backend.put("packs/aa", [b"first"])
+    backend.put("packs/bb", [b"second"])
+    del calls[:]
+    backend.delete("packs/aa")
+    assert calls == []
+    backend.delete("packs/bb", durable=True)
+    assert calls == ["sync folder"]
+
+
 def test_large_buffers_go_around_the_page_cache(tmp_path: Path, calls: list[str]) -> None:
     """As long as they fit: what is not aligned, and all that lies behind it, is written as anything else."""
     backend = FolderBackend.create(str(tmp_path / "r"))

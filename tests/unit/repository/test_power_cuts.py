@@ -1,0 +1,165 @@
+"""A power cut at any change of a repository's folder: what was acknowledged is whole, what was not is begun again.
+
+What a cut may leave (`local`): every object that was put durably; of the others, and of what was deleted since, any.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+from tests.unit.repository.disks import (
+    CHUNK,
+    PASSPHRASE,
+    MemoryDisk,
+    back_up,
+    content_of,
+    new_repository,
+    scattered,
+)
+
+from mullion.base.block import Buffer
+from mullion.base.units import MIB
+from mullion.repository import Manifest, Repository
+from mullion.repository.fake import FakeBackend
+from mullion.repository.lease import Holder
+from mullion.repository.prune import prune
+from mullion.repository.verify import verify
+
+pytestmark = pytest.mark.unit
+
+STATES = 4
+"""Of those that one cut may leave, how many are looked at."""
+
+
+class CutError(BaseException):
+    """Nothing is done any more."""
+
+
+class ForgetfulBackend(FakeBackend):
+    """Knows what its folder has not made durable: names that may be missing after a cut, and such that may be back."""
+
+    def __init__(self, pack_bytes: int) -> None:
+        super().__init__(pack_bytes)
+        self._unsure: dict[str, bytes | None] = {}
+        """By name what a cut may bring back; None: nothing was there."""
+
+    def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
+        before = self.objects.get(name)
+        super().put(name, buffers, durable=durable)
+        if durable:
+            self._unsure.pop(name, None)
+        else:
+            self._unsure.setdefault(name, before)
+
+    def delete(self, name: str, *, durable: bool = False) -> None:
+        before = self.objects.get(name)
+        super().delete(name, durable=durable)
+        if durable:
+            self._unsure.pop(name, None)
+        else:
+            self._unsure.setdefault(name, before)
+
+    def after_cut(self, choose: random.Random) -> ForgetfulBackend:
+        """One of the states that the platter may be in."""
+        left = of_objects(self.objects, self.pack_bytes)
+        for name, before in self._unsure.items():
+            if choose.random() < 0.5:
+                left.objects.pop(name, None)
+                if before is not None:
+                    left.objects[name] = before
+        return left
+
+
+def of_objects(objects: dict[str, bytes], pack_bytes: int) -> ForgetfulBackend:
+    backend = ForgetfulBackend(pack_bytes)
+    backend.objects = dict(objects)
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def others_are_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of before the cut are of another boot; here they are of this process."""
+    monkeypatch.setattr(Holder, "is_dead", property(lambda self: True))
+
+
+def cut_everywhere(
+    backend: FakeBackend, operation: Callable[[Repository], object], check: Callable[[Repository, bool], None]
+) -> int:
+    """Cut the power before each change; look at what may be left, do it again there, and look again."""
+    fuse = 0
+    while True:
+        here = of_objects(backend.objects, backend.pack_bytes)
+        repository = Repository.open(here, PASSPHRASE)
+        here.changes = 0
+
+        def blow(number: int, fuse: int = fuse) -> None:
+            if number >= fuse:
+                raise CutError
+
+        here.before_change = blow
+        try:
+            operation(repository)
+        except CutError:
+            is_over = False
+        else:
+            is_over = True
+        for seed in range(STATES):
+            left = here.after_cut(random.Random(f"{fuse} {seed}"))
+            repository = Repository.open(left, PASSPHRASE)
+            check(repository, is_over)
+            operation(repository)
+            check(repository, True)
+        if is_over:
+            return fuse
+        fuse += 1
+
+
+def all_whole(repository: Repository, expected: dict[str, bytes]) -> None:
+    report = verify(repository)
+    assert report.is_whole, report
+    for backup_id, content in expected.items():
+        assert content_of(repository.open_disk(repository.backup(backup_id), "disk0")) == content
+
+
+def test_a_backup() -> None:
+    repository, backend = new_repository(pack_bytes=2 * CHUNK)
+    disk = MemoryDisk(scattered(MIB, 1, pieces=8))
+    first = back_up(repository, disk)
+    before = bytes(disk.content)
+    disk.content[: 6 * CHUNK] = scattered(6 * CHUNK, 2, pieces=10)
+
+    def operation(repository: Repository) -> Manifest:
+        return back_up(repository, disk, base=first, changed=[(0, 6 * CHUNK)])
+
+    def check(repository: Repository, is_over: bool) -> None:
+        all_whole(repository, {first.id: before})
+        others = [manifest for manifest in repository.backups() if manifest.id != first.id]
+        assert bool(others) or not is_over, "an acknowledged backup is there"
+        for manifest in others:
+            assert content_of(repository.open_disk(manifest, "disk0")) == disk.content
+
+    assert cut_everywhere(backend, operation, check) > 4
+
+
+def test_a_prune() -> None:
+    repository, backend = new_repository(pack_bytes=2 * CHUNK)
+    disk = MemoryDisk(scattered(MIB, 1, pieces=8))
+    manifests, contents = [], []
+    for seed in range(4):
+        disk.content[: 4 * CHUNK] = scattered(4 * CHUNK, seed, pieces=8)
+        manifests.append(back_up(repository, disk))
+        contents.append(bytes(disk.content))
+    doomed = [manifests[0].id, manifests[2].id]
+    kept = {manifests[1].id: contents[1], manifests[3].id: contents[3]}
+
+    def operation(repository: Repository) -> object:
+        return prune(repository, [one for one in doomed if one in repository.backup_ids()])
+
+    def check(repository: Repository, _is_over: bool) -> None:
+        all_whole(repository, kept)
+        for backup_id in repository.backup_ids():  # one that came back is whole, or it would be told
+            content_of(repository.open_disk(repository.backup(backup_id), "disk0"))
+
+    assert cut_everywhere(backend, operation, check) > 4
