@@ -111,6 +111,7 @@ class Daemon:
                     boot_slots=asyncio.Semaphore(settings.boot_slots or _SLOTS_PER_CORE * (os.cpu_count() or 1)),
                     choose_accelerator=self._choose_accelerator,
                     allow_faults=settings.fault_injection == "on",
+                    homecoming_rate=settings.homecoming_rate,
                 ),
                 allocate_uid=allocate_uid if isolated else None,
             )

@@ -63,6 +63,13 @@ SETTINGS: Final = (
         "bytes per second",
         "How fast one layer may be merged while its partition runs; 0 for no limit.",
     ),
+    Setting(
+        "homecoming_rate",
+        int,
+        "67108864",
+        "bytes per second",
+        "How fast blocks of an instantly restored disk come home while its guest runs; 0 for no limit.",
+    ),
     Setting("log_level", str, "info", "debug|info|warning|error", "How much the service writes to its log."),
     Setting(
         "fault_injection",
@@ -86,6 +93,7 @@ class Settings:
     boot_slots: int
     merge_slots: int
     merge_rate: int
+    homecoming_rate: int
     log_level: str
     fault_injection: str
     isolation: str

@@ -32,8 +32,6 @@ from mullion.wire.nbd import SteadyReader
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_S: Final = 64 * MIB
-"""At most that fast: the guest's own requests come first."""
 _DURABLE_BYTES: Final = 64 * MIB
 """After so much what came home is made durable: the most that a kill has to bring again."""
 _TROUBLE_S: Final = 5.0
@@ -44,11 +42,15 @@ _NICE: Final = 10
 class Homecoming:
     """The thread that brings home what the backing has, and how far it is."""
 
-    def __init__(self, disk: str, chain: Chain, path: str, announce: Callable[[], None]) -> None:
-        """Nobody uses the chain yet, whose bottom is open for writing. Raises: as `Filling`."""
+    def __init__(self, disk: str, chain: Chain, path: str, bytes_per_s: int, announce: Callable[[], None]) -> None:
+        """Nobody uses the chain yet, whose bottom is open for writing. Raises: as `Filling`.
+
+        Blocks come home at most at that rate (0: no limit): the guest's own requests come first.
+        """
         self._disk = disk
         self._chain = chain
         self._path = path
+        self._bytes_per_s = bytes_per_s
         self._announce = announce
         self._backing = SteadyReader(path, disk)
         self._source = SteadyReader(path, disk)
@@ -137,7 +139,8 @@ class Homecoming:
                 if waiting_bytes >= _DURABLE_BYTES:
                     filling.flush()
                     waiting_bytes = 0
-                self._stopped.wait(max(0.0, count / _BYTES_PER_S - (time.monotonic() - begun_s)))
+                if self._bytes_per_s:
+                    self._stopped.wait(max(0.0, count / self._bytes_per_s - (time.monotonic() - begun_s)))
             self._done_bytes += count
             self._trouble = None
         return True

@@ -146,7 +146,7 @@ class Provider:
         self._gate.register(disk.id, disk.chain[0])
         if disk.backing is not None:
             announce = partial(self._notify, "disk-home", disk.id, "")
-            served.homecoming = Homecoming(disk.id, chain, disk.backing, announce)
+            served.homecoming = Homecoming(disk.id, chain, disk.backing, self._spec.homecoming_rate, announce)
             served.homecoming.start()
         self._layers.add(disk.id, chain, disk.limits, partial(_use, served))
         lane = self._layers.lane(disk.id)

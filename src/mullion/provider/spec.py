@@ -3,7 +3,8 @@
 JSON: `{"partition": name, "control": socket path, "log": file, "pending_dir": folder or null, "uid": number or null,
 "gid": number or null, "disks": [{"id": name, "chain": [paths, top first], "read_only": false, "serial": text,
 "vhost_user": socket path or null, "nbd": socket path or null, "limits": {caps of `layers.limits`}, "backing": socket
-path or null}, …], "limits": {caps of all disks together}, "allow_faults": false}`.
+path or null}, …], "limits": {caps of all disks together}, "allow_faults": false, "homecoming_rate":
+bytes a second or 0 for no limit}`.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class ProviderSpec:
     gid: int | None = None
     limits: Limits = NO_LIMITS
     allow_faults: bool = False
+    homecoming_rate: int = 0
+    """How fast blocks come home from a disk's backing, in bytes a second; 0 is no limit."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object]) -> Self:
@@ -93,6 +96,7 @@ class ProviderSpec:
             gid=_number(fields, "gid", where),
             limits=Limits.from_fields(fields.get("limits", {}), f"{where}.limits"),
             allow_faults=_flag(fields, "allow_faults", where),
+            homecoming_rate=_number(fields, "homecoming_rate", where) or 0,
         )
         names = [disk.id for disk in spec.disks]
         if len(set(names)) != len(names):
@@ -145,7 +149,7 @@ def _number(fields: Mapping[str, object], name: str, where: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32 - 1:
-        raise InvalidError(f"{where}.{name}: a user or group number is needed")
+        raise InvalidError(f"{where}.{name}: a number of at least 0 is needed")
     return value
 
 

@@ -89,6 +89,8 @@ class Surroundings:
     choose_accelerator: Callable[[Accelerator], AcceleratorChoice]
     allow_faults: bool = False
     """Whether administrators may have providers fail requests, for drills."""
+    homecoming_rate: int = 0
+    """How fast blocks come home from a backup, in bytes a second; 0 is no limit."""
 
 
 class Partition:
@@ -464,7 +466,13 @@ class Partition:
                 await follow_heads(self)
                 await runtime.start_provider(
                     self._surroundings.fleet,
-                    provider_spec(record, runtime.paths, runtime.disks, allow_faults=self._surroundings.allow_faults),
+                    provider_spec(
+                        record,
+                        runtime.paths,
+                        runtime.disks,
+                        allow_faults=self._surroundings.allow_faults,
+                        homecoming_rate=self._surroundings.homecoming_rate,
+                    ),
                 )
                 self._provider_since_s = time.monotonic()
             case Step.START_QEMU:

@@ -117,7 +117,12 @@ def take_back_disks(run: Run, run_as: tuple[int, int] | None) -> None:
 
 
 def provider_spec(
-    record: PartitionRecord, paths: PartitionPaths, disks: tuple[PreparedDisk, ...], *, allow_faults: bool = False
+    record: PartitionRecord,
+    paths: PartitionPaths,
+    disks: tuple[PreparedDisk, ...],
+    *,
+    allow_faults: bool = False,
+    homecoming_rate: int = 0,
 ) -> Mapping[str, Any]:
     """The provider's specification (`mullion.provider.main.ProviderSpec`) as JSON."""
     return {
@@ -129,6 +134,7 @@ def provider_spec(
         "gid": record.user_id,
         "limits": limits_fields(record.definition.disk_limits),
         "allow_faults": allow_faults,
+        "homecoming_rate": homecoming_rate,
         "disks": [
             {
                 "id": disk.id,
