@@ -31,6 +31,8 @@ RECONNECT_S: Final = 1
 """How often QEMU tries to reach a provider that went away; QEMU 7.2 counts in whole seconds."""
 NBD_RECONNECT_S: Final = 30
 """How long requests over NBD wait for a provider that went away, before they fail and pause the guest."""
+VHOST_QUEUE_SIZE: Final = 256
+"""Descriptors of a queue: as many as QEMU's own virtio-blk has, and `virtio_blk.SEG_MAX` and two at least."""
 SATA_PORTS: Final = 6
 IDE_UNITS: Final = 4
 VIRTIO_SLOTS: Final = 16
@@ -221,6 +223,7 @@ def _disks(spec: MachineSpec, bus: str) -> Iterator[str]:
                     id=name,
                     chardev=name,
                     bootindex=str(index),
+                    **{"queue-size": str(VHOST_QUEUE_SIZE)},
                     **where,
                 )
             case Bus.SATA:

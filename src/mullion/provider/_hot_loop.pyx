@@ -76,7 +76,7 @@ SOURCE_DIGEST = _SOURCE_DIGEST.decode()
 ANNOUNCE_BYTES = _ANNOUNCE_BYTES
 
 cdef enum:
-    SEGMENTS = 256  # of data in one request; a driver is told to keep below (virtio_blk.SEG_MAX)
+    SEGMENTS = 256  # of data in one request: what a driver is told (virtio_blk.SEG_MAX), and two
     SECTOR_SHIFT = 9
     ENTRY_BYTES = 16
 

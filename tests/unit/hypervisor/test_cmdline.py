@@ -15,6 +15,7 @@ from mullion.base.paths import PartitionPaths
 from mullion.base.units import GIB, MIB
 from mullion.hypervisor.cmdline import (
     LISTENER_NAMES,
+    VHOST_QUEUE_SIZE,
     FirmwareFiles,
     MachineSpec,
     ResolvedDisk,
@@ -22,6 +23,7 @@ from mullion.hypervisor.cmdline import (
     shell_line,
 )
 from mullion.model.definition import Accelerator, Bus, DirectBoot, Firmware, Machine, PartitionDefinition, Transport
+from mullion.wire.vhost_user.virtio_blk import SEG_MAX
 
 pytestmark = pytest.mark.unit
 
@@ -171,3 +173,8 @@ def test_the_shell_line_survives_a_shell() -> None:
 
     argv = cmdline(CASES["q35-sata"])
     assert tuple(shlex.split(shell_line(argv))) == argv
+
+
+def test_queue_has_room_for_the_largest_request_that_the_provider_offers() -> None:
+    """A driver that does without indirect descriptors needs one for each segment, and two."""
+    assert SEG_MAX + 2 <= VHOST_QUEUE_SIZE

@@ -39,8 +39,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 SECTOR_BYTES: Final = 512
-SEG_MAX: Final = 126
-"""Data segments of one request: a queue of 128 less header and status, which is what QEMU offers too."""
+SEG_MAX: Final = 254
+"""Data segments of one request: a queue of 256 less header and status, as QEMU's own virtio-blk offers. A MiB in pages
+is two requests so. In a smaller queue a driver needs indirect descriptors for that many, which we offer."""
 MAX_QUEUES: Final = 16
 MAX_QUEUE_SIZE: Final = 1024
 MAX_RANGE_SECTORS: Final = 4194304
