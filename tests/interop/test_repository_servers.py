@@ -22,6 +22,7 @@ from tests.framework.backup_servers import (
     sftp_server,
     start_sshd,
 )
+from tests.framework.cut_line import CutLine, cut_line
 from tests.unit.repository.disks import MemoryDisk, back_up, content_of, scattered
 
 from mullion.base.units import KIB, MIB
@@ -307,6 +308,73 @@ def goes_on_when_there_is_room(backend: Backend, ballast: Path) -> None:
     manifest = back_up(repository, second)
     assert content_of(repository.open_disk(manifest, "disk0")) == second.content
     assert prune(repository, [repository.backups()[0].id]).kept == 1
+
+
+# ---------------------------------------------------------------------- a network that breaks
+
+
+class SmallSftp(SftpBackend):
+    pack_bytes = 256 * KIB
+
+
+class SmallS3(S3Backend):
+    pack_bytes = 256 * KIB
+
+
+@pytest.fixture(params=["sftp", "s3"])
+def far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Backend, CutLine]]:
+    """A storage behind a line that can be cut, tried twice."""
+    server = request.getfixturevalue(request.param)
+    with cut_line(server.port) as line:
+        inner: Backend
+        if isinstance(server, SftpServer):
+            known = (server.folder / "known_hosts").read_text().replace(f":{server.port}", f":{line.port}")
+            (tmp_path / "known_hosts").write_text(known)
+            credentials = dataclasses.replace(server.credentials, known_hosts=str(tmp_path / "known_hosts"))
+            folder = str(tmp_path / "repository")
+            inner = SmallSftp("127.0.0.1", folder, credentials, user=server.user, port=line.port)
+        else:
+            prefix = f"for-{os.urandom(4).hex()}"
+            inner = SmallS3("backup", prefix, server.credentials, endpoint=f"http://127.0.0.1:{line.port}")
+        backend = Persistent(inner, Patience(tries=2), sleep=lambda _: None)
+        yield backend, line
+        backend.close()
+
+
+def test_a_network_lost_in_a_backup_says_so_and_what_was_stored_is_used(far: tuple[Backend, CutLine]) -> None:
+    backend, line = far
+    repository = Repository.create(backend, "secret", scrypt_log2_n=10)
+    disk = MemoryDisk(os.urandom(3 * MIB))
+    for cut_bytes in (100_000, 900_000, 2_000_000):
+        line.cut_after(cut_bytes)
+        with pytest.raises((TargetUnreachableError, TargetTimeoutError, TargetFaultError)) as raised:
+            back_up(repository, disk)
+        assert raised.value.remedy
+        line.cut_after(None)
+    assert line.cuts == 3
+    before = line.carried_bytes
+    manifest = back_up(repository, disk)
+    assert line.carried_bytes - before < 2 * MIB, "what the tries before had stored was sent again"
+    assert verify(repository).is_whole
+    assert content_of(repository.open_disk(manifest, "disk0")) == disk.content
+
+
+def test_a_network_lost_in_a_restore_says_so_and_writes_nothing_wrong(far: tuple[Backend, CutLine]) -> None:
+    backend, line = far
+    repository = Repository.create(backend, "secret", scrypt_log2_n=10)
+    disk = MemoryDisk(os.urandom(2 * MIB))
+    manifest = back_up(repository, disk)
+    for cut_bytes in (50_000, 700_000):
+        line.cut_after(cut_bytes)
+        target = MemoryDisk(bytes(2 * MIB))
+        with pytest.raises((TargetUnreachableError, TargetTimeoutError, TargetFaultError)):
+            repository.open_disk(manifest, "disk0").restore(target)
+        line.cut_after(None)
+        written = [at for at in range(0, 2 * MIB, 64 * KIB) if any(target.content[at : at + 64 * KIB])]
+        assert all(target.content[at : at + 64 * KIB] == disk.content[at : at + 64 * KIB] for at in written)
+    target = MemoryDisk(bytes(2 * MIB))
+    repository.open_disk(manifest, "disk0").restore(target)
+    assert target.content == disk.content
 
 
 # ---------------------------------------------------------------------- killed
