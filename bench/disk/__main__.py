@@ -4,7 +4,7 @@ import sys
 from typing import Final
 
 import bench.disk
-from bench.disk import backup, caps, checkpoint, files, guest, instant, merge, requests
+from bench.disk import backup, caps, checkpoint, files, guest, instant, memory, merge, requests
 from bench.runner import Benchmarks, run_benchmarks
 
 BENCHMARKS: Final[Benchmarks] = {
@@ -12,6 +12,7 @@ BENCHMARKS: Final[Benchmarks] = {
     "guest": guest.run,
     "caps": caps.run,
     "checkpoint": checkpoint.run,
+    "memory": memory.run,
     "merge": merge.run,
     "backup": backup.run,
     "files": files.run,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.framework.guest_console import GuestConsole, logged_in
@@ -17,6 +19,7 @@ from mullion.services.image.build import BuiltImage
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 ROUNDS = 4
+SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 def layer_files(service: Service, name: str) -> set[str]:
@@ -102,6 +105,52 @@ def test_a_guest_goes_on_where_its_memory_was(
     service.cli("checkpoint", "delete", name, "remembered")
     wait_until_merged(service, name)
     service.cli("partition", "stop", name, "--force")
+
+
+@pytest.fixture
+def userfaultfd() -> Iterator[None]:
+    """Let QEMU, under its partition's user, protect pages: what an administrator would set."""
+    before = SYSCTL.read_text()
+    SYSCTL.write_text("1")
+    yield
+    SYSCTL.write_text(before)
+
+
+def test_a_guest_runs_on_while_its_memory_is_written(
+    shared_service: Service, iocheck_image: BuiltImage, userfaultfd: None
+) -> None:
+    """The guest's own memory says what its disk must hold: they are of one instant, or `iocheck` finds wrong bytes."""
+    service, name = shared_service, "live"
+    start_guest(service, iocheck_image, name, Transport.NBD, system_transport=Transport.NBD)
+    with logged_in(service, name) as console:
+        begin_iocheck(console)
+        wait_for_writes(console)
+        with service.client() as client:
+            made = client.wait(client.create_checkpoint(name, "running", memory=True).id)
+        assert made.result is not None
+        assert made.result["is_live"] is True
+        wait_for_writes(console)
+    assert "the guest ran on" in service.cli("checkpoint", "show", name, "running").stdout
+    for _ in range(2):  # the second time what the first has written is thrown away
+        service.cli("checkpoint", "apply", name, "running", "--yes")
+        with GuestConsole(service, name) as console:
+            wait_for_writes(console)
+    with GuestConsole(service, name) as console:
+        wait_for_writes(console)
+        report = end_iocheck(console)
+    assert (report.wrong, report.errors) == (0, 0)
+
+    SYSCTL.write_text("0")
+    with service.client() as client:
+        made = client.wait(client.create_checkpoint(name, "still", memory=True).id)
+    assert made.result is not None
+    assert made.result["is_live"] is False
+    assert "vm.unprivileged_userfaultfd" in service.cli("checkpoint", "show", name, "still").stdout
+    for checkpoint in ("running", "still"):
+        service.cli("checkpoint", "delete", name, checkpoint)
+    wait_until_merged(service, name)
+    service.cli("partition", "stop", name, "--force")
+    assert service.cli("vhd", "check", f"{service.paths.disks}/{name}-data.vhd").status == 0
 
 
 @pytest.mark.parametrize("victim", ["provider", "service"])

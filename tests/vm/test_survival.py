@@ -19,7 +19,14 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 KILLS = 20
 
 
-def start_guest(service: Service, image: BuiltImage, name: str, transport: Transport) -> None:
+def start_guest(
+    service: Service,
+    image: BuiltImage,
+    name: str,
+    transport: Transport,
+    *,
+    system_transport: Transport = Transport.AUTO,
+) -> None:
     """A partition with a data disk over this transport, its guest up."""
     with service.client() as client:
         client.create_disk(path=name, parent=image.path)
@@ -28,7 +35,10 @@ def start_guest(service: Service, image: BuiltImage, name: str, transport: Trans
             PartitionDefinition(
                 name=name,
                 memory_bytes=256 * MIB,
-                disks=(DiskAttachment(path=name), DiskAttachment(path=f"{name}-data", transport=transport)),
+                disks=(
+                    DiskAttachment(path=name, transport=system_transport),
+                    DiskAttachment(path=f"{name}-data", transport=transport),
+                ),
             )
         )
         client.wait(client.partition_action(name, "start"))

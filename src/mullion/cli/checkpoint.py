@@ -58,6 +58,9 @@ def _created(operation: OperationView) -> str:
     result = operation.result or {}
     stall_ms = result.get("stall_ms")
     waited = f"; the guest's disks waited {stall_ms} ms" if stall_ms else ""
+    if "pause_ms" in result:
+        why = result.get("stood_still_because")
+        waited = f"; the guest stood still for {result['pause_ms']} ms" + (f", for {why}" if why else "")
     return f"checkpoint {result.get('checkpoint')} made{waited}"
 
 

@@ -87,7 +87,7 @@ def details(view: CheckpointView) -> str:
             ("made", view.created_at),
             ("by schedule", view.schedule),
             ("kind", _kind(view)),
-            ("memory", "kept" if view.has_memory else ""),
+            ("memory", _memory(view)),
             ("present", "was made from it" if view.is_present else ""),
             (
                 "disks",
@@ -99,6 +99,15 @@ def details(view: CheckpointView) -> str:
             ),
         ]
     )
+
+
+def _memory(view: CheckpointView) -> str:
+    if not view.has_memory:
+        return ""
+    if view.is_live:
+        return "kept; the guest ran on while it was written"
+    why = f": {printable(view.stood_still_because)}" if view.stood_still_because else ""
+    return f"kept; the guest stood still while it was written{why}"
 
 
 def _name(path: str) -> str:

@@ -184,6 +184,10 @@ class CheckpointView(Struct, frozen=True):
     description: str = ""
     schedule: str = ""
     has_memory: bool = False
+    is_live: bool = False
+    """The guest ran on while its memory was written."""
+    stood_still_because: str = ""
+    """Why it did not."""
     is_ready: bool = True
     is_present: bool = False
     """Whether what is there now was made from it."""

@@ -2,7 +2,8 @@
 
     disks only            nothing is stopped; with UEFI or a TPM the guest is paused while their few bytes are copied
     filesystems frozen    by the guest's agent (`hypervisor.freeze`)
-    memory                the guest is paused, its disks are flushed, memory and devices are written
+    memory                the guest is paused, its disks are flushed, memory and devices are written; or, where the
+                          host allows it, written while it runs on (`live_memory`)
 
 The files lie in a folder of the checkpoint's own, durable before the record names them.
 """
@@ -34,10 +35,13 @@ _FIRMWARE = "firmware"
 
 
 @contextlib.asynccontextmanager
-async def held_still(partition: Partition, record: CheckpointRecord, say: Say) -> AsyncIterator[CheckpointRecord]:
+async def held_still(
+    partition: Partition, record: CheckpointRecord, say: Say, *, is_live: bool = False
+) -> AsyncIterator[CheckpointRecord]:
     """The record with all that is held besides disks, which are to be frozen inside the block; then the guest goes on.
 
-    The caller holds the partition's lock. Raises: as `frozen_filesystems`; what writing the state raises.
+    `is_live`: the memory is the caller's to write (`live_memory`), from inside the block on. The caller holds the
+    partition's lock. Raises: as `frozen_filesystems`; what writing the state raises.
     """
     async with contextlib.AsyncExitStack() as stack:
         machine = partition.runtime.machine
@@ -47,7 +51,7 @@ async def held_still(partition: Partition, record: CheckpointRecord, say: Say) -
         if machine is not None and (record.consistency is Consistency.MEMORY or _has_firmware_state(partition)):
             stack.push_async_callback(_go_on, partition)
             await machine.pause()
-        if record.consistency is Consistency.MEMORY:
+        if record.consistency is Consistency.MEMORY and not is_live:
             record = msgspec.structs.replace(record, saved=await _write_memory(partition, record, say))
         elif machine is None and partition.record.saved is not None and not record.is_passing:
             record = await asyncio.to_thread(_take_saved, partition, record)
@@ -65,11 +69,14 @@ async def _go_on(partition: Partition) -> None:
 
 async def _write_memory(partition: Partition, record: CheckpointRecord, say: Say) -> SavedState:
     saved = await write_saved(partition, lambda what, _part: say(what))
-    return await asyncio.to_thread(_move_memory, partition, record, saved)
+    return await asyncio.to_thread(move_memory, partition, record, saved)
 
 
-def _move_memory(partition: Partition, record: CheckpointRecord, saved: SavedState) -> SavedState:
-    """The state that was written where the partition keeps its own is the checkpoint's from now on."""
+def move_memory(partition: Partition, record: CheckpointRecord, saved: SavedState) -> SavedState:
+    """The state that was written where the partition keeps its own is the checkpoint's from now on. Blocking; durable.
+
+    Raises: OSError.
+    """
     folder = folder_of(partition, record)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     os.rename(state_path(partition, saved), f"{folder}/{_MEMORY}")

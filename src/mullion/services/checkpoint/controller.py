@@ -11,9 +11,10 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -36,8 +37,9 @@ from mullion.services.checkpoint.branching import (
     note_children,
     settle,
 )
-from mullion.services.checkpoint.capture import held_still, put_back, remove_folder, sweep_folders
+from mullion.services.checkpoint.capture import held_still, move_memory, put_back, remove_folder, sweep_folders
 from mullion.services.checkpoint.keeper import LayerKeeper, MergeSlots
+from mullion.services.checkpoint.live_memory import LiveMemory, obstacle_to_live
 from mullion.services.checkpoint.merge_link import end_worker
 from mullion.services.checkpoint.record import PREFIX, CheckpointRecord, Consistency, FrozenDisk
 from mullion.services.partition.controller import PartitionController
@@ -50,6 +52,14 @@ log = logging.getLogger(__name__)
 
 _AT_REST: Final = (PartitionState.STOPPED, PartitionState.FAILED, PartitionState.SAVED)
 _CHECKPOINTABLE: Final = (PartitionState.RUNNING, PartitionState.PAUSED, *_AT_REST)
+
+
+class _Made(NamedTuple):
+    record: CheckpointRecord
+    stall_ms: float
+    """For so long the guest's requests waited."""
+    pause_ms: float
+    """For so long the guest stood still, where it had to."""
 
 
 class CheckpointController:
@@ -101,7 +111,7 @@ class CheckpointController:
         for record in list(self._of(partition.name).values()):
             if not record.is_ready:
                 log.warning("%s: checkpoint %s was not completed before a crash: dropped", partition.name, record.name)
-                await self._forget(record)
+                await self._remove(partition, [record])
         await asyncio.to_thread(sweep_folders, partition, set(self._of(partition.name)))
 
     async def forget_partition(self, partition: Partition) -> None:
@@ -202,6 +212,8 @@ class CheckpointController:
             schedule=record.schedule,
             consistency=record.consistency.value,
             has_memory=record.saved is not None,
+            is_live=record.is_live,
+            stood_still_because=record.stood_still_because,
             is_ready=record.is_ready,
             is_present=self._partitions.find(record.partition).record.checkpoint == record.id,
             disks=tuple(
@@ -259,7 +271,7 @@ class CheckpointController:
             consistency=Consistency.FILESYSTEM if consistent else Consistency.CRASH,
             is_passing=True,
         )
-        record, _ = await self._freeze(lambda _: None, partition, wanted)
+        record = (await self._freeze(lambda _: None, partition, wanted)).record
         stack.push_async_callback(self._pass, partition, record)
         unwritten = [disk for disk in partition.record.definition.disks if disk.read_only]
         frozen = {disk.id: disk.path for disk in record.disks}
@@ -322,8 +334,16 @@ class CheckpointController:
         async def work(operation: Operation) -> Mapping[str, object]:
             await until_answered(self._partitions.find(name), operation.stage)
             operation.point_of_no_return()
-            record, stall_ms = await self._create(operation.stage, wanted)
-            return {"checkpoint": record.name, "id": record.id, "stall_ms": round(stall_ms, 3)}
+            made = await self._create(operation.stage, wanted)
+            record = made.record
+            result = {"checkpoint": record.name, "id": record.id, "stall_ms": round(made.stall_ms, 3)}
+            if memory:
+                result |= {
+                    "is_live": record.is_live,
+                    "stood_still_because": record.stood_still_because,
+                    "pause_ms": round(made.pause_ms, 3),
+                }
+            return result
 
         return await self._operations.start("checkpoint.create", f"partition/{name}", work, cancellable=True)
 
@@ -342,7 +362,7 @@ class CheckpointController:
             name, checkpoint, memory=False, consistent=consistent, description=description, schedule=schedule
         )
         await until_answered(self._partitions.find(name), say)
-        return (await self._create(say, wanted))[0]
+        return (await self._create(say, wanted)).record
 
     async def _wanted(
         self, name: str, checkpoint: str, *, memory: bool, consistent: bool, description: str, schedule: str
@@ -382,20 +402,62 @@ class CheckpointController:
         stamp = utc_now()[:19].replace(":", "").replace("T", "-")
         return next(n for n in (stamp, *(f"{stamp}-{number}" for number in range(2, 10_000))) if n not in names)
 
-    async def _create(self, say: Callable[[str], None], wanted: CheckpointRecord) -> tuple[CheckpointRecord, float]:
+    async def _create(self, say: Callable[[str], None], wanted: CheckpointRecord) -> _Made:
         partition = self._partitions.find(wanted.partition)
+        live: LiveMemory | None = None
         async with partition.lock:
-            record, stall_ms = await self._freeze(say, partition, wanted)
+            if wanted.consistency is Consistency.MEMORY:
+                obstacle = await obstacle_to_live(partition)
+                if obstacle is None:
+                    live = await LiveMemory.ready(partition, say)
+                wanted = msgspec.structs.replace(wanted, is_live=obstacle is None, stood_still_because=obstacle or "")
+            made = await self._freeze(say, partition, wanted, live)
+        if live is not None:
+            made = made._replace(record=await self._complete(partition, made.record, live))
+        record = made.record
         self._events.publish(
             "checkpoint.created", f"partition/{partition.name}", {"checkpoint": record.name, "id": record.id}
         )
         self._keeper(partition).wake()
-        return record, stall_ms
+        return made
+
+    async def _complete(self, partition: Partition, record: CheckpointRecord, live: LiveMemory) -> CheckpointRecord:
+        """Wait for the memory of a checkpoint whose disks are frozen; then it is ready. Not under the lock: the guest
+        runs meanwhile, and its provider may have to be started again.
+        """
+        try:
+            saved = await live.finish()
+            async with partition.lock:
+                saved = await asyncio.to_thread(move_memory, partition, record, saved)
+                ready = msgspec.structs.replace(self._of(record.partition)[record.id], saved=saved, is_ready=True)
+                known = self._revisions[record.key]
+                self._keep(
+                    ready, await self._store.transact([Condition(record.key, known)], [Put(record.key, ready.encode())])
+                )
+            return ready
+        except BaseException:
+            await asyncio.shield(self._abandon(partition, record.id, live))
+            raise
+
+    async def _abandon(self, partition: Partition, checkpoint_id: str, live: LiveMemory) -> None:
+        """Its memory could not be written: a checkpoint that nobody was promised goes, and its layers are merged."""
+        await live.give_up()
+        async with partition.lock:
+            if (record := self._of(partition.name).get(checkpoint_id)) is not None:  # else the partition is gone
+                await self._remove(partition, [record])
+                self._keeper(partition).wake()
 
     async def _freeze(
-        self, say: Callable[[str], None], partition: Partition, wanted: CheckpointRecord
-    ) -> tuple[CheckpointRecord, float]:
-        """Make a checkpoint; the caller holds the lock. What is there now stems from it, unless it is a passing one."""
+        self,
+        say: Callable[[str], None],
+        partition: Partition,
+        wanted: CheckpointRecord,
+        live: LiveMemory | None = None,
+    ) -> _Made:
+        """Make a checkpoint; the caller holds the lock. What is there now stems from it, unless it is a passing one.
+
+        With `live` it is not ready yet: its memory is being written when this returns.
+        """
         written = [disk.id for disk in partition.record.definition.disks if not disk.read_only]
         heads = {disk: layers_of(partition, disk).head for disk in written}
         if not heads:
@@ -415,20 +477,28 @@ class CheckpointController:
         self._keep(record, partition.revision)
         try:
             await make_children(children, heads)
-            async with held_still(partition, record, say) as held:
+            begun_s = time.monotonic()
+            async with held_still(partition, record, say, is_live=live is not None) as held:
                 say("freezing the disks")
-                stall_ms = await self._commit(partition, held, children)
+                stall_ms = await self._commit(partition, held, children, is_ready=live is None)
+                if live is not None:
+                    await live.begin()
+            pause_ms = (time.monotonic() - begun_s) * 1000
         except BaseException:
+            if live is not None:
+                await live.give_up()
             await self._remove(partition, [record])  # its layers are merged again, if it came to have any
             self._keeper(partition).wake()
             raise
-        return self._records[record.partition][record.id], stall_ms
+        return _Made(self._records[record.partition][record.id], stall_ms, pause_ms)
 
-    async def _commit(self, partition: Partition, record: CheckpointRecord, children: Mapping[str, str]) -> float:
-        """The heads are frozen, and the checkpoint is ready; milliseconds for which the guest's requests waited."""
+    async def _commit(
+        self, partition: Partition, record: CheckpointRecord, children: Mapping[str, str], *, is_ready: bool
+    ) -> float:
+        """The heads are frozen, and the checkpoint may be ready; milliseconds for which the guest's requests waited."""
         if record.is_passing:
             return await freeze_heads(partition, children)
-        ready = msgspec.structs.replace(record, is_ready=True)
+        ready = msgspec.structs.replace(record, is_ready=is_ready)
         return await freeze_heads(
             partition,
             children,
@@ -537,6 +607,11 @@ class CheckpointController:
 
     def _check_unread(self, record: CheckpointRecord) -> None:
         name = record.partition
+        if not record.is_ready:
+            raise ConflictError(
+                f"checkpoint {record.name} of partition {name} is being made",
+                remedy="Wait until it is made: mullion operation list",
+            )
         if any(self._readers[disk.path] for disk in record.disks):
             raise ConflictError(
                 f"checkpoint {record.name} of partition {name} is being read",

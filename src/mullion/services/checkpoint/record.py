@@ -59,6 +59,10 @@ class CheckpointRecord(msgspec.Struct, frozen=True):
     """Memory and devices."""
     firmware: str | None = None
     """The folder with the firmware's variables and the TPM's state."""
+    is_live: bool = False
+    """The guest ran on while its memory was written."""
+    stood_still_because: str = ""
+    """Why it did not, where memory was written."""
     is_passing: bool = False
     """Made for one reader of the partition as it is now: shown to nobody, and gone with the reader."""
     is_ready: bool = False

@@ -30,7 +30,13 @@ from mullion.base.errors import ConflictError, MullionError, NotFoundError, Unav
 from mullion.base.units import utc_now
 from mullion.hypervisor.errors import StartFailedError, StateRefusedError
 from mullion.hypervisor.saved_state import check_movable, host_cpu, machine_facts
-from mullion.hypervisor.state_file import StateAbout, StateDamagedError, check_state, remove_state
+from mullion.hypervisor.state_file import (
+    StateAbout,
+    StateDamagedError,
+    StateInfo,
+    check_state,
+    remove_state,
+)
 from mullion.model.definition import Accelerator, PartitionDefinition, PowerState
 from mullion.services.partition.preparation import Preparer, machine_spec
 from mullion.services.partition.record import DiskStamp, PartitionRecord, SavedState
@@ -74,23 +80,46 @@ async def write_saved(partition: Partition, say: Say) -> SavedState:
 
     Raises: what `Machine.write_state` raises, and what provider and QEMU refuse; no file is left then.
     """
+    about = await ready_to_write(partition)
     runtime = partition.runtime
-    machine, run = runtime.machine, runtime.started_with
-    if machine is None or run is None:
+    machine = runtime.machine
+    if machine is None:
         raise UnavailableError(f"partition {partition.name} has no QEMU that could be saved")
-    await check_movable(machine)
-    await flush_disks(partition)  # most of it while the guest still runs
     await machine.pause()
     say("flushing the disks", 0.0)
     await flush_disks(partition)
-    about = await describe(partition)
-    name = f"{_PREFIX}{uuid.uuid4().hex[:8]}{_SUFFIX}"
+    name = new_state_name()
     say("writing memory and devices", None)
     info = await machine.write_state(
         f"{runtime.paths.data}/{name}",
         about,
         on_progress=lambda part: say("writing memory and devices", part * _WRITE_PART),
     )
+    return as_saved(partition, name, about, info)
+
+
+async def ready_to_write(partition: Partition) -> StateAbout:
+    """What can be done while the guest runs: refuse what cannot be written, flush most of the disks, describe.
+
+    Raises: UnavailableError without QEMU or a provider; what provider and QEMU refuse; as `describe`.
+    """
+    machine = partition.runtime.machine
+    if machine is None:
+        raise UnavailableError(f"partition {partition.name} has no QEMU that could be saved")
+    await check_movable(machine)
+    await flush_disks(partition)
+    return await describe(partition)
+
+
+def new_state_name() -> str:
+    """A name in the partition's data folder that no state has; what crashes leave under it is swept away."""
+    return f"{_PREFIX}{uuid.uuid4().hex[:8]}{_SUFFIX}"
+
+
+def as_saved(partition: Partition, name: str, about: StateAbout, info: StateInfo) -> SavedState:
+    """A state that was written to a file of this name, as the record keeps it."""
+    run = partition.runtime.started_with
+    assert run is not None, "it had a QEMU when the state was begun, and what that was started with is kept"
     return SavedState(
         file=name,
         seal=info.seal,
