@@ -29,6 +29,9 @@ QEMU: Final = "qemu-system-x86_64"
 SPARE_ROOT_PORTS: Final = 6
 RECONNECT_S: Final = 1
 """How often QEMU tries to reach a provider that went away; QEMU 7.2 counts in whole seconds."""
+DISK_THREAD: Final = "disks"
+"""QEMU's thread for the virtio disks that it serves by NBD: without it they wait for the main loop, and the processors
+that TCG emulates wait with them when they want the lock of that."""
 NBD_RECONNECT_S: Final = 30
 """How long requests over NBD wait for a provider that went away, before they fail and pause the guest."""
 VHOST_QUEUE_SIZE: Final = 256
@@ -207,6 +210,8 @@ def _memory(spec: MachineSpec) -> Iterator[str]:
 def _disks(spec: MachineSpec, bus: str) -> Iterator[str]:
     definition = spec.definition
     counts = dict.fromkeys(Bus, 0)
+    if any(disk.bus is Bus.VIRTIO and disk.transport is Transport.NBD for disk in spec.disks):
+        yield from ("-object", f"iothread,id={DISK_THREAD}")
     for index, disk in enumerate(spec.disks, start=1):  # boot index 0 belongs to a kernel of the host (-kernel)
         place, counts[disk.bus] = counts[disk.bus], counts[disk.bus] + 1
         match disk.bus:
@@ -214,7 +219,7 @@ def _disks(spec: MachineSpec, bus: str) -> Iterator[str]:
                 _check_place(definition, disk, place, VIRTIO_SLOTS)
                 where = {"bus": bus, "addr": f"{0x0A + place:02x}", "num-queues": "1", "config-wce": "off"}
                 if disk.transport is Transport.NBD:
-                    yield from _over_nbd(disk, "virtio-blk-pci", index, **where)
+                    yield from _over_nbd(disk, "virtio-blk-pci", index, iothread=DISK_THREAD, **where)
                     continue
                 name = f"disk-{disk.id}"  # our prefix: a disk may be called `watchdog`
                 yield from ("-chardev", _options("socket", id=name, path=disk.socket, reconnect=str(RECONNECT_S)))
