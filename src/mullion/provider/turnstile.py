@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from mullion.base.block import BlockDevice, Buffer, Extent, WritableBuffer
 from mullion.base.errors import DeadlineError
+from mullion.wire.nbd.pages import PagedDevice
 
 
 class Turnstile:
@@ -88,6 +89,7 @@ class HeldDevice:
 
     def __init__(self, device: BlockDevice, turnstile: Turnstile) -> None:
         self._device = device
+        self._paged = device if isinstance(device, PagedDevice) else None
         self._turnstile = turnstile
         self._local = threading.local()
 
@@ -111,6 +113,13 @@ class HeldDevice:
     def pread(self, offset: int, buffer: WritableBuffer) -> None:
         with self._seat():
             self._device.pread(offset, buffer)
+
+    def pread_to_pipe(self, offset: int, length: int, pipe_fd: int) -> bool:
+        """As of `wire.nbd.pages.PagedDevice`, where the device can do it."""
+        if self._paged is None:
+            return False
+        with self._seat():
+            return self._paged.pread_to_pipe(offset, length, pipe_fd)
 
     def pwrite(self, offset: int, buffer: Buffer) -> None:
         with self._seat():

@@ -28,7 +28,7 @@ from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bitmap
 from mullion.vhd.cells import CELL_BYTES, YOUNG_SECTORS, widened
 from mullion.vhd.errors import DiskReadOnlyError, ParentNotFoundError, VhdDamagedError, VhdError
-from mullion.vhd.fileio import IOV_LIMIT, SYSTEM, ZEROS, FileIO
+from mullion.vhd.fileio import IOV_LIMIT, PAGED_RUN_BYTES, SYSTEM, ZEROS, FileIO
 from mullion.vhd.flushing import FlushBehind, SharedFlush
 from mullion.vhd.geometry import SizeFrom
 from mullion.vhd.image import Image, load_image, open_file
@@ -354,6 +354,19 @@ class Chain:
                 count -= len(left.pop(0))
             if count:
                 left[0] = left[0][count:]
+
+    def pread_to_pipe(self, offset: int, length: int, pipe_fd: int) -> bool:
+        """Append a range to a pipe that does not block, by reference to the page cache; False when it did not go.
+
+        That is so where no file has anything, where the runs in the files are too short to be worth it, and when the
+        pipe was full: it may hold part of the range then. What the pipe holds stays what it was when a file loses it.
+        """
+        self._check_range(offset, length)
+        self._check_open()
+        segments = self._map.segments(offset, length)
+        if any(fd == NOWHERE or count < PAGED_RUN_BYTES for fd, _, count in segments):
+            return False
+        return all(os.splice(fd, pipe_fd, count, offset_src=at) == count for fd, at, count in segments)
 
     # ------------------------------------------------------------------ writing
 

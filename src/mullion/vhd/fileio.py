@@ -23,6 +23,9 @@ ZEROS: Final = memoryview(bytes(MIB))
 IOV_LIMIT: Final = 1024
 """Buffers in one preadv or pwritev (IOV_MAX of Linux)."""
 
+PAGED_RUN_BYTES: Final = 16 * KIB
+"""Below this a copy costs less than to hand on references to pages."""
+
 SHORT_COPY_BYTES: Final = 64 * KIB
 """Below this reading and writing costs less than copy_file_range (ext4, Linux 6: half, in pieces of 4 KiB)."""
 

@@ -17,6 +17,7 @@ from mullion.base.errors import DeniedError, NoSpaceError
 from mullion.base.units import KIB, MIB
 from mullion.wire.nbd import Export, NbdProtocolError
 from mullion.wire.nbd.messages import Chunk, Command, CommandFlag, NbdError
+from mullion.wire.nbd.transmission import PIECE_BYTES
 
 pytestmark = pytest.mark.unit
 
@@ -91,12 +92,17 @@ class TestWrite:
         assert pump.ask(write(100, payload)) == [done()]
         assert device.content == before[:100] + payload + before[100 + length :]
         assert pump.transmission.bytes_written == length
-        assert all(size <= MIB for _, _, size in device.calls)
+        assert all(size <= PIECE_BYTES for _, _, size in device.calls)
         assert device.flushes == 0
 
     def test_the_device_gets_a_short_payload_in_one_call(self, pump: Pump, device: MemoryDevice) -> None:
-        pump.ask(write(0, bytes(MIB)), pieces=[1000, 1, 65536])
-        assert device.calls == [("pwrite", 0, MIB)]
+        pump.ask(write(0, bytes(PIECE_BYTES)), pieces=[1000, 1, 65536])
+        assert device.calls == [("pwrite", 0, PIECE_BYTES)]
+
+    def test_a_long_payload_is_written_while_it_comes(self, pump: Pump, device: MemoryDevice) -> None:
+        pump.feed(write(0, bytes(3 * PIECE_BYTES))[: 28 + 2 * PIECE_BYTES])
+        assert device.calls == [("pwrite", 0, PIECE_BYTES), ("pwrite", PIECE_BYTES, PIECE_BYTES)]
+        assert not pump.sent
 
     @pytest.mark.parametrize("length", [0, 4096, 2 * MIB])
     def test_force_unit_access_flushes_before_the_answer(self, pump: Pump, device: MemoryDevice, length: int) -> None:

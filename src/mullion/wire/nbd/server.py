@@ -1,9 +1,9 @@
 """The sockets of an NBD server: one thread that accepts, one per connection.
 
 Invariants:
-- A client can hold up nobody but itself: each has its thread and its buffers (1.5 MiB, and 32 MiB while a long READ is
-  answered in one piece), and MAX_CONNECTIONS bounds them; a client over that is hung up on at once. A negotiation has
-  a deadline as a whole.
+- A client can hold up nobody but itself: each has its thread and its buffers (640 KiB, a pipe of 512 KiB, and 32 MiB
+  while a long READ is answered in one piece), and MAX_CONNECTIONS bounds them; one over that is hung up on at once.
+  A negotiation has a deadline as a whole.
 - No thread outlives `stop`: requests that have arrived are finished and answered, then the connections close.
 - With `tls` every client has to begin with STARTTLS and a certificate that the context accepts.
 - A client's mistake or death ends its connection, and nothing else.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mullion.base.errors import DeadlineError
 from mullion.wire.nbd.messages import REQUEST, NbdProtocolError
+from mullion.wire.nbd.pages import PagePipe
 from mullion.wire.nbd.session import Export, Handshake, HandshakeState
 from mullion.wire.nbd.transmission import BUFFER_BYTES, Transmission, untouched
 
@@ -132,6 +133,7 @@ class _Connection:
                 contexts=handshake.contexts,
                 send=client.sendall,
                 is_gone=self._is_gone,
+                pages=PagePipe(client.fileno()) if client.family == socket.AF_UNIX and tls is None else None,
             )
         return handshake.export
 

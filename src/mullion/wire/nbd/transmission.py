@@ -4,7 +4,8 @@ Spec: "The NBD protocol", sections "Transmission phase", "Structured reply chunk
 
 The owner reads into one buffer of `BUFFER_BYTES` and calls `feed` with what is there; requests are parsed in place, one
 `unpack_from` each and no object; the payload of a WRITE goes to the device straight from that buffer, the data of a
-READ straight into the reply buffer, where replies collect until the input runs dry or `SEND_AT_BYTES` are there.
+READ straight into the reply buffer, where replies collect until the input runs dry or `SEND_AT_BYTES` are there. Long
+READs go past it, from the page cache to the socket, where both can do that (`pages`).
 
     feed sees                               and asks for (`wanted`, counted from where it stopped)
     part of a header                        a header
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from mullion.base.errors import InvalidError, MullionError, NoSpaceError
-from mullion.base.units import KIB, MIB
+from mullion.base.units import KIB
 from mullion.wire.nbd.contexts import Context, longest_runs
 from mullion.wire.nbd.messages import (
     CHUNK,
@@ -50,12 +51,14 @@ from mullion.wire.nbd.messages import (
     NbdError,
     NbdProtocolError,
 )
+from mullion.wire.nbd.pages import PAGED_BYTES, PagedDevice, PagePipe
 from mullion.wire.nbd.session import Export
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES: Final = MIB
-"""A payload up to this length reaches the device in one call; a longer one in pieces of it."""
+PIECE_BYTES: Final = 128 * KIB
+"""A payload up to this length reaches the device in one call; a longer one in pieces of it, each while the next one
+comes (and while it is in the processor's cache)."""
 BUFFER_BYTES: Final = REQUEST.size + PIECE_BYTES
 SEND_AT_BYTES: Final = 128 * KIB
 _REPLY_BUFFER_BYTES: Final = 512 * KIB
@@ -111,8 +114,12 @@ class Transmission:
         contexts: Sequence[tuple[int, Context]],
         send: Callable[[memoryview], None],
         is_gone: Callable[[], bool] = lambda: False,
+        pages: PagePipe | None = None,
     ) -> None:
-        """`is_gone` says whether the client went away; it is asked when a request has to wait for long."""
+        """`is_gone` says whether the client went away; it is asked when a request has to wait for long.
+
+        `pages` leads to the same client as `send`; `close` closes it.
+        """
         self._export = export
         self._gate = None if export.new_gate is None else export.new_gate()
         self._is_gone = is_gone
@@ -122,6 +129,8 @@ class Transmission:
         self._is_structured = is_structured
         self._contexts = contexts
         self._send = send
+        self._pages = pages
+        self._copied_bytes = _READ_CHUNK_BYTES if pages is None else PAGED_BYTES - 1
         self._reply = untouched(_REPLY_BUFFER_BYTES)
         self._reply_view = self._reply
         self._reply_used = 0
@@ -151,7 +160,7 @@ class Transmission:
         reply, reply_view = self._reply, self._reply_view
         self._device = self._export.device
         pread, size_bytes, is_structured = self._device.pread, self._size_bytes, self._is_structured
-        gate = self._gate
+        copied_bytes, gate = self._copied_bytes, self._gate
         is_limited = gate is not None and gate.is_limited
         if self._payload_left:
             start = self._take_payload(view, start, end)
@@ -164,7 +173,7 @@ class Transmission:
             if (
                 command == _READ
                 and is_structured
-                and 0 < length <= _READ_CHUNK_BYTES
+                and 0 < length <= copied_bytes
                 and not flags
                 and offset + length <= size_bytes
             ):
@@ -228,6 +237,8 @@ class Transmission:
         """The connection has ended."""
         if self._gate is not None:
             self._gate.leave()
+        if self._pages is not None:
+            self._pages.close()
 
     def send_replies(self) -> None:
         """Send what is ready. The owner calls it before it waits for more input."""
@@ -333,8 +344,17 @@ class Transmission:
 
     def _read_in_chunks(self, cookie: int, offset: int, length: int) -> None:
         end = offset + length
+        pages, device = self._pages, self._device
         while offset < end:
             piece_bytes = min(end - offset, _READ_CHUNK_BYTES)
+            done = _DONE if offset + piece_bytes == end else 0
+            if pages is not None and piece_bytes >= PAGED_BYTES and isinstance(device, PagedDevice):
+                head = OFFSET_CHUNK.pack(CHUNK_MAGIC, done, _OFFSET_DATA, cookie, piece_bytes + 8, offset)
+                self.send_replies()  # replies are in order
+                if pages.send(head, device, offset, piece_bytes):
+                    self.bytes_read += piece_bytes
+                    offset += piece_bytes
+                    continue
             if self._reply_used + OFFSET_CHUNK.size + piece_bytes > _REPLY_BUFFER_BYTES:
                 self.send_replies()
             used = self._reply_used
@@ -345,7 +365,6 @@ class Transmission:
             except (OSError, MullionError) as error:
                 self._finish(cookie, self._failed(error, "read", offset))
                 return
-            done = _DONE if offset + piece_bytes == end else 0
             OFFSET_CHUNK.pack_into(self._reply, used, CHUNK_MAGIC, done, _OFFSET_DATA, cookie, piece_bytes + 8, offset)
             self._reply_used = filled
             self.bytes_read += piece_bytes
