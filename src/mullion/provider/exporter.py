@@ -17,10 +17,8 @@ Durability: nothing is written.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -29,15 +27,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from mullion.base.errors import MullionError, OperationFailedError
 from mullion.base.files import replace_file
 from mullion.base.listener import bind_listener, bind_tcp_listener
 from mullion.base.process import ProcessIdentity
 from mullion.provider.control import Command, ControlServer, close_all
 from mullion.provider.export_spec import ExportedDisk, ExportSpec
-from mullion.provider.merger import yield_to_others
 from mullion.provider.spec import DiskSpec
-from mullion.provider.startup import drop_privileges, open_chain_files, report, set_process_name
+from mullion.provider.startup import drop_privileges, open_chain_files
+from mullion.provider.working import begin_work, fields_by_hand, yield_to_others
 from mullion.vhd import Chain
 from mullion.vhd.held import ChangedSince
 from mullion.wire.nbd import Export, NbdServer, SteadyReader
@@ -181,36 +178,19 @@ def _tls_context(folder: str | None) -> ssl.SSLContext | None:
 
 def run_export(spec: ExportSpec, report_fd: int) -> int:
     """Be an exporter until the end; the exit status. `report_fd` gets the line that says ready or why not."""
-    set_process_name(PROCESS_NAME)
     threading.stack_size(_THREAD_STACK_BYTES)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     exporter = Exporter(spec)
-    signal.set_wakeup_fd(exporter.quit_fd, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    try:
-        exporter.open()
-    except (MullionError, OSError) as error:
-        failure = error if isinstance(error, MullionError) else _cannot_start(spec, error)
-        log.error("%s: %s", spec.partition, failure)
-        report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
+    if not begin_work(exporter, spec, what="exporter", process_name=PROCESS_NAME, report_fd=report_fd):
         return 1
-    report(report_fd, {"ready": True, "pid": os.getpid()})
     exporter.run()
     log.info("%s: the exporter ends", spec.partition)
     exporter.close()
     return 0
 
 
-def _cannot_start(spec: ExportSpec, error: OSError) -> MullionError:
-    return OperationFailedError(f"the exporter cannot start: {error}", remedy=f"See {spec.log}.")
-
-
 def main() -> int:
     """`python -m mullion.provider.exporter SPEC.json`: an exporter by hand, in the foreground, ready line on stdout."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    with open(sys.argv[1], encoding="utf-8") as file:
-        spec = ExportSpec.from_fields(json.load(file))
-    return run_export(spec, os.dup(1))
+    return run_export(ExportSpec.from_fields(fields_by_hand()), os.dup(1))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,8 @@ well, and ends.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import platform
-import signal
 import sys
 import threading
 import time
@@ -41,17 +38,14 @@ from mullion.base.process import ProcessIdentity
 from mullion.provider.control import Command, ControlServer, close_all
 from mullion.provider.control_client import encode
 from mullion.provider.merge_spec import MergeSpec
-from mullion.provider.startup import drop_privileges, report, set_process_name
+from mullion.provider.startup import drop_privileges
+from mullion.provider.working import begin_work, fields_by_hand, yield_to_others
 from mullion.vhd.layer_merge import LayerFiles, LayerMerged, merge_layer
 from mullion.vhd.pacing import Pace, StoppedError
 
 log = logging.getLogger(__name__)
 
 PROCESS_NAME: Final = "mullion-merge"
-_NICE: Final = 10
-_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}
-"""Number of the system call ioprio_set(2), which neither `os` nor the C library has."""
-_IOPRIO_LOWEST: Final = 2 << 13 | 7  # class best effort, the lowest of its levels; linux/ioprio.h
 
 
 class Merger:
@@ -177,47 +171,19 @@ def _as_result(merged: LayerMerged) -> dict[str, object]:
     }
 
 
-def yield_to_others() -> None:
-    """Let this process and its threads have processors and disks only where nobody else wants them much."""
-    os.nice(_NICE)
-    number = _IOPRIO_SET.get(platform.machine())
-    if number is not None:
-        import ctypes  # here, because the zygote imports this module and every provider would pay for it
-
-        # Best effort: not all schedulers of disks know priorities, and a sandbox may forbid the call.
-        ctypes.CDLL(None).syscall(number, 1, 0, _IOPRIO_LOWEST)
-
-
 def run_merge(spec: MergeSpec, report_fd: int) -> int:
     """Be a merge worker until the end; the exit status. `report_fd` gets the line that says ready or why not."""
-    set_process_name(PROCESS_NAME)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     merger = Merger(spec)
-    signal.set_wakeup_fd(merger.quit_fd, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    try:
-        merger.open()
-    except (MullionError, OSError) as error:
-        failure = error if isinstance(error, MullionError) else _cannot_start(spec, error)
-        log.error("%s: %s", spec.partition, failure)
-        report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
+    if not begin_work(merger, spec, what="merge worker", process_name=PROCESS_NAME, report_fd=report_fd):
         return 1
-    report(report_fd, {"ready": True, "pid": os.getpid()})
     status = merger.run()
     log.info("%s: the merge of %s into %s ends: %s", spec.partition, spec.upper, spec.lower, merger.status()["state"])
     return status
 
 
-def _cannot_start(spec: MergeSpec, error: OSError) -> MullionError:
-    return OperationFailedError(f"the merge worker cannot start: {error}", remedy=f"See {spec.log}.")
-
-
 def main() -> int:
     """`python -m mullion.provider.merger SPEC.json`: a worker by hand, in the foreground, ready line on stdout."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    with open(sys.argv[1], encoding="utf-8") as file:
-        spec = MergeSpec.from_fields(json.load(file))
-    return run_merge(spec, os.dup(1))
+    return run_merge(MergeSpec.from_fields(fields_by_hand()), os.dup(1))
 
 
 if __name__ == "__main__":
