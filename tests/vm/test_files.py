@@ -67,7 +67,7 @@ def test_a_service_that_dies_while_files_are_read_leaves_nothing(service: Servic
     with logged_in(service, "web") as console:
         console.command("dd if=/dev/urandom of=/root/data bs=1M count=20 && sync")
     with service.client() as client:
-        body = client.file_frames("web", "", "/root/data", disk="disk0", volume=2)
+        body = client.partition_files("web", "file", path="/root/data", disk="disk0", volume=2)
         body.read_exactly(1 << 16)
         service.kill()
         body.close()

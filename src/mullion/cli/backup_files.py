@@ -9,7 +9,7 @@ import click
 
 from mullion.cli.backup_options import repository_option
 from mullion.cli.face import Face, pass_face
-from mullion.cli.file_source import FileSource, volume_options
+from mullion.cli.file_source import FileSource, get_options, list_options, volume_options
 from mullion.cli.file_views import fetch_into, show_content, show_list, show_volumes
 from mullion.cli.lazy import Command
 
@@ -54,18 +54,12 @@ def _source(face: Face, backup: str, repository: str | None, disk: str | None, v
             backup, what, repository=repository, path=path, disk=disk, volume=volume, recursive=recursive
         )
 
-    return FileSource(
-        face,
-        lambda path, recursive: body("list", path, recursive=recursive),
-        lambda path, only_file: body("file" if only_file else "tree", path),
-    )
+    return FileSource(face, body)
 
 
 @click.command("ls", cls=Command)
 @click.argument("place", metavar="BACKUP[:/PATH]", type=_PlaceType(needs_path=False))
-@click.option("-l", "long", is_flag=True, help="With permissions, sizes and times.")
-@click.option("-R", "recursive", is_flag=True, help="With everything below.")
-@click.option("--volumes", "shows_volumes", is_flag=True, help="The volumes of the disks and what they hold.")
+@list_options
 @_options
 @pass_face
 def list_files(
@@ -87,11 +81,7 @@ def list_files(
       mullion backup ls --volumes 4f2a91c0
     """
     if shows_volumes:
-        views = face.client.backup_volumes(place.backup, repository=repository, disk=disk)
-        if face.is_json:
-            face.emit_json(views)
-        else:
-            show_volumes(face, views)
+        show_volumes(face, face.client.backup_volumes(place.backup, repository=repository, disk=disk))
         return
     source = _source(face, place.backup, repository, disk, volume)
     show_list(face, source.list(place.path, recursive=recursive), long=long, recursive=recursive)
@@ -114,9 +104,7 @@ def print_file(face: Face, place: BackupPlace, *, repository: str | None, disk: 
 @click.command("get", cls=Command)
 @click.argument("place", metavar="BACKUP:/PATH", type=_PlaceType(needs_path=True))
 @click.argument("destination", type=click.Path(path_type=str), metavar="DEST")
-@click.option("--force", is_flag=True, help="Take the place of existing files; folders are never replaced.")
-@click.option("--links", is_flag=True, help="Make symbolic links; otherwise they are left out.")
-@click.option("--skip", is_flag=True, help="Leave out what cannot be read, instead of making nothing.")
+@get_options
 @_options
 @pass_face
 def get_files(

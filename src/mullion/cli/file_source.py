@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import click
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mullion.client.transport import Body
     from mullion.media.filesystems.entries import FileEntry, Piece
 
+_FORCE_HELP: Final = "Take the place of existing files; folders are never replaced."
 _NOTES_HEADER: Final = "mullion-notes"
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -30,32 +31,53 @@ def volume_options(command: _Command) -> _Command:
     return disk(volume(command))
 
 
+def list_options(command: _Command) -> _Command:
+    """How a list looks, of files in a disk of any kind."""
+    long = click.option("-l", "long", is_flag=True, help="With permissions, sizes and times.")
+    recursive = click.option("-R", "recursive", is_flag=True, help="With everything below.")
+    volumes = click.option(
+        "--volumes", "shows_volumes", is_flag=True, help="The volumes of the disks and what they hold."
+    )
+    return long(recursive(volumes(command)))
+
+
+def get_options(command: _Command) -> _Command:
+    """How files are copied out, of a disk of any kind."""
+    force = click.option("--force", is_flag=True, help=_FORCE_HELP)
+    links = click.option("--links", is_flag=True, help="Make symbolic links; otherwise they are left out.")
+    skip = click.option("--skip", is_flag=True, help="Leave out what cannot be read, instead of making nothing.")
+    return force(links(skip(command)))
+
+
+class Ask(Protocol):
+    """Asks the service for the `list` of what is at a path, for a `file`, or for the `tree` from there on."""
+
+    def __call__(self, what: str, path: str, *, recursive: bool = False) -> Body: ...
+
+
 class FileSource:
-    """The files of a volume.
+    """The files of a volume."""
 
-    `list_body` asks for what is at a path (and below: the flag), `content_body` for a file or, without the flag, for
-    whatever is there.
-    """
-
-    def __init__(
-        self, face: Face, list_body: Callable[[str, bool], Body], content_body: Callable[[str, bool], Body]
-    ) -> None:
+    def __init__(self, face: Face, ask: Ask) -> None:
         self._face = face
-        self._list_body = list_body
-        self._content_body = content_body
+        self._ask = ask
 
     def list(self, path: str, *, recursive: bool) -> Iterator[FileEntry]:
         from mullion.media.filesystems.entries import FileEntry
 
-        return (piece for piece in self._pieces(self._list_body(path, recursive)) if isinstance(piece, FileEntry))
+        return (
+            piece
+            for piece in self._pieces(self._ask("list", path, recursive=recursive))
+            if isinstance(piece, FileEntry)
+        )
 
     def read(self, path: str) -> Generator[Piece, None, None]:
         """A file: its entry, then its bytes."""
-        return self._pieces(self._content_body(path, True))
+        return self._pieces(self._ask("file", path))
 
     def tree(self, path: str) -> Generator[Piece, None, None]:
         """A file or a folder with everything in it."""
-        return self._pieces(self._content_body(path, False))
+        return self._pieces(self._ask("tree", path))
 
     def _pieces(self, body: Body) -> Generator[Piece, None, None]:
         from mullion.media.filesystems.frames import read_pieces

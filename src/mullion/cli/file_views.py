@@ -42,6 +42,9 @@ def show_list(face: Face, answer: Iterator[FileEntry], *, long: bool, recursive:
 
 def show_volumes(face: Face, views: Sequence[FileVolumeView]) -> None:
     """One line for each volume."""
+    if face.is_json:
+        face.emit_json(views)
+        return
     rows = [
         (
             view.disk,

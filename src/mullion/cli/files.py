@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
 
 from mullion.cli import complete
 from mullion.cli.face import Face, pass_face
-from mullion.cli.file_source import FileSource, volume_options
+from mullion.cli.file_source import FileSource, get_options, list_options, volume_options
 from mullion.cli.file_views import fetch_into, show_content, show_list, show_volumes
 from mullion.cli.lazy import Group
+
+if TYPE_CHECKING:
+    from mullion.client.transport import Body
 
 _Callback = TypeVar("_Callback", bound=Callable[..., object])
 
@@ -72,9 +75,7 @@ def files() -> None:
 @files.command("ls")
 @click.argument("place", metavar="PARTITION[@CHECKPOINT][:/PATH]", type=PlaceType(needs_path=False),
                 shell_complete=complete.partitions)  # fmt: skip
-@click.option("-l", "long", is_flag=True, help="With permissions, sizes and times.")
-@click.option("-R", "recursive", is_flag=True, help="With everything below.")
-@click.option("--volumes", "shows_volumes", is_flag=True, help="The volumes of the disks and what they hold.")
+@list_options
 @_choice_options
 @pass_face
 def list_files(
@@ -97,7 +98,8 @@ def list_files(
       mullion files ls --volumes web
     """
     if shows_volumes:
-        _list_volumes(face, place, disk, consistent=consistent)
+        views = face.client.file_volumes(place.partition, place.checkpoint, disk=disk, consistent=consistent)
+        show_volumes(face, views)
         return
     source = _source(face, place, _Choice(disk, volume, consistent))
     show_list(face, source.list(place.path, recursive=recursive), long=long, recursive=recursive)
@@ -123,9 +125,7 @@ def print_file(face: Face, *, place: Place, disk: str | None, volume: int | None
 @click.argument("place", metavar="PARTITION[@CHECKPOINT]:/PATH", type=PlaceType(needs_path=True),
                 shell_complete=complete.partitions)  # fmt: skip
 @click.argument("destination", type=click.Path(path_type=str), metavar="DEST")
-@click.option("--force", is_flag=True, help="Take the place of existing files; folders are never replaced.")
-@click.option("--links", is_flag=True, help="Make symbolic links; otherwise they are left out.")
-@click.option("--skip", is_flag=True, help="Leave out what cannot be read, instead of making nothing.")
+@get_options
 @_choice_options
 @pass_face
 def get_files(
@@ -156,17 +156,10 @@ def get_files(
 
 def _source(face: Face, place: Place, choice: _Choice) -> FileSource:
     """The files of a volume, as the service gives them."""
-    client, where = face.client, (place.partition, place.checkpoint)
-    return FileSource(
-        face,
-        lambda path, recursive: client.file_list(*where, path, recursive=recursive, **choice._asdict()),
-        lambda path, only_file: client.file_frames(*where, path, only_file=only_file, **choice._asdict()),
-    )
 
+    def body(what: str, path: str, *, recursive: bool = False) -> Body:
+        return face.client.partition_files(
+            place.partition, what, checkpoint=place.checkpoint, path=path, recursive=recursive, **choice._asdict()
+        )
 
-def _list_volumes(face: Face, place: Place, disk: str | None, *, consistent: bool) -> None:
-    views = face.client.file_volumes(place.partition, place.checkpoint, disk=disk, consistent=consistent)
-    if face.is_json:
-        face.emit_json(views)
-        return
-    show_volumes(face, views)
+    return FileSource(face, body)

@@ -241,40 +241,19 @@ class Client:
         query = _query(checkpoint=checkpoint, disk=disk, consistent=consistent)
         return self._get(f"/partitions/{_part(partition)}/files/volumes{query}", list[FileVolumeView])
 
-    def file_frames(
+    def partition_files(
         self,
         partition: str,
-        checkpoint: str,
-        path: str,
+        what: str,
         *,
-        disk: str | None = None,
-        volume: int | None = None,
-        only_file: bool = False,
-        consistent: bool = False,
-    ) -> Body:
-        """A file, or a folder with everything in it, as frames of `media.confined.channel`; close it."""
-        query = _query(
-            path=path,
-            checkpoint=checkpoint,
-            disk=disk,
-            volume=volume,
-            only="file" if only_file else None,
-            consistent=consistent,
-        )
-        return self._stream(f"/partitions/{_part(partition)}/files/tree{query}")
-
-    def file_list(
-        self,
-        partition: str,
-        checkpoint: str,
-        path: str,
-        *,
+        checkpoint: str = "",
+        path: str = "/",
         disk: str | None = None,
         volume: int | None = None,
         recursive: bool = False,
         consistent: bool = False,
     ) -> Body:
-        """What is at a path and in it, as frames; close it."""
+        """A `list`, a `file` or a `tree` of a partition's disks, as frames of `media.confined.channel`; close it."""
         query = _query(
             path=path,
             checkpoint=checkpoint,
@@ -282,9 +261,10 @@ class Client:
             volume=volume,
             recursive=recursive,
             consistent=consistent,
-            form="frames",
+            form="frames" if what == "list" else None,
+            only="file" if what == "file" else None,
         )
-        return self._stream(f"/partitions/{_part(partition)}/files/list{query}")
+        return self._stream(f"/partitions/{_part(partition)}/files/{'list' if what == 'list' else 'tree'}{query}")
 
     def _stream(self, path: str, silence_s: float = _SILENCE_S) -> Body:
         body = self._transport.stream(f"/1.0{path}", {}, silence_s)

@@ -13,6 +13,7 @@ import click
 from mullion.base.errors import InvalidError
 from mullion.base.units import format_size
 from mullion.cli.face import Face, pass_face
+from mullion.cli.file_source import get_options, list_options
 from mullion.cli.file_views import fetch, show_content, show_fetched, show_list, targets
 from mullion.cli.lazy import Command
 from mullion.cli.tables import table
@@ -41,9 +42,7 @@ def _volume_options(command: _Command) -> _Command:
 @click.command("ls", cls=Command, short_help="List the files inside a disk, or its volumes.")
 @click.argument("disk", type=DISK)
 @click.argument("path", default="/")
-@click.option("-l", "long", is_flag=True, help="With permissions, sizes and times.")
-@click.option("-R", "recursive", is_flag=True, help="With everything below.")
-@click.option("--volumes", "shows_volumes", is_flag=True, help="The volumes of the disk and what they hold.")
+@list_options
 @_volume_options
 @pass_face
 def ls(
@@ -106,9 +105,7 @@ def cat(
 @click.argument("disk", type=DISK)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.argument("destination", type=click.Path(path_type=str), metavar="DEST")
-@click.option("--force", is_flag=True, help="Take the place of existing files; folders are never replaced.")
-@click.option("--links", is_flag=True, help="Make symbolic links; otherwise they are left out.")
-@click.option("--skip", is_flag=True, help="Leave out what cannot be read, instead of making nothing.")
+@get_options
 @_volume_options
 @pass_face
 def get(
