@@ -13,12 +13,13 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.framework.leftovers import Leftovers, checked_home
-from tests.framework.service import Command, Service
+from tests.framework.service import READY_S, Command, Service
 
 from mullion.base.errors import (
     AlreadyExistsError,
@@ -437,7 +438,10 @@ def test_a_data_folder_that_cannot_be_written(service: Service, small_data: str)
     service.start()
     define(service, "kept", "kept")
     service.end()
-    subprocess.run(["mount", "-o", "remount,ro", small_data], check=True)
+    deadline_s = time.monotonic() + READY_S
+    while subprocess.run(["mount", "-o", "remount,ro", small_data], check=False).returncode:
+        assert time.monotonic() < deadline_s  # a zygote that ends has its log open until then
+        time.sleep(0.05)
     done = serve(service)
     assert done.status not in (0, 1)
     assert small_data in done.stderr
