@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
@@ -36,7 +37,8 @@ from mullion.services.disk.controller import DiskController
 from mullion.services.partition.controller import PartitionController
 from mullion.services.partition.partition import Partition, Surroundings
 from mullion.services.partition.preparation import Preparer
-from mullion.vhd import create_dynamic, open_chain
+from mullion.services.partition.record import BackupOrigin, DiskLayers
+from mullion.vhd import create_differencing, create_dynamic, open_chain
 from mullion.vhd.layer_merge import LayerFiles, merge_layer
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(300)]
@@ -251,19 +253,39 @@ async def _scenario(world: World, checkpoints: CheckpointController) -> None:
         await world.delete(checkpoints, name)
 
 
-async def _prepared(home: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+async def _prepared(home: Path, monkeypatch: pytest.MonkeyPatch, *, is_coming_home: bool) -> World:
     world = World(home, CutStore(), monkeypatch)
     os.makedirs(world.paths.disks)
     for disk in DISKS:
         create_dynamic(f"{world.paths.disks}/{disk}.vhd", SIZE_BYTES, block_bytes=64 * 1024)
     async with world.running():
         disks = tuple(DiskAttachment(path=disk, id=disk) for disk in DISKS)
-        await world.partitions.create(PartitionDefinition(name="web", disks=disks))
+        layers = {disk: _restored(f"{world.paths.disks}/{disk}") for disk in DISKS} if is_coming_home else {}
+        origin = BackupOrigin("near", "0", DISKS) if is_coming_home else None
+        await world.partitions.create(PartitionDefinition(name="web", disks=disks), layers=layers, origin=origin)
     return world
 
 
-async def _run(home: Path, monkeypatch: pytest.MonkeyPatch, cut_before: int) -> Power:
-    world = await _prepared(home, monkeypatch)
+def _restored(path: str) -> DiskLayers:
+    """A disk that was restored instantly: nothing of it is home."""
+    base, head = f"{path}.vhd", f"{path}-0.avhd"
+    create_differencing(head, base)
+    return DiskLayers(head, {base: None, head: base}, is_coming_home=True)
+
+
+async def _come_home(world: World, checkpoints: CheckpointController) -> None:
+    """Until then one layer is left above each definition's file, which gets what comes home."""
+    partition = world.partitions.find("web")
+    assert [len(layers.parents) for layers in partition.record.layers.values()] == [2] * len(DISKS)
+    assert len(os.listdir(world.paths.disks)) == 2 * len(DISKS)
+    async with partition.lock:
+        layers = partition.record.layers.items()
+        await partition.save(layers={disk: replace(known, is_coming_home=False) for disk, known in layers})
+    checkpoints.wake(partition)
+
+
+async def _run(home: Path, monkeypatch: pytest.MonkeyPatch, cut_before: int, *, is_coming_home: bool) -> Power:
+    world = await _prepared(home, monkeypatch, is_coming_home=is_coming_home)
     power = Power(cut_before)
     async with world.running(power) as checkpoints:
         doing = asyncio.create_task(_scenario(world, checkpoints))
@@ -281,15 +303,19 @@ async def _run(home: Path, monkeypatch: pytest.MonkeyPatch, cut_before: int) -> 
             world.promised.setdefault(record.name, {})
             await world.delete(checkpoints, record.name)
         await world.check(checkpoints)
+        if is_coming_home:
+            await _come_home(world, checkpoints)
+            await world.check(checkpoints)
         assert sorted(os.listdir(world.paths.disks)) == [f"{disk}.vhd" for disk in DISKS]
     return power
 
 
-def test_the_power_is_cut_before_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_coming_home", [False, True])
+def test_the_power_is_cut_before_any_step(monkeypatch: pytest.MonkeyPatch, is_coming_home: bool) -> None:
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # each run syncs some hundred times
     with tempfile.TemporaryDirectory(prefix="mullion-test-", dir=memory) as folder:
-        whole = asyncio.run(_run(Path(folder, "whole"), monkeypatch, 10_000))
+        whole = asyncio.run(_run(Path(folder, "whole"), monkeypatch, 10_000, is_coming_home=is_coming_home))
         assert whole.steps > 50
         for step in range(whole.steps):
-            asyncio.run(_run(Path(folder, str(step)), monkeypatch, step))
+            asyncio.run(_run(Path(folder, str(step)), monkeypatch, step, is_coming_home=is_coming_home))
             shutil.rmtree(Path(folder, str(step)))
