@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -195,11 +196,65 @@ def test_a_client_that_goes_away_ends_the_reader(service: Service) -> None:
     connection.request("GET", "/1.0/partitions/web/files/content?path=/big.bin")
     response = connection.getresponse()
     assert len(response.read(1 << 16)) == 1 << 16
-    assert len(_readers(service)) == 1  # it waits: what it has read is more than anybody keeps for it
+    (reader,) = _readers(service)  # it waits: what it has read is more than anybody keeps for it
     response.close()
     connection.close()
     deadline_s = time.monotonic() + READY_S
-    while _readers(service):
+    while reader in _readers(service):
         assert time.monotonic() < deadline_s, "the reader goes on"
         time.sleep(0.05)
     assert service.cli("files", "cat", "web:/readme.txt").stdout == "hello\n"
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _waits(reader: int) -> bool:
+    """Whether it was started ahead, and has its confined reader."""
+    try:
+        return b"ahead" in Path(f"/proc/{reader}/cmdline").read_bytes() and bool(_children(reader))
+    except OSError:
+        return False
+
+
+def _spare(service: Service, used: set[int]) -> int:
+    """The reader that waits for the next request; from then on it counts as used."""
+    deadline_s = time.monotonic() + READY_S
+    while not (found := [reader for reader in _readers(service) if reader not in used and _waits(reader)]):
+        assert time.monotonic() < deadline_s, "none was started"
+        time.sleep(0.05)
+    (spare,) = found
+    used.add(spare)
+    return spare
+
+
+def test_a_reader_is_started_ahead_and_used_once(service: Service) -> None:
+    used: set[int] = set()
+
+    def works() -> None:
+        assert service.cli("files", "cat", "web:/readme.txt").stdout == "hello\n"
+
+    works()
+    first = _spare(service, used)
+    works()
+    second = _spare(service, used)
+    assert first not in _readers(service)
+    os.kill(_children(second)[0], signal.SIGKILL)  # one that died while it waited is no harm
+    works()
+    os.kill(_spare(service, used), signal.SIGKILL)
+    works()
+    third = _spare(service, used)
+    assert "ext4" in service.cli("files", "ls", "--volumes", "web").stdout  # which needs no confined reader
+    last = _spare(service, used)
+    doomed = [third, last, *_children(last)]
+    service.kill()
+    deadline_s = time.monotonic() + READY_S
+    while any(os.path.exists(f"/proc/{pid}") for pid in doomed):
+        assert time.monotonic() < deadline_s, "a spare outlives its service"
+        time.sleep(0.05)
+    service.start()
+    works()

@@ -29,13 +29,14 @@ from mullion.base.errors import InvalidError, MullionError, NotFoundError
 from mullion.media.confined import channel
 from mullion.media.errors import FilesystemError, VolumeChoiceError
 from mullion.media.filesystems.entries import FileEntry, Hole, Piece, pack_entry
-from mullion.media.filesystems.reader import open_volume
+from mullion.media.filesystems.reader import ReaderProcess, VolumeReader
 from mullion.media.filesystems.volumes import Volume, choose_volume, list_volumes
 from mullion.model.views import FileVolumeView
 from mullion.vhd import open_chain
 from mullion.wire.nbd import SteadyReader
 
 LISTER: Final = "mullion files ls"
+AHEAD: Final = "ahead"
 _PATIENCE_S: Final = 20.0
 """How long somebody who looks at files waits for the backup that they are in: less than the service waits for us."""
 
@@ -81,7 +82,7 @@ class _OpenDisk:
     problems: tuple[str, ...]
 
 
-def answer(command: FilesCommand, fd: int) -> None:
+def answer(command: FilesCommand, fd: int, ahead: ReaderProcess | None = None) -> None:
     """Do what the command says, and say it on the channel, but for the end. Raises: MullionError; OSError."""
     with contextlib.ExitStack() as stack:
         openers = _openers(command, stack)
@@ -93,7 +94,7 @@ def answer(command: FilesCommand, fd: int) -> None:
             return
         disk, volume = _chosen_volume(command, disks)
         label = f"{command.label}: {disk}" if len(openers) > 1 else command.label
-        reader = stack.enter_context(open_volume(disks[disk].device, volume, label, LISTER))
+        reader = stack.enter_context(VolumeReader(disks[disk].device, volume, label, LISTER, ahead=ahead))
         pieces: Iterator[Piece]
         match command.operation:
             case "list":
@@ -223,22 +224,32 @@ def _receive_command(fd: int) -> FilesCommand | None:
 
 
 def main(arguments: list[str]) -> int:
-    """The descriptor of the channel."""
+    """The descriptor of the channel; with `ahead` the confined reader is started before there is a command."""
     fd = int(arguments[0])
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody listens any more: end without a word
+    ahead = ReaderProcess() if AHEAD in arguments else None
+    try:
+        _answer_one(fd, ahead)
+    finally:
+        if ahead is not None:
+            ahead.end()
+    return 0
+
+
+def _answer_one(fd: int, ahead: ReaderProcess | None) -> None:
+    """Wait for a command, and answer it to its end."""
     end: dict[str, Any] = {}
     try:
         command = _receive_command(fd)
         if command is None:
-            return 0
-        answer(command, fd)
+            return
+        answer(command, fd, ahead)
     except MullionError as error:
         end = error.to_wire()
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         end = FilesystemError(f"the disk cannot be read: {named}{error.strerror or error}").to_wire()
     channel.send(fd, channel.END, json.dumps(end).encode())
-    return 0
 
 
 if __name__ == "__main__":

@@ -411,8 +411,11 @@ def _answer(fd: int, filesystem: Filesystem, request: Entry) -> None:
                     give(entry | {"path": below, "unreadable": str(fault).splitlines()[0][:300]})
 
 
-def serve(fd: int, size_bytes: int, kind: str) -> None:
-    """Answer commands until the other side hangs up. An exception of the library ends one answer only."""
+def serve(fd: int) -> None:
+    """Answer commands, all of one volume, until the other side hangs up.
+
+    An exception of the library ends one answer only.
+    """
     channel.send(fd, channel.READY)
     filesystem: Filesystem | None = None
     while True:
@@ -424,7 +427,8 @@ def serve(fd: int, size_bytes: int, kind: str) -> None:
         error = {}
         try:
             if filesystem is None:
-                filesystem = Filesystem(fd, size_bytes, kind)
+                volume = request["volume"]
+                filesystem = Filesystem(fd, int(volume["size_bytes"]), str(volume["kind"]))
                 if filesystem.note:
                     channel.send(fd, channel.NOTE, filesystem.note.encode())
             _answer(fd, filesystem, request)
@@ -439,12 +443,12 @@ def serve(fd: int, size_bytes: int, kind: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Descriptor of the channel, size of the volume in bytes, kind of filesystem, pid of the parent."""
-    fd, size_bytes, kind, parent = int(arguments[0]), int(arguments[1]), arguments[2], int(arguments[3])
+    """Descriptor of the channel, pid of the parent."""
+    fd, parent = map(int, arguments)
     for name in ("utf-16-le", "utf-8", "latin-1"):  # modules, which cannot be loaded any more later
         codecs.lookup(name)
     jail.confine(LIMITS, keep=(fd,), parent=parent)
-    serve(fd, size_bytes, kind)
+    serve(fd)
 
 
 if __name__ == "__main__":

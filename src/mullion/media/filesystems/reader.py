@@ -17,7 +17,7 @@ from typing import Final
 
 from mullion.base.block import BlockDevice
 from mullion.base.errors import InvalidError, MullionError, NotFoundError
-from mullion.base.process import Spawned, attach, wait_or_kill
+from mullion.base.process import attach, wait_or_kill
 from mullion.media.confined import channel
 from mullion.media.errors import FilesystemError, ReaderDiedError
 from mullion.media.filesystems.entries import FileEntry, Hole, Piece, shown, unpack_entry
@@ -31,10 +31,52 @@ _NOTES_LIMIT: Final = 8
 _SAID_LIMIT_BYTES: Final = 4000
 
 
+class ReaderProcess:
+    """A confined process that knows of no volume yet, and the line to it; started ahead, nobody waits for that."""
+
+    def __init__(self) -> None:
+        """Start it; it confines itself meanwhile. Raises: MissingToolError; OSError."""
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            arguments = (str(theirs.fileno()), str(os.getpid()))
+            line = (sys.executable, "-I", "-m", "mullion.media.confined.file_reader", *arguments)
+            try:
+                self.process = attach(line, pass_fds=(theirs.fileno(),))
+            except BaseException:
+                self.socket.close()
+                raise
+        self._is_ended = False
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._is_ended and self.process.poll() is None
+
+    def end(self, patience_s: float = _STOP_S) -> tuple[int, str]:
+        """Hang up and wait for it: how it ended, and the last line of what it said; nothing the second time."""
+        if self._is_ended:
+            return 0, ""
+        self._is_ended = True
+        self.socket.close()
+        status, last = wait_or_kill(self.process, patience_s), ""
+        if self.process.stderr is not None:
+            last = self.process.stderr.read(_SAID_LIMIT_BYTES).decode(errors="replace").strip().rpartition("\n")[2]
+            self.process.stderr.close()
+        return status, shown(last)
+
+
 class VolumeReader:
     """The files of one volume, read by a confined process. The device stays the caller's, who closes it last."""
 
-    def __init__(self, device: BlockDevice, volume: Volume, path: str, lister: str = LISTER) -> None:
+    def __init__(
+        self,
+        device: BlockDevice,
+        volume: Volume,
+        path: str,
+        lister: str = LISTER,
+        *,
+        ahead: ReaderProcess | None = None,
+    ) -> None:
+        """A process that was started `ahead` is used, and ended, when it lives."""
         if volume.holds.kind is None:
             raise FilesystemError(f"{path} holds {volume.holds.title}", remedy=volume.holds.remedy)
         self._device = device
@@ -44,22 +86,12 @@ class VolumeReader:
         self._is_busy = False
         self.notes: list[str] = []
         """What people should know of what they see; known when the first answer has begun."""
-        self._socket: socket.socket | None = None
-        self._process: Spawned | None = None
-        self._start()
+        self._reader: ReaderProcess | None = None
+        self._start(ahead)
 
-    def _start(self) -> None:
-        """Start the process and wait until it is confined."""
-        ours, theirs = socket.socketpair()
-        self._socket = ours
-        with theirs:
-            arguments = (str(theirs.fileno()), str(self._volume.length), str(self._volume.holds.kind), str(os.getpid()))
-            line = (sys.executable, "-I", "-m", "mullion.media.confined.file_reader", *arguments)
-            try:
-                self._process = attach(line, pass_fds=(theirs.fileno(),))
-            except BaseException:
-                self.close()
-                raise
+    def _start(self, ahead: ReaderProcess | None = None) -> None:
+        """Have a process, and wait until it is confined."""
+        self._reader = ahead if ahead is not None and ahead.is_alive else ReaderProcess()
         try:
             kind, _ = self._receive()
             if kind != channel.READY:
@@ -71,8 +103,8 @@ class VolumeReader:
     @property
     def pid(self) -> int:
         """The confined process."""
-        assert self._process is not None
-        return self._process.pid
+        assert self._reader is not None
+        return self._reader.process.pid
 
     def __enter__(self) -> VolumeReader:
         return self
@@ -103,23 +135,16 @@ class VolumeReader:
 
     def _end(self, patience_s: float) -> tuple[int, str]:
         """Hang up and wait for the process: how it ended, and the last line of what it said."""
-        if self._socket is not None:
-            self._socket.close()
-        process, self._process, self._socket = self._process, None, None
-        if process is None:
-            return 0, ""
-        status, last = wait_or_kill(process, patience_s), ""
-        if process.stderr is not None:
-            last = process.stderr.read(_SAID_LIMIT_BYTES).decode(errors="replace").strip().rpartition("\n")[2]
-            process.stderr.close()
-        return status, shown(last)
+        reader, self._reader = self._reader, None
+        return (0, "") if reader is None else reader.end(patience_s)
 
     def _ask(self, operation: str, path: str, **options: object) -> Iterator[Piece]:
         if "\0" in path:
             raise InvalidError("a path cannot hold a zero byte", remedy="Leave it out.")
-        request = json.dumps({"operation": operation, "path": path, **options}).encode()
+        volume = {"size_bytes": self._volume.length, "kind": self._volume.holds.kind}
+        request = json.dumps({"operation": operation, "path": path, "volume": volume, **options}).encode()
         assert not self._is_busy, "one answer is taken to its end before the next question"
-        if self._process is None:  # an earlier answer was not taken to its end
+        if self._reader is None:  # an earlier answer was not taken to its end
             self._start()
         self._is_busy = True
         is_done = False
@@ -205,12 +230,12 @@ class VolumeReader:
         self._send(channel.DATA, buffer)
 
     def _take(self, count: int, deadline: float) -> bytes:
-        assert self._socket is not None
-        parts, left = [], count
+        assert self._reader is not None
+        line, parts, left = self._reader.socket, [], count
         while left:
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            line.settimeout(max(0.001, deadline - time.monotonic()))
             try:
-                part = self._socket.recv(left)
+                part = line.recv(left)
             except TimeoutError as error:
                 raise self._death(f"it computed for {DEADLINE_S:g} s without a result") from error
             except ConnectionError:
@@ -222,11 +247,12 @@ class VolumeReader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _send(self, kind: bytes, payload: bytes | bytearray) -> None:
-        assert self._socket is not None
-        self._socket.settimeout(DEADLINE_S)
+        assert self._reader is not None
+        line = self._reader.socket
+        line.settimeout(DEADLINE_S)
         try:
-            self._socket.sendall(channel.HEAD.pack(kind, len(payload)))
-            self._socket.sendall(payload)
+            line.sendall(channel.HEAD.pack(kind, len(payload)))
+            line.sendall(payload)
         except TimeoutError as error:
             raise self._death(f"it took nothing for {DEADLINE_S:g} s") from error
         except ConnectionError as error:

@@ -12,15 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
-import sys
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 import msgspec
 
 from mullion.base.errors import DeadlineError, MullionError, UnavailableError
-from mullion.base.process import Spawned, attach, wait_or_kill
 from mullion.media.confined import channel
 from mullion.media.errors import ReaderDiedError
 from mullion.media.files_worker import BackupSource, FilesCommand
@@ -28,6 +25,7 @@ from mullion.model.views import FileVolumeView
 from mullion.parent.faults import error_view
 from mullion.services.checkpoint.backings import ReadableDisk
 from mullion.services.checkpoint.controller import CheckpointController
+from mullion.services.files.workers import FilesWorkers
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,6 @@ _CLIENT_S: Final = 60.0
 """How long a client may take nothing."""
 _TOTAL_S: Final = 6 * 3600.0
 _FRAMES: Final = 4
-_STOP_S: Final = 2.0
 
 Frame = tuple[bytes, bytes]
 
@@ -112,6 +109,7 @@ class FilesController:
         self._checkpoints = checkpoints
         self._readers = readers
         self._turns = asyncio.Semaphore(readers)
+        self._workers = FilesWorkers()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -120,6 +118,7 @@ class FilesController:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self._workers.close()
 
     async def begin(self, request: FilesRequest) -> FilesAnswer:
         """Begin to read; returns when there is something to give, or nothing more.
@@ -219,7 +218,7 @@ class FilesController:
             recursive=request.recursive,
             backup=request.backup,
         )
-        async with _worker(command) as frames:
+        async with self._workers.work(command) as frames:
             while True:
                 kind, payload = await _next_frame(frames, request)
                 if kind == channel.NOTE and not answer.begun.done():
@@ -234,42 +233,6 @@ class FilesController:
                 await answer.put((kind, payload))
                 if kind == channel.END:
                     return
-
-
-@contextlib.asynccontextmanager
-async def _worker(command: FilesCommand) -> AsyncIterator[asyncio.StreamReader]:
-    """The process that reads, and what it says; it ends with this block."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        line = (sys.executable, "-I", "-m", "mullion.media.files_worker", str(theirs.fileno()))
-        try:
-            process = await asyncio.to_thread(attach, line, pass_fds=(theirs.fileno(),))
-        except BaseException:
-            ours.close()
-            raise
-    writer = None
-    try:
-        ours.setblocking(False)
-        frames, writer = await asyncio.open_connection(sock=ours, limit=channel.READ_LIMIT_BYTES)
-        payload = msgspec.json.encode(command)
-        writer.write(channel.HEAD.pack(channel.COMMAND, len(payload)) + payload)
-        yield frames
-    finally:
-        if writer is not None:
-            writer.transport.abort()
-        else:
-            ours.close()
-        await asyncio.shield(asyncio.to_thread(_end, process))
-
-
-def _end(process: Spawned) -> None:
-    """Nobody listens to it any more: it ends at its next word, or is killed."""
-    status = wait_or_kill(process, _STOP_S)
-    assert process.stderr is not None
-    said = process.stderr.read(2000).decode(errors="replace").strip()
-    process.stderr.close()
-    if said:
-        log.error("the reader of files ended with status %d: %s", status, said)
 
 
 async def _next_frame(frames: asyncio.StreamReader, request: FilesRequest) -> Frame:
