@@ -44,12 +44,12 @@ from mullion.base.units import SECTOR_BYTES
 from mullion.vhd.errors import DiskBusyError, HalfMergedError, VhdDamagedError
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image, open_file
+from mullion.vhd.journal_fields import read_id, read_path
 from mullion.vhd.locking import is_locked_for_merge
 from mullion.vhd.parents import real_path, shown
 from mullion.vhd.publish import hidden_beside
 
 _SUFFIX: Final = ".mullion-merging"
-_PATH_LIMIT: Final = 4096
 _SLOT: Final = struct.Struct("<8sQI4xQQQQQII")
 _SEAL: Final = struct.Struct("<I")
 _MAGIC: Final = b"MULMERG1"
@@ -274,8 +274,8 @@ def _read(fd: int, path: str) -> Mark | None:
         raise _refused(path, "its text is not the one that was written")
     try:
         fields = json.loads(text)
-        upper = _path(fields["upper"]["path"], os.path.dirname(path))
-        upper_id, lower_id = _id(fields["upper"]["id"]), _id(fields["lower"]["id"])
+        upper = read_path(fields["upper"]["path"], os.path.dirname(path))
+        upper_id, lower_id = read_id(fields["upper"]["id"]), read_id(fields["lower"]["id"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _refused(path, f"it lacks something: {error}") from error
     if state not in (_COPYING, _DONE):
@@ -297,18 +297,6 @@ def _read(fd: int, path: str) -> Mark | None:
 def _command(upper_path: str, lower_path: str) -> str:
     """What finishes a merge; where other disks lie on the upper layer, the refusal names the right one."""
     return f"mullion vhd merge {shlex.quote(shown(upper_path))} --into {shlex.quote(lower_path)}"
-
-
-def _id(value: object) -> bytes:
-    if not isinstance(value, str) or len(value) != 32:
-        raise ValueError("an id is not 16 bytes")
-    return bytes.fromhex(value)
-
-
-def _path(value: object, folder: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _PATH_LIMIT or "\0" in value:
-        raise ValueError("a path is none")
-    return os.path.normpath(os.path.join(folder, value))
 
 
 def _refused(path: str, why: str) -> VhdDamagedError:

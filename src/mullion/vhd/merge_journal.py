@@ -31,6 +31,7 @@ from typing import Final
 from mullion.vhd.errors import VhdDamagedError
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.image import Image, open_file
+from mullion.vhd.journal_fields import read_id, read_path
 from mullion.vhd.parents import CHAIN_LIMIT, real_path
 from mullion.vhd.publish import hidden_beside
 
@@ -38,7 +39,6 @@ JOURNAL_LIMIT: Final = 1 << 20
 
 _MAGIC: Final = b"mullion-merge 1 "
 _SUFFIX: Final = ".mullion-merge"
-_PATH_LIMIT: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +137,13 @@ def _decode(fields: object, folder: str) -> Journal:
     if not 0 < len(layers) < CHAIN_LIMIT:
         raise ValueError(f"{len(layers)} layers")
     return Journal(
-        _id(fields["top"]),
-        _path(fields["into"]["path"], folder),
-        _id(fields["into"]["id"]),
+        read_id(fields["top"]),
+        read_path(fields["into"]["path"], folder),
+        read_id(fields["into"]["id"]),
         tuple(
             Layer(
-                _path(layer["path"], folder),
-                _id(layer["id"]),
+                read_path(layer["path"], folder),
+                read_id(layer["id"]),
                 _number(layer["inode"]),
                 _number(layer["file_bytes"]),
                 _number(layer["mtime_ns"]),
@@ -152,18 +152,6 @@ def _decode(fields: object, folder: str) -> Journal:
         ),
         fields["keep"] is True,
     )
-
-
-def _id(value: object) -> bytes:
-    if not isinstance(value, str) or len(value) != 32:
-        raise ValueError("an id is not 16 bytes")
-    return bytes.fromhex(value)
-
-
-def _path(value: object, folder: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _PATH_LIMIT or "\0" in value:
-        raise ValueError("a path is none")
-    return os.path.normpath(os.path.join(folder, value))
 
 
 def _number(value: object) -> int:
