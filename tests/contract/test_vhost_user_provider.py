@@ -111,7 +111,7 @@ def test_disk_through_a_ring(folder: Path, chain: list[Path]) -> None:
 def test_killed_provider_loses_nothing(
     folder: Path, dynamic: list[Path], started: ExitStack, is_indirect: bool
 ) -> None:
-    """Writes in flight, `kill -9` at any moment, another process on the same ring, memory and inflight region."""
+    """Writes and flushes in flight, `kill -9` at any moment, another process on the same ring, memory and region."""
     spec = make_spec(folder, dynamic)
     path = str(spec.disks[0].vhost_user)
     rng = random.Random(7)
@@ -124,14 +124,15 @@ def test_killed_provider_loses_nothing(
     driver = attach(front_end, wanted=wanted)
     written: dict[int, int] = {}
     slots = list(range(20))
-    in_flight: dict[int, tuple[int, int]] = {}
+    in_flight: dict[int, tuple[int, int] | None] = {}
     generation = 0
 
     def take(answers: list[Answer]) -> None:
         for answer in answers:
             assert answer.status == BlkStatus.OK
-            sector, number = in_flight.pop(answer.slot)
-            written[sector] = number
+            what = in_flight.pop(answer.slot)
+            if what is not None:
+                written[what[0]] = what[1]
             slots.append(answer.slot)
 
     for _kill in range(5):
@@ -139,8 +140,13 @@ def test_killed_provider_loses_nothing(
             if not slots:
                 take(driver.wait())
             slot = slots.pop()
+            if rng.random() < 0.3:
+                in_flight[slot] = None
+                driver.submit(slot, BlkRequest.FLUSH)
+                driver.kick()
+                continue
             sector = rng.randrange(DISK_BYTES // 4096) * 8
-            if sector in {busy for busy, _number in in_flight.values()}:
+            if sector in {what[0] for what in in_flight.values() if what is not None}:
                 slots.append(slot)
                 continue
             generation += 1

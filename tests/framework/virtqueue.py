@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.provider.blk import BlkDevice
 from mullion.provider.dirty_log import DirtyLog
+from mullion.provider.flusher import Flusher
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers import Throttle
 from mullion.provider.memory import GuestMemory
@@ -113,8 +114,11 @@ class GuestSide:
         queue_size: int = 16,
         start_index: int = 0,
         memory_bytes: int = 1024 * 1024,
+        flusher: Flusher | None = None,
     ) -> None:
+        """Without a `flusher` a flush is a request like any other."""
         self.disk = disk
+        self.flusher = flusher
         self.features = features
         self.queue_size = queue_size
         fd = os.memfd_create("guest")
@@ -157,6 +161,7 @@ class GuestSide:
             turn=self.throttle.lane("disk").turn(),
             turnstile=self.turnstile,
             log=log,
+            flusher=self.flusher,
         )
         return self.ring
 

@@ -63,6 +63,10 @@ class BlkDevice:
             BlkRequest.WRITE_ZEROES: self._write_zeroes,
         }
 
+    def flush(self) -> BlkStatus:
+        """What a FLUSH does, for a thread of its own. Raises: OutOfSpace."""
+        return self._attempt(self._flush, 0, [], [])
+
     def serve(self, readable: Segments, writable: Segments) -> int:
         """Carry out one request; the number of bytes written into the guest's memory, status included.
 
@@ -156,6 +160,18 @@ class BlkDevice:
             if sectors:
                 act(sector * SECTOR_BYTES, sectors * SECTOR_BYTES)
         return BlkStatus.OK
+
+
+def room_of_flush(readable: Segments, writable: Segments) -> tuple[memoryview, int] | None:
+    """Where a FLUSH is answered: its status, and the bytes written with it; None for what is none, or not well made."""
+    header, _ = _split(readable, _HEADER.size)
+    answer_bytes = sum(map(len, writable)) - 1
+    if sum(map(len, header)) != _HEADER.size or answer_bytes < 0:
+        return None
+    if int.from_bytes(b"".join(header)[:4], "little") != BlkRequest.FLUSH:
+        return None
+    _, status = _split(writable, answer_bytes)
+    return status[0], min(answer_bytes + 1, _LENGTH_LIMIT)
 
 
 def cost_of(readable: Segments, writable: Segments) -> tuple[bool, int] | None:

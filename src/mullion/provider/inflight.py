@@ -14,13 +14,18 @@ to 64 bytes; integers little-endian.
 | 16 + 16 n + 6 | 2 | u16 | next (of a batch: ours hold one request) |
 | 16 + 16 n + 8 | 8 | u64 | counter: order in which heads were taken |
 
-Invariants: our ring serves strictly in order and finishes one request before it takes the next. A request thus counts
-as taken at the instant it is published in the used ring, and what was begun and not published is still available, at
-`used.idx`: it is simply served again (every request of a disk may be repeated). So our ring never marks a head, and a
-region that it leaves says truthfully that nothing is in flight; measured, the marks would cost 5 % of a read. A region
-that another back-end wrote may have marked heads, which are served first, in counter order, and cleared.
-Durability: whatever instant the process is killed at, no request is lost and none is published twice: the used ring
-alone decides, and its index is one store. The memory is lost with the host, and the guest with it.
+Invariants: our ring takes requests strictly in order, and all but flushes are finished before the next is taken. Such a
+request counts as taken at the instant it is published in the used ring, and what was begun and not published is still
+available: it is simply served again (every request of a disk may be repeated). So their heads are never marked;
+measured, that would cost 5 % of a read. A flush, which is answered when requests behind it may have been, is taken at
+the instant its head is marked, before any of them is published. At every instant, therefore, the next request is that
+at `used.idx` + the number of marked heads, and whoever takes the ring over serves the marked ones first, in counter
+order, as another back-end's.
+`last_batch_head` is a head only while that one is published: it counts as published, marked or not, as soon as
+`used_idx` is not the used ring's any more. While others are published, which do not change this word, it names nobody.
+A ring that comes to rest leaves no mark, and head 0 in that word, for back-ends that know no nobody.
+Durability: whatever instant the process is killed at, no request is lost and none is published twice: each change of
+what counts is one store. The memory is lost with the host, and the guest with it.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ _HEADER_BYTES: Final = 16
 _ENTRY_BYTES: Final = 16
 _ALIGNMENT: Final = 64
 _VERSION: Final = 1
+_NOBODY: Final = 0xFFFF
+_COUNTER_MASK: Final = (1 << 64) - 1
 _PAGE_MASK: Final = mmap.ALLOCATIONGRANULARITY - 1
 
 
@@ -65,6 +72,7 @@ class InflightQueue:
         self.entries = view[_HEADER_BYTES : _HEADER_BYTES + _ENTRY_BYTES * queue_size].cast("Q")
         self._fields = view[:_HEADER_BYTES].cast("H")
         self._size = queue_size
+        self._counter = 0
 
     def recover(self, used_idx: int, vring_size: int) -> list[int]:
         """Bring the region in line with the used ring; the heads to serve again, in the order they were taken.
@@ -74,28 +82,42 @@ class InflightQueue:
         version, desc_num = self._fields[4], self._fields[5]
         if version == 0:
             self._fields[4], self._fields[5] = _VERSION, self._size
-            self.header[3] = used_idx << 16
+            self.header[3] = _NOBODY | used_idx << 16
             return []
         if version != _VERSION or desc_num != self._size:
             raise GuestFault(
                 f"inflight region: version {version}, {desc_num} descriptors, it must be 1 and {self._size}"
             )
         last_batch_head, known_used_idx = self._fields[6], self._fields[7]
-        if known_used_idx != used_idx:
-            if last_batch_head < self._size:
-                self._clear(last_batch_head)
-            self.header[3] = last_batch_head | used_idx << 16
+        if known_used_idx != used_idx and last_batch_head < self._size:
+            self._clear(last_batch_head)
+        self.header[3] = _NOBODY | used_idx << 16
         pending = [head for head in range(vring_size) if self.entries[2 * head] & 0xFF]
+        self._counter = max((self.entries[2 * head + 1] for head in pending), default=0)
         return sorted(pending, key=lambda head: self.entries[2 * head + 1])
 
+    def mark(self, head: int) -> None:
+        """The head is taken, and will be answered after others."""
+        self._counter = (self._counter + 1) & _COUNTER_MASK
+        self.entries[2 * head + 1] = self._counter
+        self.entries[2 * head] |= 1
+
+    def unmark(self, head: int) -> None:
+        """It is available again, where the next request is looked for."""
+        self._clear(head)
+
     def begin(self, head: int, used_idx: int) -> None:
-        """A head that `recover` returned is about to be answered: should we die, the used ring tells whether it was."""
+        """A marked head is about to be published: should we die, the used ring tells whether it was."""
         self.header[3] = head | used_idx << 16
 
     def finish(self, head: int, used_idx: int) -> None:
         """It is in the used ring."""
         self._clear(head)
-        self.header[3] = head | used_idx << 16
+        self.header[3] = _NOBODY | used_idx << 16
+
+    def rest(self, used_idx: int) -> None:
+        """No head is marked, and nothing is taken any more."""
+        self.header[3] = used_idx << 16
 
     def _clear(self, head: int) -> None:
         self.entries[2 * head] &= ~0xFF

@@ -1,4 +1,4 @@
-"""A ring: takes requests from a split virtqueue and answers them, in order.
+"""A ring: takes requests from a split virtqueue in order, and answers them, all but flushes, in order.
 
 Spec: VIRTIO 1.2, section 2.7 (split virtqueues), 2.7.7 and 2.7.10 (notifications, EVENT_IDX). The table of the parts
 is in `wire.vhost_user.virtio_blk`.
@@ -6,8 +6,12 @@ is in `wire.vhost_user.virtio_blk`.
 Nearly all requests are plain reads and writes of one segment within one granule: `hot_loop` serves them by the dozen.
 What it leaves over goes through `_serve`, which takes everything that the specification allows.
 
-Invariants: requests are served strictly in order and each is finished before the next is taken, so `used.idx` is at
-every instant exactly the number of finished requests: after a crash the ring goes on from there. Everything read from
+A FLUSH goes to the disk's `Flusher`, and the requests behind it are served and answered while it runs. That needs the
+in-flight region, which then says what was taken and not answered. Without one, and while the guest's memory is copied,
+a flush is a request like any other.
+
+Invariants: requests are taken strictly in order, and each but a flush is finished before the next is taken: after a
+crash the ring goes on from `used.idx` plus the flushes that are marked in flight (`inflight`). Everything read from
 the guest is checked before use: indices against the ring's size, addresses and lengths against its memory, chains
 against a limit. A ring that contradicts itself raises `GuestFault`, and its state is as before the offending request.
 Ordering: stores of one thread become visible in order on x86; before sleeping, the request for a notification has to be
@@ -22,18 +26,21 @@ import enum
 import struct
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Final
 
 from mullion.base.implementation import implementation_of
-from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of
+from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of, room_of_flush
 from mullion.provider.dirty_log import DirtyLog
+from mullion.provider.flusher import Flusher, Outcome
+from mullion.provider.hot_loop import UNANSWERED
 from mullion.provider.hot_loop import HotLoop as PythonHotLoop
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.layers.throttle import Turn
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user.messages import VRING_LOG, DeviceFeature, VringAddress
-from mullion.wire.vhost_user.virtio_blk import DescriptorFlag
+from mullion.wire.vhost_user.virtio_blk import BlkStatus, DescriptorFlag
 
 HotLoop: type[PythonHotLoop] = implementation_of("mullion.provider.hot_loop").HotLoop
 
@@ -80,6 +87,7 @@ class Ring:
         turn: Turn,
         turnstile: Turnstile,
         log: DirtyLog | None = None,
+        flusher: Flusher | None = None,
     ) -> None:
         """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
         self.requests = 0
@@ -119,9 +127,13 @@ class Ring:
             memory=hot.view,
         )
         self._inflight = inflight
-        self.next_index = self._used[1]
-        self._resubmit = [] if inflight is None else inflight.recover(self.next_index, size)
-        self._signalled = self.next_index
+        self._used_index = self._signalled = self._used[1]
+        self._resubmit = [] if inflight is None else inflight.recover(self._used_index, size)
+        self.next_index = (self._used_index + len(self._resubmit)) & 0xFFFF
+        self._flusher = flusher if inflight is not None and log is None else None
+        self._flushes: dict[int, tuple[memoryview, int]] = {}  # heads that are being flushed, and where to answer
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._unsynced: list[int] = []  # of the flushes, those that found no space
 
     def drain(self, notify: Callable[[], None]) -> Drained:
         """Serve what is available; `notify` is called when the driver asked to hear of it.
@@ -133,7 +145,11 @@ class Ring:
         try:
             if self._resubmit:
                 self._serve_inflight()
+            if self._unsynced:
+                self._flush_again()
             while True:
+                if self._flushes:
+                    self._answer_flushes()
                 index = self.next_index
                 limit = available[1]
                 count = (limit - index) & 0xFFFF
@@ -180,12 +196,12 @@ class Ring:
         if self._log is not None:
             self._run_logged(count)
             return
-        hot, first = self._hot, self.next_index
+        hot, first = self._hot, self._used_index
         try:
-            hot.run(self._blk.device, self._serve, first, first, count)
+            hot.run(self._blk.device, self._serve, self.next_index, first, count)
         finally:
-            self.next_index = hot.available_index
-            self.requests += (self.next_index - first) & 0xFFFF
+            self.next_index, self._used_index = hot.available_index, hot.used_index
+            self.requests += (self._used_index - first) & 0xFFFF
             self.bytes += hot.moved_bytes
 
     def _admit(self, count: int) -> int:
@@ -220,32 +236,104 @@ class Ring:
         """The same, while the guest's memory is copied: every request goes the long way, which marks what it wrote."""
         slot = self.next_index & (self._size - 1)
         for head in self._available[2 + slot : 2 + slot + count].tolist():
-            element = 1 + 2 * (self.next_index & (self._size - 1))
-            self._used_words[element + 1] = self._serve(head)
-            self._used_words[element] = head
+            self._publish(head, self._serve(head))
             self.next_index = (self.next_index + 1) & 0xFFFF
-            self._used[1] = self.next_index
-            self.requests += 1
 
     def _serve_inflight(self) -> None:
         """Serve again what an earlier process had taken and not answered (inflight.py)."""
         while self._resubmit:
             head = self._resubmit[0]
-            if self._inflight is not None:
-                self._inflight.begin(head, self.next_index)
-            element = 1 + 2 * (self.next_index & (self._size - 1))
-            self._used_words[element + 1] = self._serve(head)
-            self._used_words[element] = head
-            self.next_index = (self.next_index + 1) & 0xFFFF
-            self._used[1] = self.next_index
-            if self._inflight is not None:
-                self._inflight.finish(head, self.next_index)
-            self.requests += 1
+            self._publish_marked(head, self._serve_now(head))
             del self._resubmit[0]
+
+    def _publish(self, head: int, written: int) -> None:
+        element = 1 + 2 * (self._used_index & (self._size - 1))
+        self._used_words[element] = head
+        self._used_words[element + 1] = written
+        self._used_index = (self._used_index + 1) & 0xFFFF
+        self._used[1] = self._used_index
+        self.requests += 1
+
+    def _publish_marked(self, head: int, written: int) -> None:
+        """Answer a request that the in-flight region says to be taken."""
+        assert self._inflight is not None
+        self._inflight.begin(head, self._used_index)
+        self._publish(head, written)
+        self._inflight.finish(head, self._used_index)
+
+    # Flushes.
+
+    @property
+    def has_outcome(self) -> bool:
+        """Whether a flush is done, and was not answered."""
+        return not self._outcomes.empty()
+
+    def _begin_flush(self, head: int, status: memoryview, written: int) -> bool:
+        """Have a flush done while requests go on; False when that cannot be. Raises: GuestFault."""
+        assert self._inflight is not None
+        assert self._flusher is not None
+        if head in self._flushes:
+            raise GuestFault(f"request {head} is available once more before it was answered")
+        if not self._flusher.ask(self._outcomes, head):
+            return False
+        self._inflight.mark(head)
+        self._flushes[head] = status, written
+        return True
+
+    def _answer_flushes(self) -> None:
+        """Answer those that are done. Raises: OutOfSpace when there was none for some of them."""
+        shortage: OutOfSpace | None = None
+        while not self._outcomes.empty():
+            shortage = self._take_outcome() or shortage
+        if shortage is not None:
+            raise shortage
+
+    def _take_outcome(self) -> OutOfSpace | None:
+        """Wait for a flush, and answer it; or what it lacks."""
+        head, outcome = self._outcomes.get()
+        if isinstance(outcome, OutOfSpace):
+            self._unsynced.append(head)
+            return outcome
+        self._answer_flush(head, outcome)
+        return None
+
+    def _answer_flush(self, head: int, outcome: BlkStatus) -> None:
+        status, written = self._flushes.pop(head)
+        status[0] = outcome
+        self._publish_marked(head, written if outcome is BlkStatus.OK else 1)
+        self._paid_requests += 1  # that it was not asked for its cost forgives nobody anything
+
+    def _flush_again(self) -> None:
+        """Try once more what found no space, before anything else. Raises: OutOfSpace."""
+        outcome = self._blk.flush()
+        while self._unsynced:
+            self._answer_flush(self._unsynced.pop(), outcome)
+
+    def come_to_rest(self, notify: Callable[[], None]) -> None:
+        """Wait for the flushes that run, and answer them; the ring is not used any more, and goes on at `next_index`.
+
+        What found no space, or was not served since an earlier process took it, is available again, before all that was
+        not taken. Its place in the available ring is one that the driver has filled, and fills again only when the
+        request was answered. Killed at any instant: of these heads, some are marked, and the others are available right
+        behind as many places.
+        """
+        while len(self._unsynced) < len(self._flushes):
+            self._take_outcome()
+        unserved = [*self._resubmit, *self._unsynced]
+        for number, head in enumerate(unserved):
+            self._available[2 + ((self._used_index + number) & (self._size - 1))] = head
+        if self._inflight is not None:
+            for head in reversed(unserved):
+                self._inflight.unmark(head)
+            self._inflight.rest(self._used_index)
+        self.next_index = self._used_index
+        self._announce(notify)
+
+    # What all requests need.
 
     def _announce(self, notify: Callable[[], None]) -> None:
         """Notify the driver of what was finished since the last time, if it asked (2.7.7.2, 2.7.10)."""
-        new, old = self.next_index, self._signalled
+        new, old = self._used_index, self._signalled
         if new == old:
             return
         self._signalled = new
@@ -260,9 +348,24 @@ class Ring:
             notify()
 
     def _serve(self, head: int) -> int:
-        """Serve a request of any shape; the bytes written into guest memory. Raises: GuestFault, OutOfSpace."""
+        """Serve a request of any shape, or have it flushed: the bytes written into guest memory, or `UNANSWERED`.
+
+        Raises: GuestFault, OutOfSpace.
+        """
         self._marks.clear()
         readable, writable = self._walk(head)
+        if self._flusher is not None:
+            room = room_of_flush(readable, writable)
+            if room is not None and self._begin_flush(head, *room):
+                return UNANSWERED
+        return self._finish(readable, writable)
+
+    def _serve_now(self, head: int) -> int:
+        """The same, finished in any case."""
+        self._marks.clear()
+        return self._finish(*self._walk(head))
+
+    def _finish(self, readable: Segments, writable: Segments) -> int:
         written = self._blk.serve(readable, writable)
         if self._log is not None:
             for address, length in self._marks:

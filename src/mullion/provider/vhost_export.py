@@ -6,6 +6,8 @@ not zero, and the ring's own index says what there is to do.
 
 The thread passes the disk's turnstile before it serves what has come, and is held there while files are exchanged.
 
+Flushes have a thread of their own, which wakes this one. A ring that ends for any reason waits for its flushes.
+
 Invariants: everything but the counters and the state belongs to the thread. A ring that breaks stops, alone; the
 process, the connection and the other rings go on. The state stays `broken` until a front-end starts that ring anew.
 """
@@ -29,6 +31,7 @@ from typing import Final
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control_client import descriptors_of
 from mullion.provider.dirty_log import DirtyLog
+from mullion.provider.flusher import Flusher
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
@@ -97,6 +100,7 @@ class VhostExport:
         self._turnstile = turnstile
         self._seat = turnstile.seat()
         self._notify = notify
+        self._flusher = Flusher(blk.flush, self.wake, name=f"flush-{blk.disk_id}")
         self._rings: dict[int, Ring] = {}
         self._kicks: dict[int, int] = {}  # descriptor → index of the running ring
         self._calls: dict[int, int] = {}
@@ -162,6 +166,7 @@ class VhostExport:
         self._is_stopping = True
         self.wake()
         self._thread.join()
+        self._flusher.stop()
         self._epoll.close()
         os.close(self._wake_fd)
         self._listener.close()
@@ -202,6 +207,7 @@ class VhostExport:
                     os.eventfd_read(fd)
                 self._busy |= stalled
                 self._busy.update(self._capped)
+                self._busy.update(index for index, ring in self._rings.items() if ring.has_outcome)
                 if self._has_changed_config:
                     self._has_changed_config = False
                     self._send_config_change()
@@ -330,6 +336,7 @@ class VhostExport:
     def _detach(self, index: int) -> Ring | None:
         ring = self._rings.pop(index, None)
         if ring is not None:
+            ring.come_to_rest(self._notifiers.get(index, _no_call))
             self._finished = Counters(self._finished.requests + ring.requests, self._finished.bytes + ring.bytes)
             ring.leave()
             self._capped.pop(index, None)
@@ -379,6 +386,7 @@ class VhostExport:
                 turn=self._lane.turn(),
                 turnstile=self._turnstile,
                 log=self._log if features & _LOG_ALL else None,
+                flusher=None if self._blk.device.read_only else self._flusher,
             )
         except GuestFault as fault:
             raise ProtocolError(str(fault)) from fault

@@ -3,7 +3,8 @@
 JSON of a rule: `{"kinds": ["read", "write", "flush", "discard", "write_zeroes"], "offset": first byte, "length": bytes
 (0: to the end), "error": "EIO" or "ENOSPC" (null: none), "latency_ms": added to each, "every": each so manieth request
 that fits, "count": how many are hit at most (0: no end)}`; all may be left out, but one of error and latency.
-A request that is hit by an error does not reach the disk. Latency holds up the disk's ring, as a slow disk does.
+A request that is hit by an error does not reach the disk. Latency holds up the disk's ring, as a slow disk does; that
+of a flush holds up nothing else.
 """
 
 from __future__ import annotations
