@@ -67,6 +67,40 @@ def add_repository(
         face.note(f"Back a partition up: {face.command('backup', 'create', 'PARTITION', '--repository', view.name)}")
 
 
+@repository.command("set")
+@click.argument("name", shell_complete=complete.repositories)
+@click.argument("place", metavar="[PLACE]", required=False)
+@click.option(
+    "--passphrase-file", metavar="FILE", help="A file whose first line is the passphrase from now on; or `-`."
+)
+@click.option("--credentials-file", metavar="FILE", help="A TOML file of what the storage wants from now on.")
+@pass_face
+def change_repository(
+    face: Face, name: str, place: str | None, *, passphrase_file: str | None, credentials_file: str | None
+) -> None:
+    """Reach a known repository at another place, or with other secrets; what is not given stays.
+
+    It is opened before anything changes, and has to be the same repository. Whatever waits for it goes on by itself.
+
+    \b
+    Examples:
+      mullion backup repository set nightly /mnt/new/backup
+      mullion backup repository set nightly --credentials-file /root/s3.toml
+    """
+    if place is None and passphrase_file is None and credentials_file is None:
+        raise click.UsageError("nothing to change: give a place, --passphrase-file or --credentials-file")
+    view = face.client.change_repository(
+        name,
+        url=place,
+        passphrase=None if passphrase_file is None else _read_passphrase(passphrase_file, confirm=False),
+        credentials=None if credentials_file is None else _read_credentials(credentials_file),
+    )
+    if face.is_json:
+        face.emit_json(view)
+    else:
+        face.note(f"repository {view.name}: {view.url}")
+
+
 def _read_passphrase(path: str | None, *, confirm: bool) -> str:
     """From a file, the environment, or whoever sits at the terminal."""
     from mullion.repository.credentials import PASSPHRASE_VARIABLE, find_passphrase

@@ -289,6 +289,18 @@ class Client:
         }
         return self._post("/repositories", fields, RepositoryView)
 
+    def change_repository(
+        self,
+        name: str,
+        *,
+        url: str | None = None,
+        passphrase: str | None = None,
+        credentials: dict[str, str] | None = None,
+    ) -> RepositoryView:
+        """Reach it at another place or with other secrets; what is left out stays."""
+        given = {"url": url, "passphrase": passphrase, "credentials": credentials}
+        return self._post(f"/repositories/{_part(name)}/access", given, RepositoryView)
+
     def remove_repository(self, name: str) -> None:
         self._ask("DELETE", f"/repositories/{_part(name)}", None, {})
 

@@ -30,6 +30,8 @@ class RepositoryRecord(msgspec.Struct, frozen=True):
     name: str
     url: str
     added_at: str
+    repository_id: str = ""
+    """Its own, whatever the place: another repository cannot take its name."""
 
     @property
     def key(self) -> str:

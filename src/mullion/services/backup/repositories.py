@@ -15,7 +15,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from mullion.base.errors import AlreadyExistsError, InvalidError, NotFoundError
+import msgspec
+
+from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError, NotFoundError
 from mullion.base.files import replace_file
 from mullion.base.paths import HostPaths
 from mullion.base.units import utc_now
@@ -90,21 +92,42 @@ class Repositories:
                 f"there is a repository {name!r} already",
                 remedy="Choose another name, or remove that one first: mullion backup repository list",
             )
-        unknown = set(credentials) - CREDENTIALS
-        if unknown:
-            raise InvalidError(
-                f"credentials of no storage: {', '.join(sorted(unknown))}",
-                remedy=f"Known are: {', '.join(sorted(CREDENTIALS))}.",
-                field="credentials",
-            )
-        secret = {"passphrase": passphrase, "credentials": dict(credentials)}
-        await self.work({"action": "add", "url": url, "secret": secret, "create": create})
-        record = RepositoryRecord(name, url, utc_now())
+        secret = _secret(passphrase, credentials)
+        said = await self.work({"action": "add", "url": url, "secret": secret, "create": create})
+        record = RepositoryRecord(name, url, utc_now(), said["repository_id"])
         await asyncio.to_thread(self._write_secret, name, secret)
         revision = await self._store.transact([Condition(record.key, 0)], [Put(record.key, record.encode())])
         self._known[name] = (record, revision)
         self._events.publish("backup.repository-added", f"repository/{name}", {"url": url})
         return RepositoryView(name, url, record.added_at)
+
+    async def change_access(
+        self, name: str, *, url: str | None, passphrase: str | None, credentials: Mapping[str, str] | None
+    ) -> RepositoryView:
+        """Reach a known repository at another place or in another way; what is None stays. It is opened first.
+
+        What waits for it goes on by itself. A crash in between may leave the new secrets with the old place.
+        Raises: NotFoundError; InvalidError; ConflictError when it is another repository; as `add`.
+        """
+        record, revision = self._find(name)
+        known = await asyncio.to_thread(self.source, name)
+        secret = _secret(
+            known.secret["passphrase"] if passphrase is None else passphrase,
+            known.secret["credentials"] if credentials is None else credentials,
+        )
+        place = record.url if url is None else url
+        said = await self.work({"action": "add", "url": place, "secret": secret, "create": False})
+        if record.repository_id not in ("", said["repository_id"]):
+            raise ConflictError(
+                f"what is at {place} is another repository than {name}",
+                remedy="Add it under a name of its own: mullion backup repository add NAME PLACE",
+            )
+        changed = msgspec.structs.replace(record, url=place, repository_id=said["repository_id"])
+        await asyncio.to_thread(self._write_secret, name, secret)
+        revision = await self._store.transact([Condition(record.key, revision)], [Put(record.key, changed.encode())])
+        self._known[name] = (changed, revision)
+        self._events.publish("backup.repository-changed", f"repository/{name}", {"url": place})
+        return RepositoryView(name, place, record.added_at)
 
     async def remove(self, name: str) -> None:
         """Forget a repository and its secrets; its files stay. Raises: NotFoundError."""
@@ -167,3 +190,15 @@ class Repositories:
     def _write_secret(self, name: str, secret: Mapping[str, object]) -> None:
         os.makedirs(self._paths.secrets, mode=0o700, exist_ok=True)
         replace_file(self._secret_path(name), json.dumps(secret).encode(), mode=0o600)
+
+
+def _secret(passphrase: str, credentials: Mapping[str, str]) -> dict[str, Any]:
+    """What is kept of how a repository is opened. Raises: InvalidError."""
+    unknown = set(credentials) - CREDENTIALS
+    if unknown:
+        raise InvalidError(
+            f"credentials of no storage: {', '.join(sorted(unknown))}",
+            remedy=f"Known are: {', '.join(sorted(CREDENTIALS))}.",
+            field="credentials",
+        )
+    return {"passphrase": passphrase, "credentials": dict(credentials)}

@@ -31,6 +31,14 @@ class NewRepository(Struct, frozen=True, forbid_unknown_fields=True):
     create: bool = False
 
 
+class Access(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a known repository is reached from now on; what is left out stays as it is."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
+    passphrase: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    credentials: dict[str, str] | None = None
+
+
 class NewBackup(Struct, frozen=True, forbid_unknown_fields=True):
     """`consistent` freezes the guest's filesystems for an instant; `full` reads everything again."""
 
@@ -107,6 +115,17 @@ async def add_repository(backups: Service[BackupController], data: JSONBody[NewR
     """Know a repository from now on, or make it."""
     view = await backups.repositories.add(data.name, data.url, data.passphrase, data.credentials, create=data.create)
     return Response(view, status_code=201)
+
+
+@post("/1.0/repositories/{name:str}/access", tags=_TAGS)
+async def change_access(
+    name: PathName, backups: Service[BackupController], data: JSONBody[Access]
+) -> Response[RepositoryView]:
+    """Reach a known repository at another place, or with other secrets; it has to be the same one."""
+    view = await backups.repositories.change_access(
+        name, url=data.url, passphrase=data.passphrase, credentials=data.credentials
+    )
+    return Response(view, status_code=200)
 
 
 @delete("/1.0/repositories/{name:str}", tags=_TAGS)
@@ -192,6 +211,7 @@ async def prune_backups(backups: Service[BackupController], data: JSONBody[Pruni
 ROUTES: Final = (
     list_repositories,
     add_repository,
+    change_access,
     remove_repository,
     list_backups,
     create_backup,

@@ -129,7 +129,11 @@ def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
     backend = open_backend(request["url"], Credentials(**secret["credentials"]), create=request["create"])
     how = Repository.create if request["create"] else Repository.open
     with how(backend, secret["passphrase"]) as repository:
-        return {"location": repository.location, "backups": len(repository.backup_ids())}
+        return {
+            "location": repository.location,
+            "backups": len(repository.backup_ids()),
+            "repository_id": repository.config.repository_id.hex(),
+        }
 
 
 def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:

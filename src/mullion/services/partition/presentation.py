@@ -87,7 +87,11 @@ def _coming_home(record: PartitionRecord, origin: BackupOrigin, runtime: Runtime
     """What is to be said of a partition that was restored instantly and is not whole yet."""
     if runtime.waits_for_backup is not None and runtime.has_machine:
         reason = f"reads of blocks that are only in backup {origin.backup} wait: {runtime.waits_for_backup}"
-        return reason, "Mend the way to the repository: the partition goes on by itself, nothing is lost."
+        remedy = (
+            "Mend the way to the repository, or say where it is now or how it is opened: "
+            f"mullion backup repository set {origin.repository} PLACE. The partition goes on by itself, nothing is lost."
+        )
+        return reason, remedy
     disks = ", ".join(record.coming_home)
     reason = f"{disks} {'is' if len(record.coming_home) == 1 else 'are'} coming home from backup {origin.backup}"
     return reason, "Let it run; how far that is: mullion operation list"

@@ -1,0 +1,108 @@
+"""A restore with the power cut at any change of its disk: nothing is under the final name that is not whole and durable."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.repository.disks import PASSPHRASE, QUICK_SCRYPT, MemoryDisk, back_up, scattered
+from tests.unit.vhd.power_cut import KilledError, RecordingIO
+
+from mullion.base.units import MIB
+from mullion.repository import Repository
+from mullion.repository.local import FolderBackend
+from mullion.services.backup import worker
+from mullion.services.backup.record import note_files, noted_files, unfinished, unfinished_in
+from mullion.vhd import open_chain
+
+pytestmark = pytest.mark.unit
+
+SIZE_BYTES = 5 * MIB
+
+
+@pytest.fixture
+def content() -> bytes:
+    return bytes(scattered(SIZE_BYTES, 5, pieces=20))
+
+
+@pytest.fixture
+def request_of(tmp_path: Path, content: bytes) -> Mapping[str, Any]:
+    """What the service asks a worker: one disk of a backup."""
+    repository = Repository.create(
+        FolderBackend.create(str(tmp_path / "repository")), PASSPHRASE, scrypt_log2_n=QUICK_SCRYPT
+    )
+    manifest = back_up(repository, MemoryDisk(content))
+    (tmp_path / "disks").mkdir()
+    return {
+        "url": repository.location,
+        "secret": {"passphrase": PASSPHRASE, "credentials": {}},
+        "index_cache": str(tmp_path / "cache"),
+        "backup": manifest.id,
+        "disks": {"disk0": str(tmp_path / "disks" / "web.vhd")},
+        "blobs": {},
+    }
+
+
+def restore(request: Mapping[str, Any]) -> None:
+    worker._restore(request, lambda *_: None)
+
+
+def content_of(path: str) -> bytes:
+    with open_chain(path, read_only=True) as chain:
+        buffer = bytearray(chain.size_bytes)
+        chain.pread(0, buffer)
+        assert not chain.warnings
+    return bytes(buffer)
+
+
+def test_a_cut_at_any_change_leaves_nothing_under_the_name(
+    request_of: Mapping[str, Any], content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = request_of["disks"]["disk0"]
+    for fuse in itertools.count():
+        file_io = RecordingIO()
+        file_io.fuse = fuse
+        monkeypatch.setattr(worker, "open_chain", partial(open_chain, file_io=file_io))
+        try:
+            restore(request_of)
+        except KilledError:
+            file_io.cut_power(random.Random(fuse))
+            assert not os.path.lexists(path)
+            assert unfinished_in(os.path.dirname(path)) == [unfinished(path)]
+            assert noted_files(unfinished(path)) == ()
+        else:
+            break
+    assert fuse > 6
+    assert content_of(path) == content, "over what the last try had left"
+    assert os.listdir(os.path.dirname(path)) == ["web.vhd"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_gets_its_name_is_durable(
+    request_of: Mapping[str, Any], content: bytes, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The power fails right when the disk is about to get its name, and the name is all that survives of what follows."""
+    file_io = RecordingIO()
+    publish = worker._publish
+
+    def cut_and_publish(path: str) -> None:
+        file_io.cut_power(random.Random(seed))
+        publish(path)
+
+    monkeypatch.setattr(worker, "open_chain", partial(open_chain, file_io=file_io))
+    monkeypatch.setattr(worker, "_publish", cut_and_publish)
+    restore(request_of)
+    assert content_of(request_of["disks"]["disk0"]) == content
+
+
+def test_what_is_being_made_is_noted_beside_it_and_only_there(tmp_path: Path) -> None:
+    disk, head, other = (str(tmp_path / name) for name in ("now.vhd", "now-1.avhd", "elsewhere/x.vhd"))
+    note_files(disk, (disk, head, other))
+    (note,) = unfinished_in(str(tmp_path))
+    assert noted_files(note) == (disk, head)
