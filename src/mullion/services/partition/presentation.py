@@ -88,8 +88,8 @@ def _coming_home(record: PartitionRecord, origin: BackupOrigin, runtime: Runtime
     if runtime.waits_for_backup is not None and runtime.has_machine:
         reason = f"reads of blocks that are only in backup {origin.backup} wait: {runtime.waits_for_backup}"
         remedy = (
-            "Mend the way to the repository, or say where it is now or how it is opened: "
-            f"mullion backup repository set {origin.repository} PLACE. The partition goes on by itself, nothing is lost."
+            f"Mend the way to the repository, or say where it is now: mullion backup repository set {origin.repository} "
+            "PLACE. The partition goes on by itself, nothing is lost."
         )
         return reason, remedy
     disks = ", ".join(record.coming_home)
