@@ -88,8 +88,8 @@ def _coming_home(record: PartitionRecord, origin: BackupOrigin, runtime: Runtime
     if runtime.waits_for_backup is not None and runtime.has_machine:
         reason = f"reads of blocks that are only in backup {origin.backup} wait: {runtime.waits_for_backup}"
         remedy = (
-            f"Mend the way to the repository, or say where it is now: mullion backup repository set {origin.repository} "
-            "PLACE. The partition goes on by itself, nothing is lost."
+            "Mend the way to the repository, or say where it is now: "
+            f"mullion backup repository set {origin.repository} PLACE. Then the partition goes on, nothing is lost."
         )
         return reason, remedy
     disks = ", ".join(record.coming_home)
