@@ -369,12 +369,6 @@ class StateReader:
         return StateDamagedError(f"{self.path} {what} (byte {offset})", path=self.path, offset=offset)
 
 
-def read_about(path: str) -> StateAbout:
-    """What a state was saved from, without reading the rest. Raises: NotFoundError; StateDamagedError."""
-    with StateReader(path) as reader:
-        return reader.about
-
-
 def check_state(path: str) -> StateInfo:
     """Read all of a state file. Raises: NotFoundError; StateDamagedError, with the offset of what is wrong."""
     with StateReader(path) as reader:

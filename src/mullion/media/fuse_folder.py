@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 _ATTRIBUTES_VALID_S: Final = 3600.0
 _PUNCH_HOLE: Final = 0x02
 _ZERO_RANGE: Final = 0x10
-_KEEP_SIZE: Final = 0x01
 _WRITABLE_MEMORY: Final = 0x200
 _ERRORS: Final = ((InvalidError, errno.EINVAL), (NoSpaceError, errno.ENOSPC), (DiskReadOnlyError, errno.EROFS))
 

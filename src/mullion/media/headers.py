@@ -25,7 +25,6 @@ _SHOWN_CHARS: Final = 200
 
 _QCOW2_INCOMPATIBLE: Final = {0: "dirty", 1: "corrupt", 2: "external data file", 3: "compression", 4: "extended L2"}
 _QCOW2_DATA_FILE_BIT: Final = 2
-_QCOW2_COMPRESSION_BIT: Final = 3
 
 
 @dataclass(frozen=True, slots=True)

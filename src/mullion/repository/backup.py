@@ -122,11 +122,6 @@ class BackupWriter:
         """The backup that this one builds on; none when the one that was asked for has lost chunks."""
         return self._base
 
-    @property
-    def adopted_packs(self) -> int:
-        """Packs of an interrupted backup that are used."""
-        return len(self._writer.unindexed)
-
     def add_disk(
         self,
         disk: str,

@@ -19,7 +19,6 @@ from mullion.repository.tree import ZERO_ID, ZERO_NODE, find_leaf, walk_nodes
 
 _WINDOW_BYTES: Final = 2 * MIB
 _RESTORE_THREADS: Final = 4
-_LEAF_BYTES: Final = NODE_IDS * CHUNK_BYTES
 _ZERO_CHUNK: Final = bytes(CHUNK_BYTES)
 
 

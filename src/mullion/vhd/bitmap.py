@@ -37,11 +37,6 @@ def mask(first: int, count: int, sectors: int) -> int:
     return ((1 << count) - 1) << (sectors - first - count)
 
 
-def from_raw(raw: bytes, sectors: int) -> int:
-    """The bitmap that the first `sectors` bits of these bytes are; bits behind them are ignored."""
-    return int.from_bytes(raw, "big") >> (len(raw) * 8 - sectors)
-
-
 def to_raw(bits: int, sectors: int, length: int) -> bytes:
     """The bytes of a bitmap in the file, padded with clear bits."""
     return (bits << (length * 8 - sectors)).to_bytes(length, "big")

@@ -43,7 +43,6 @@ from mullion.vhd.image import Image, load_image, open_file
 from mullion.vhd.layer_journal import (
     LayerJournal,
     check_whole,
-    forget_layer_merge,
     layer_journal_path,
     open_layer_journal,
 )
@@ -94,10 +93,6 @@ class LayerFiles:
             journal_fd = kept(open_layer_journal(lower_path))
             opened.pop_all()
             return cls(upper_fd, upper_path, lower_fd, lower_path, journal_fd, direct_fd)
-
-    def drop_journal(self) -> None:
-        """The merge is finished and its maker knows that: no mark is needed. Raises: ConflictError; OSError."""
-        forget_layer_merge(self.lower_path, SYSTEM)
 
     def drop_empty_journal(self) -> None:
         """Nothing was begun: leave no file behind, where we have the right to remove it; it says nothing either way."""

@@ -25,8 +25,6 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 MAGIC: Final = 0xC03B3998
-JOURNAL_INODE: Final = 8
-"""Where a filesystem does not say another one."""
 BLOCKS_LIMIT: Final = 1_000_000
 """As many as the largest journal that mke2fs makes has, four times over."""
 
