@@ -22,8 +22,8 @@ from tests.framework.providers import DEADLINE_S, WANTED, Control, LoneProvider,
 from mullion.base.units import MIB
 from mullion.vhd import create_differencing, create_dynamic, create_fixed, open_chain
 from mullion.wire.nbd import NbdClient
-from mullion.wire.vhost_user.client import FrontEnd
-from mullion.wire.vhost_user.driver import Answer, VirtqueueDriver, attach
+from mullion.wire.vhost_user.client import GUEST_BASE, FrontEnd
+from mullion.wire.vhost_user.driver import Answer, Segment, VirtqueueDriver, attach
 from mullion.wire.vhost_user.messages import U64, ProtocolError, Request
 from mullion.wire.vhost_user.virtio_blk import BlkFeature, BlkRequest, BlkStatus
 
@@ -209,6 +209,39 @@ def _reconnect(path: str, memory_fd: int, wanted: int) -> FrontEnd:
     front_end.negotiate(wanted)
     front_end.set_memory()
     return front_end
+
+
+def test_what_is_read_while_the_memory_is_copied_is_in_the_log(
+    folder: Path, dynamic: list[Path], started: ExitStack
+) -> None:
+    """The log comes over the socket while the ring runs; what was written before is not in it."""
+    with open_chain(str(dynamic[0])) as disk:
+        disk.pwrite(0, b"read" * 4096)
+    spec = make_spec(folder, dynamic)
+    started.enter_context(LoneProvider(spec))
+    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
+    driver = attach(front_end, wanted=WANTED)
+
+    def read_into(offset: int) -> None:
+        driver.submit(0, BlkRequest.IN, 0, segments=[Segment(offset, 4096, True)])
+        driver.kick()
+        assert [answer.status for answer in driver.wait()] == [BlkStatus.OK]
+        assert bytes(front_end.memory[offset : offset + 4096]) == b"read" * 1024
+
+    def is_marked(offset: int) -> bool:
+        page = (GUEST_BASE + offset) >> 12
+        return bool(log[page >> 3] >> (page & 7) & 1)
+
+    before, during = 2 * MIB, 3 * MIB
+    read_into(before)
+    log = front_end.start_log([driver.place])
+    assert not any(log)
+    read_into(during)
+    assert front_end.stop_vring(0) == 2
+    assert is_marked(during)
+    assert is_marked(driver.place.used)
+    assert not is_marked(before)
+    driver.release()
 
 
 def test_two_queues(folder: Path, dynamic: list[Path]) -> None:
