@@ -15,6 +15,7 @@ from tests.framework.providers import DEADLINE_S, Control, LoneProvider, make_sp
 from tests.unit.repository.disks import MemoryDisk
 
 from mullion.base.block import Extent, ExtentKind, WritableBuffer
+from mullion.base.errors import UnavailableError
 from mullion.base.units import MIB
 from mullion.provider.spec import ProviderSpec
 from mullion.vhd import create_differencing, create_dynamic, open_chain
@@ -125,6 +126,29 @@ def test_requests_wait_for_the_server_and_all_comes_home(spec: ProviderSpec, con
         assert buffer == wanted
         holes = [extent for extent in chain.extents(0, SIZE_BYTES) if extent.kind is ExtentKind.HOLE]
         assert holes == [Extent(10 * MIB, 6 * MIB, ExtentKind.HOLE)], "what is a hole in the backup is one at home"
+
+
+def read_all_in_vain(spec: ProviderSpec) -> None:
+    with contextlib.suppress(UnavailableError):
+        read_all(spec)
+
+
+def test_a_provider_ends_while_requests_wait_and_the_next_one_serves_them(spec: ProviderSpec, content: bytes) -> None:
+    with LoneProvider(spec) as provider:
+        with NbdClient(str(spec.disks[0].nbd), "d0") as client:
+            client.pwrite(MIB, b"flushed" * 512)  # whole sectors: needs nothing of the backup
+            client.flush()
+        reader = threading.Thread(target=read_all_in_vain, args=(spec,))
+        reader.start()
+        wait_for(spec, "is_waited_for", True)
+        begun_s = time.monotonic()
+        assert provider.terminate() == 1, "what waits cannot be finished"
+        assert time.monotonic() - begun_s < DEADLINE_S
+        reader.join()
+    with LoneProvider(spec), served(spec, MemoryDisk(content)):
+        wanted = bytearray(content)
+        wanted[MIB : MIB + 3584] = b"flushed" * 512
+        assert read_all(spec) == bytes(wanted)
 
 
 def test_a_killed_provider_goes_on_with_what_is_home(spec: ProviderSpec, content: bytes) -> None:

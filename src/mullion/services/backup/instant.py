@@ -253,7 +253,7 @@ class Homecomings:
             "action": "serve",
             **self._source(origin.repository)._asdict(),
             "backup": origin.backup,
-            "disks": {disk: paths.backing(disk) for disk in origin.disks},
+            "disks": {disk: paths.backing(disk) for disk in origin.disks or partition.record.coming_home},
             "identity": paths.backup_server_identity,
             "uid": uid,
             "gid": gid,

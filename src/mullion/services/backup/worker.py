@@ -151,7 +151,7 @@ def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
             for disk in request["disks"]:
                 with (
                     open_chain(disk["top"], read_only=True, allowed_dirs=disk["folders"]) as chain,
-                    _read_through(chain, disk["id"], disk["backing"]),
+                    _read_through(chain, disk["id"], disk["backing"], tell),
                 ):
                     since = disk["since"] if backup.base is not None else None
                     ranges = None
@@ -166,12 +166,16 @@ def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def _read_through(chain: Chain, disk: str, path: str | None) -> Iterator[None]:
+def _read_through(chain: Chain, disk: str, path: str | None, tell: Tell) -> Iterator[None]:
     """Let a chain read from another backup what is still there only; nothing when there is no such thing."""
     if path is None:
         yield
         return
-    with contextlib.closing(SteadyReader(path, disk, patience_s=_PATIENCE_S)) as backing:
+
+    def say(reason: str) -> None:
+        tell(f"waiting for the backup that blocks of {disk} are in: {reason}", 0, 0)
+
+    with contextlib.closing(SteadyReader(path, disk, patience_s=_PATIENCE_S, on_wait=say)) as backing:
         chain.backing = backing
         yield
 

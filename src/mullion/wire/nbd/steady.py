@@ -32,12 +32,23 @@ _T = TypeVar("_T")
 
 
 class SteadyReader:
-    """What is read is at the unix socket `path`; who waits longer than `patience_s` gets an error (None: nobody)."""
+    """What is read is at the unix socket `path`; who waits longer than `patience_s` gets an error (None: nobody).
 
-    def __init__(self, path: str, export: str, *, patience_s: float | None = None) -> None:
+    `on_wait` is told why, again and again while somebody waits.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        export: str,
+        *,
+        patience_s: float | None = None,
+        on_wait: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
         self._path = path
         self._export = export
         self._patience_s = patience_s
+        self._on_wait = on_wait
         self._lock = threading.Lock()
         self._client: NbdClient | None = None
         self._closed = threading.Event()
@@ -122,6 +133,7 @@ class SteadyReader:
                             "try again.",
                             path=self._path,
                         ) from error
+            self._on_wait(self.reason or "")
             self._closed.wait(_RETRY_S)
 
     def _drop(self) -> None:
