@@ -199,25 +199,26 @@ def test_the_file_that_is_filled_is_not_read_or_written_by_itself(top: str, cont
 def test_a_power_cut_at_any_change_shows_what_was_flushed_and_never_less_than_the_backup(
     tmp_path: Path, content: bytes
 ) -> None:
-    """What came home is either there or still asked of the backing; what was written and not flushed, either or."""
+    """What came home is either there or still asked of the backing; what was written and not flushed, either or.
+
+    And a checkpoint, once its exchange is finished, is as it was then.
+    """
     fuse = 0
     while True:
         fuse += 1
         folder = tmp_path / str(fuse)
         folder.mkdir()
-        top = make_disk(folder)
         file_io = RecordingIO()
-        allowed = [{content[at : at + SECTOR_BYTES]} for at in SECTORS]
-        chain, filling = open_filled(top, content, file_io)
+        life = Life(make_disk(folder), content, file_io, random.Random(fuse % 6))
         file_io.fuse = fuse
         try:
-            _live(chain, filling, content, allowed, random.Random(fuse % 4))
+            life.live()
             return
         except KilledError:
-            chain.abandon()
+            life.chain.abandon()
             file_io.cut_power(random.Random(fuse))
-        again, more = open_filled(top, content)
-        for at, values in zip(SECTORS, allowed, strict=True):
+        again, more = open_filled(life.tops[-1], content)
+        for at, values in zip(SECTORS, life.allowed, strict=True):
             assert read(again, at, SECTOR_BYTES) in values, (fuse, at)
         now = read(again)
         bring_home(more, content)
@@ -225,6 +226,9 @@ def test_a_power_cut_at_any_change_shows_what_was_flushed_and_never_less_than_th
         again.backing = None
         assert read(again) == now, "what is home is what was read before"
         again.close()
+        for path, then in life.frozen.items():
+            with open_chain(path, read_only=True) as reader:
+                assert read(reader) == then, (fuse, path)
         shutil.rmtree(folder)
 
 
@@ -232,25 +236,45 @@ SECTORS = [at for block in range(3) for at in range(block * BLOCK_BYTES, block *
 """The first of some blocks: where the guest writes in the test with power cuts."""
 
 
-def _live(chain: Chain, filling: Filling, content: bytes, allowed: list[set[bytes]], chance: random.Random) -> None:
-    """Writes, homecoming and flushes; `allowed` is what each sector may hold after a power cut."""
-    for _ in range(14):
-        match chance.randrange(5):
-            case 0 | 1:
-                first = chance.randrange(len(SECTORS))
-                at = SECTORS[first]
-                count = chance.randrange(1, min(12, len(SECTORS) - first, 48 - first % 48) + 1)
-                data = [chance.randbytes(SECTOR_BYTES) for _ in range(count)]
-                for number, sector in enumerate(data, first):
-                    allowed[number].add(sector)
-                chain.pwrite(at, b"".join(data))
-            case 2:
-                fill(filling, chance.randrange(4), content)
-            case 3:
-                filling.flush()
-            case 4:
-                chain.flush()
-                for at, values in zip(SECTORS, allowed, strict=True):
-                    values.intersection_update({read(chain, at, SECTOR_BYTES)})
-    filling.end()
-    chain.close()
+class Life:
+    """A disk that is used, frozen and filled; `allowed` is what each sector may hold after a power cut."""
+
+    def __init__(self, top: str, content: bytes, file_io: RecordingIO, chance: random.Random) -> None:
+        self.tops = [top]
+        self.frozen: dict[str, bytes] = {}
+        self.allowed = [{content[at : at + SECTOR_BYTES]} for at in SECTORS]
+        self.chain, self._filling = open_filled(top, content, file_io)
+        self._content = content
+        self._chance = chance
+
+    def live(self) -> None:
+        for _ in range(16):
+            match self._chance.randrange(6):
+                case 0 | 1:
+                    self._write()
+                case 2:
+                    fill(self._filling, self._chance.randrange(4), self._content)
+                case 3:
+                    self._filling.flush()
+                case 4:
+                    self.chain.flush()
+                    for at, values in zip(SECTORS, self.allowed, strict=True):
+                        values.intersection_update({read(self.chain, at, SECTOR_BYTES)})
+                case 5:
+                    self._freeze()
+        self._filling.end()
+        self.chain.close()
+
+    def _write(self) -> None:
+        first = self._chance.randrange(len(SECTORS))
+        count = self._chance.randrange(1, min(12, 48 - first % 48) + 1)
+        data = [self._chance.randbytes(SECTOR_BYTES) for _ in range(count)]
+        for number, sector in enumerate(data, first):
+            self.allowed[number].add(sector)
+        self.chain.pwrite(SECTORS[first], b"".join(data))
+
+    def _freeze(self) -> None:
+        old, then = self.tops[-1], read(self.chain)
+        self.tops.append(f"{self.tops[0]}-{len(self.tops)}")
+        push(self.chain, self.tops[-1])
+        self.frozen[old] = then
