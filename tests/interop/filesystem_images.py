@@ -39,13 +39,15 @@ def make_iso(path: Path, tree: Path) -> Path:
     return path
 
 
-def make_exfat(path: Path, name: str, content: bytes) -> Path:
+def make_exfat(path: Path, name: str, content: bytes, *, valid_bytes: int | None = None) -> Path:
     """One file in an exFAT of 4 MiB: clusters of 4 KiB; 2 bitmap, 3 up-case table, 4 root, 5 and on the file.
 
+    With `valid_bytes` only so many of them were ever written: what lies behind is not the file's content.
     Spec: Microsoft, exFAT file system specification.
     """
     cluster, heap_sector, fat_sector, size = 4096, 64, 24, 4 << 20
     clusters = (size - heap_sector * SECTOR) // cluster
+    valid = len(content) if valid_bytes is None else valid_bytes
     used = 3 + -(-len(content) // cluster)
     image = bytearray(size)
     boot = struct.pack(
@@ -61,8 +63,8 @@ def make_exfat(path: Path, name: str, content: bytes) -> Path:
     def at(number: int) -> int:
         return heap_sector * SECTOR + (number - 2) * cluster
 
-    bits = (1 << used) - 1
-    image[at(2) : at(2) + 8] = bits.to_bytes(8, "little")
+    bitmap = ((1 << used) - 1).to_bytes(-(-clusters // 8), "little")
+    image[at(2) : at(2) + len(bitmap)] = bitmap
     upcase = b"".join(struct.pack("<H", ord(chr(code).upper()) if code < 128 else code) for code in range(128))
     image[at(3) : at(3) + len(upcase)] = upcase
     checksum = 0
@@ -75,7 +77,7 @@ def make_exfat(path: Path, name: str, content: bytes) -> Path:
     parts = [names[index : index + 30].ljust(30, b"\0") for index in range(0, len(names), 30)]
     stamp = (2020 - 1980) << 25 | 5 << 21 | 17 << 16 | 12 << 11
     entries = struct.pack("<BBHHHIII12x", 0x85, 1 + len(parts), 0, 0x20, 0, stamp, stamp, stamp)
-    entries += struct.pack("<BBBBHHQIIQ", 0xC0, 1, 0, len(name), 0, 0, len(content), 0, 5, len(content))
+    entries += struct.pack("<BBBBHHQIIQ", 0xC0, 1, 0, len(name), 0, 0, valid, 0, 5, len(content))
     entries += b"".join(b"\xc1\x00" + part for part in parts)
     total = 0
     for index, byte in enumerate(entries):

@@ -539,6 +539,9 @@ def test_the_reader_dies_with_its_parent(tmp_path: Path, tree: Path) -> None:
         ("os.write(fd, HEAD.pack(b'B', 1 << 31))", "it announced 2147483648 bytes"),
         ("send(fd, b'R', READ.pack(0, 1 << 30))", "bytes at once"),
         ("send(fd, b'R', b'x')", "in a way that is none"),
+        ("send(fd, b'X', EXTENT_PLACE.pack(0, 1 << 40))", "it named 1099511627776 bytes at 0 of a volume of"),
+        ("send(fd, b'X', EXTENT_PLACE.pack((1 << 64) - 1, 1))", "it named 1 bytes at 18446744073709551615"),
+        ("send(fd, b'X', b'x')", "it named an extent in a way that is none"),
         ("sys.exit(3)", "it ended with status 3"),
     ],
 )
@@ -547,7 +550,7 @@ def test_a_reader_that_lies_is_not_believed(
 ) -> None:
     script = (
         "import os, sys\n"
-        "from mullion.media.confined.channel import HEAD, READ, send\n"
+        "from mullion.media.confined.channel import EXTENT_PLACE, HEAD, READ, send\n"
         f"fd = int(sys.argv[1])\nsend(fd, b'H')\nos.read(fd, 1000)\n{says}\nos.read(fd, 1000)\n"
     )
     attach = reader.attach

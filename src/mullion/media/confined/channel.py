@@ -5,6 +5,7 @@ A frame is one letter, the length of what follows (4 bytes), and that. Integers 
     from the disk's side       C  a command, JSON · D  bytes that were asked for
     from the reader's side     R  asks for bytes of the volume: offset 8, length 4 · J  an entry, JSON · B  content
                                Z  so many zeros of content: length 8
+                               X  content that lies so on the volume: offset 8, length 8
                                E  the end of an answer, JSON: empty, or an error · H  once: confined and ready
                                N  a note for people, before everything else: UTF-8
 
@@ -20,6 +21,7 @@ from typing import Final
 HEAD: Final = struct.Struct("<cI")
 READ: Final = struct.Struct("<QI")
 HOLE_BYTES: Final = struct.Struct("<Q")
+EXTENT_PLACE: Final = struct.Struct("<QQ")
 FRAME_LIMIT_BYTES: Final = 4 << 20
 READ_LIMIT_BYTES: Final = 1 << 20
 
@@ -31,6 +33,7 @@ WANT: Final = b"R"
 ENTRY: Final = b"J"
 CONTENT: Final = b"B"
 HOLE: Final = b"Z"
+EXTENT: Final = b"X"
 END: Final = b"E"
 READY: Final = b"H"
 NOTE: Final = b"N"

@@ -156,6 +156,8 @@ class VolumeReader:
                     yield payload
                 elif kind == channel.HOLE and len(payload) == channel.HOLE_BYTES.size:
                     yield Hole(channel.HOLE_BYTES.unpack(payload)[0])
+                elif kind == channel.EXTENT:
+                    yield from self._extent(payload)
                 elif kind == channel.ENTRY:
                     yield self._entry(payload)
                 elif kind == channel.NOTE and len(self.notes) < _NOTES_LIMIT:
@@ -185,6 +187,18 @@ class VolumeReader:
             remedy = f"Name a file, by its path from the root of the volume; `{self._lister}` shows what there is."
             raise InvalidError(f"{where}: {message}", path=self._path, remedy=remedy)
         raise FilesystemError(f"{where}: {self._volume.holds.title}: {message}", path=self._path)
+
+    def _extent(self, payload: bytes) -> Iterator[bytes]:
+        """Content that lies on the volume as it is: read here, so that it need not go there and come back."""
+        if len(payload) != channel.EXTENT_PLACE.size:
+            raise self._death("it named an extent in a way that is none")
+        offset, length = channel.EXTENT_PLACE.unpack(payload)
+        if offset + length > self._volume.length:
+            raise self._death(f"it named {length} bytes at {offset} of a volume of {self._volume.length}")
+        for begin in range(offset, offset + length, channel.READ_LIMIT_BYTES):
+            buffer = bytearray(min(channel.READ_LIMIT_BYTES, offset + length - begin))
+            self._device.pread(self._volume.offset + begin, buffer)
+            yield bytes(buffer)
 
     def _entry(self, payload: bytes) -> FileEntry:
         try:
