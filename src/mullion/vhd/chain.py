@@ -92,6 +92,9 @@ class Chain:
         self._writer: TopWriter | None = None
         self._top = images[0]
         if not read_only:
+            if images[-1] is not self._top and images[-1].header is None:
+                # It may have been the top of a writer that was killed, and has no log that would say so (`recovery`).
+                file_io.fdatasync(images[-1].fd)
             self._writer, said = open_top(self._top, pending_path=pending_path, holder=holder, file_io=file_io)
         self._images = images
         self._read_only = read_only

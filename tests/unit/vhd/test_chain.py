@@ -7,10 +7,12 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import pytest
 from tests.contract.block_device import all_of, read
 from tests.unit.vhd import craft
+from tests.unit.vhd.power_cut import RecordingIO
 
 import mullion.vhd.pending
 from mullion.base.block import Buffer, ExtentKind
@@ -261,6 +263,24 @@ def test_no_space_left(kind: str, room: int, can_punch: bool, tmp_path: Path) ->
     with open_chain(path, read_only=True) as chain:
         assert all_of(chain) == before
         assert chain.warnings == []
+
+
+def test_a_fixed_disk_below_a_new_top_is_made_durable_when_the_writer_of_both_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No log tells of what was written into it since its last flush; the first flush of who comes next promises it."""
+    base, top = str(tmp_path / "base.vhd"), str(tmp_path / "top.vhd")
+    create_fixed(base, 64 * KIB)
+    recorded = RecordingIO()
+    killed = open_chain(base, file_io=recorded)
+    killed.pwrite(0, b"acknowledged")
+    create_differencing(top, base, lock_parent=False)
+    killed.abandon()
+    with open_chain(top, file_io=recorded) as chain:
+        chain.flush()
+        monkeypatch.setattr(Random, "choice", lambda _, versions: versions[0])  # nothing remains that was not synced
+        recorded.cut_power(Random())
+        assert read(chain, 0, 12) == b"acknowledged"
 
 
 # ---------------------------------------------------------------------- mapping
