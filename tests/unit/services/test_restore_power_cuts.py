@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,23 @@ import pytest
 from tests.unit.repository.disks import PASSPHRASE, QUICK_SCRYPT, MemoryDisk, back_up, scattered
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
+from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
+from mullion.parent.events import Events
+from mullion.parent.operations import Operation, Operations
+from mullion.parent.store import MemoryStore
 from mullion.repository import Repository
 from mullion.repository.local import FolderBackend
 from mullion.services.backup import worker
+from mullion.services.backup.controller import BackupController
 from mullion.services.backup.record import note_files, noted_files, unfinished, unfinished_in
-from mullion.vhd import open_chain
+from mullion.services.checkpoint.controller import CheckpointController
+from mullion.services.checkpoint.keeper import MergeSlots
+from mullion.services.disk.controller import DiskController
+from mullion.services.partition.controller import PartitionController
+from mullion.services.partition.partition import Surroundings
+from mullion.services.partition.preparation import Preparer
+from mullion.vhd import create_dynamic, open_chain
 
 pytestmark = pytest.mark.unit
 
@@ -106,3 +119,76 @@ def test_what_is_being_made_is_noted_beside_it_and_only_there(tmp_path: Path) ->
     note_files(disk, (disk, head, other))
     (note,) = unfinished_in(str(tmp_path))
     assert noted_files(note) == (disk, head)
+
+
+def test_an_instant_restore_that_a_crash_interrupts_leaves_no_files(tmp_path: Path) -> None:
+    """Its operation has failed at the next start, and says so; a file that a partition has stays."""
+    paths = HostPaths(str(tmp_path / "data"), str(tmp_path / "run"))
+    os.makedirs(paths.disks)
+    made = [f"{paths.disks}/now-disk0{end}" for end in (".vhd", "-1.avhd")]
+    kept = f"{paths.disks}/other.vhd"
+    for path in (*made, kept):
+        create_dynamic(path, SIZE_BYTES)
+    note_files(made[0], (made[0], made[1]))
+    asyncio.run(_restart_after_crash(MemoryStore(), paths))
+    assert os.listdir(paths.disks) == ["other.vhd"]
+
+
+async def _restart_after_crash(store: MemoryStore, paths: HostPaths) -> None:
+    async def never_done(_operation: Operation) -> None:
+        await asyncio.Event().wait()
+
+    async with _service(store, paths) as (operations, _):
+        begun = await operations.start("backup.restore", "partition/now", never_done)
+    async with _service(store, paths) as (operations, backups):
+        await backups.open()
+        await operations.recover()
+        ended = await operations.wait(begun.id)
+    assert ended.error is not None
+    assert "was interrupted" in ended.error.message
+
+
+@contextlib.asynccontextmanager
+async def _service(store: MemoryStore, paths: HostPaths) -> AsyncIterator[tuple[Operations, BackupController]]:
+    events = Events(store)
+    await events.open()
+    operations = Operations(store, events)
+    await operations.open()
+    disks = DiskController(paths, store, lambda name: name, holders=dict, attached=dict)
+    surroundings = Surroundings(
+        preparer=Preparer(disks, dict),
+        fleet=None,  # type: ignore[arg-type]  # nothing is started here
+        boot_slots=asyncio.Semaphore(1),
+        choose_accelerator=lambda _: pytest.fail("nothing is started here"),
+    )
+    partitions = PartitionController(
+        store=store,
+        events=events,
+        operations=operations,
+        paths=paths,
+        disks=disks,
+        surroundings=surroundings,
+        allocate_uid=None,
+    )
+    await partitions.open()
+    checkpoints = CheckpointController(
+        store=store,
+        events=events,
+        operations=operations,
+        partitions=partitions,
+        slots=MergeSlots(asyncio.Semaphore(1), 0),
+    )
+    backups = BackupController(
+        store=store,
+        events=events,
+        operations=operations,
+        paths=paths,
+        partitions=partitions,
+        checkpoints=checkpoints,
+        disks=disks,
+    )
+    try:
+        yield operations, backups
+    finally:
+        for end in (operations.close(grace_s=0), partitions.close(), events.close()):
+            await end
