@@ -8,6 +8,7 @@ Never shown: deleted names, the library's own virtual entries, the metadata file
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import itertools
 import json
@@ -127,12 +128,14 @@ class _Replayed(_Image):
     def __init__(self, fd: int, size_bytes: int, log: journal.Journal, newer: dict[int, journal.Place]) -> None:
         self._log = log
         self._newer = newer
+        self._newer_blocks = sorted(newer)
         super().__init__(fd, size_bytes)
 
     def is_newer(self, offset: int, length: int) -> bool:
         """Whether any byte of a range is in the journal."""
         width = self._log.block_bytes
-        return any(offset < (block + 1) * width and block * width < offset + length for block in self._newer)
+        after = bisect.bisect_left(self._newer_blocks, offset // width)
+        return after < len(self._newer_blocks) and self._newer_blocks[after] * width < offset + length
 
     def read(self, offset: int, size: int) -> bytes:
         raw = super().read(offset, size)
