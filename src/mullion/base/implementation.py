@@ -1,7 +1,7 @@
 """Which implementation of a module runs where there are two of the same names: plain Python, or its compiled twin.
 
 `MULLION_IMPL=python` or `compiled` decides; without it the twin runs where it was built (`tools/build_twins.py`, which
-`tools/setup.sh` calls), else Python ([ADR 0014]). A twin knows of which source it was made; one that is older than its
+`tools/setup.sh` calls), else Python ([ADR 0015]). A twin knows of which source it was made; one that is older than its
 source is not used. `mullion version` and the header of the tests say which it is.
 """
 
