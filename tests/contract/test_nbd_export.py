@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 from tests.framework.devices import MemoryDevice
-from tests.framework.nbd_peer import CLIENT_FLAGS, RawClient, request, write
+from tests.framework.nbd_peer import CLIENT_FLAGS, RawClient, Reply, parse_structured, request, write
 
 from mullion.base.block import Buffer
 from mullion.base.errors import AlreadyExistsError, DeadlineError, InvalidError, NotFoundError, UnavailableError
 from mullion.base.units import KIB, MIB
 from mullion.wire.nbd import Export, NbdClient, NbdServer
 from mullion.wire.nbd.export import NbdExport
-from mullion.wire.nbd.messages import Command, NbdError
+from mullion.wire.nbd.messages import Chunk, Command, CommandFlag, NbdError
+from mullion.wire.nbd.transmission import FLUSH_LIMIT
 
 pytestmark = pytest.mark.contract
 
@@ -186,6 +187,78 @@ def test_a_bad_request_ends_that_connection_only(export: NbdExport, device: Memo
         bystander.pread(0, bytearray(512))
     assert device.calls[:-1] == []  # nothing but the bystander's flush
     assert device.calls[-1][0] == "flush"
+
+
+class SlowFlushes(MemoryDevice):
+    """Its flushes wait until they may end."""
+
+    def __init__(self) -> None:
+        super().__init__(MIB)
+        self.began = threading.Semaphore(0)
+        self.may_end = threading.Event()
+
+    def flush(self) -> None:
+        self.began.release()
+        assert self.may_end.wait(60)
+        super().flush()
+
+
+@pytest.fixture
+def slow(short_tmp: Path) -> Iterator[tuple[SlowFlushes, NbdExport]]:
+    device = SlowFlushes()
+    export = NbdExport(str(short_tmp / "slow"), device, name="system", read_only=False)
+    with serving(export):
+        yield device, export
+        device.may_end.set()
+
+
+FLUSH = request(Command.FLUSH, 0, 0, cookie=1)
+
+
+@pytest.mark.parametrize("first", [FLUSH, write(0, bytes(512), flags=CommandFlag.FUA, cookie=1)], ids=["FLUSH", "FUA"])
+def test_a_flush_holds_up_no_other_request(slow: tuple[SlowFlushes, NbdExport], first: bytes) -> None:
+    device, export = slow
+    with RawClient(export.path) as client, NbdClient(export.path) as other:
+        client.negotiate(b"system")
+        client.send(first)
+        assert device.began.acquire(timeout=60)
+        client.send(write(4096, b"x" * 512, cookie=2))
+        assert parse_structured(client.receive(20)) == [Reply(2, 0, b"", (Chunk.NONE,))]
+        content = bytearray(512)
+        other.pread(4096, content)
+        assert content == b"x" * 512
+        device.may_end.set()
+        assert parse_structured(client.receive(20)) == [Reply(1, 0, b"", (Chunk.NONE,))]
+        assert export.counters.errors == 0
+
+
+def test_flushes_that_wait_are_few_and_become_one(slow: tuple[SlowFlushes, NbdExport]) -> None:
+    device, export = slow
+    with RawClient(export.path) as client:
+        client.negotiate(b"system")
+        client.send(FLUSH)
+        assert device.began.acquire(timeout=60)
+        client.send(b"".join(request(Command.FLUSH, 0, 0, cookie=2 + n) for n in range(FLUSH_LIMIT + 9)))
+        assert device.began.acquire(timeout=60)  # one more than may wait is carried out by the connection's own thread
+        device.may_end.set()
+        replies = parse_structured(client.receive(20 * (FLUSH_LIMIT + 10)))
+    assert {reply.cookie for reply in replies} == set(range(1, FLUSH_LIMIT + 11))
+    assert device.flushes < FLUSH_LIMIT
+
+
+def test_an_end_waits_for_flushes_and_answers_them(slow: tuple[SlowFlushes, NbdExport]) -> None:
+    device, export = slow
+    with RawClient(export.path) as client:
+        client.negotiate(b"system")
+        client.send(FLUSH)
+        assert device.began.acquire(timeout=60)
+        ending = threading.Thread(target=export.stop)
+        ending.start()
+        device.may_end.set()
+        assert parse_structured(client.receive(20)) == [Reply(1, 0, b"", (Chunk.NONE,))]
+        assert client.is_hung_up()
+        ending.join(60)
+        assert not ending.is_alive()
 
 
 def test_a_client_that_does_not_read_its_replies_blocks_nobody_and_no_end(export: NbdExport) -> None:

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
+from mullion.base.flusher import Flusher
 from mullion.provider.blk import BlkDevice
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.flusher import Flusher
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers import Throttle
 from mullion.provider.memory import GuestMemory
-from mullion.provider.ring import Drained, Ring
+from mullion.provider.ring import Drained, FlushOutcome, Ring
 from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user import MemoryRegion
 from mullion.wire.vhost_user.client import GUEST_BASE, USER_BASE
@@ -114,7 +114,7 @@ class GuestSide:
         queue_size: int = 16,
         start_index: int = 0,
         memory_bytes: int = 1024 * 1024,
-        flusher: Flusher | None = None,
+        flusher: Flusher[FlushOutcome] | None = None,
     ) -> None:
         """Without a `flusher` a flush is a request like any other."""
         self.disk = disk

@@ -64,8 +64,18 @@ class BlkDevice:
         }
 
     def flush(self) -> BlkStatus:
-        """What a FLUSH does, for a thread of its own. Raises: OutOfSpace."""
+        """What a FLUSH does. Raises: OutOfSpace."""
         return self._attempt(self._flush, 0, [], [])
+
+    def flush_aside(self) -> BlkStatus | OutOfSpace:
+        """The same for a thread of its own: what to answer, or why it is to be tried again."""
+        try:
+            return self.flush()
+        except OutOfSpace as shortage:
+            return shortage
+        except Exception:  # the root of a thread's task: a fault of ours fails this request, and is not quiet
+            log.exception("disk %s: a flush failed because of a fault in the provider", self.disk_id)
+            return BlkStatus.IOERR
 
     def serve(self, readable: Segments, writable: Segments) -> int:
         """Carry out one request; the number of bytes written into the guest's memory, status included.

@@ -29,10 +29,10 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
+from mullion.base.flusher import Flusher, Outcomes
 from mullion.base.implementation import implementation_of
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of, room_of_flush
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.flusher import Flusher, Outcome
 from mullion.provider.hot_loop import UNANSWERED
 from mullion.provider.hot_loop import HotLoop as PythonHotLoop
 from mullion.provider.inflight import InflightQueue
@@ -62,6 +62,9 @@ _INDIRECT: Final = int(DescriptorFlag.INDIRECT)
 _DESCRIPTOR: Final = struct.Struct("<QII").unpack_from  # address, length, flags | next << 16
 
 
+FlushOutcome = BlkStatus | OutOfSpace
+
+
 class Drained(enum.Enum):
     """How a call of `drain` ended."""
 
@@ -87,7 +90,7 @@ class Ring:
         turn: Turn,
         turnstile: Turnstile,
         log: DirtyLog | None = None,
-        flusher: Flusher | None = None,
+        flusher: Flusher[FlushOutcome] | None = None,
     ) -> None:
         """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
         self.requests = 0
@@ -132,7 +135,7 @@ class Ring:
         self.next_index = (self._used_index + len(self._resubmit)) & 0xFFFF
         self._flusher = flusher if inflight is not None and log is None else None
         self._flushes: dict[int, tuple[memoryview, int]] = {}  # heads that are being flushed, and where to answer
-        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._outcomes: Outcomes[FlushOutcome] = SimpleQueue()
         self._unsynced: list[int] = []  # of the flushes, those that found no space
 
     def drain(self, notify: Callable[[], None]) -> Drained:

@@ -28,10 +28,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from mullion.base.flusher import Flusher
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control_client import descriptors_of
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.flusher import Flusher
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
@@ -100,7 +100,7 @@ class VhostExport:
         self._turnstile = turnstile
         self._seat = turnstile.seat()
         self._notify = notify
-        self._flusher = Flusher(blk.flush, self.wake, name=f"flush-{blk.disk_id}")
+        self._flusher = Flusher(blk.flush_aside, self.wake, name=f"flush-{blk.disk_id}")
         self._rings: dict[int, Ring] = {}
         self._kicks: dict[int, int] = {}  # descriptor → index of the running ring
         self._calls: dict[int, int] = {}

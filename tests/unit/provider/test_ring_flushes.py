@@ -7,17 +7,16 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
 from tests.framework.virtqueue import GranuleDisk, GuestSide
 
+from mullion.base.flusher import Flusher, Outcomes
 from mullion.provider.blk import BlkDevice, OutOfSpace
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.flusher import Flusher, Outcome
 from mullion.provider.memory import GuestFault
-from mullion.provider.ring import Drained
+from mullion.provider.ring import Drained, FlushOutcome
 from mullion.wire.vhost_user import Log
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
 
@@ -28,14 +27,14 @@ DEADLINE_S = 30.0
 FULL = OutOfSpace(OSError(errno.ENOSPC, "full"))
 
 
-class FlusherByHand(Flusher):
+class FlusherByHand(Flusher[FlushOutcome]):
     """Flushes when it is told to."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[SimpleQueue[Outcome], int]] = []
+        self.asked: list[tuple[Outcomes[FlushOutcome], int]] = []
         self.has_thread = True
 
-    def ask(self, outcomes: SimpleQueue[Outcome], head: int) -> bool:
+    def ask(self, outcomes: Outcomes[FlushOutcome], head: int) -> bool:
         if self.has_thread:
             self.asked.append((outcomes, head))
         return self.has_thread
@@ -163,7 +162,7 @@ class SlowDisk(GranuleDisk):
 
 def test_thread_makes_one_flush_of_those_that_wait() -> None:
     disk, woken = SlowDisk(), threading.Semaphore(0)
-    flusher = Flusher(BlkDevice(disk, "disk", "serial").flush, woken.release, name="flusher")
+    flusher = Flusher(BlkDevice(disk, "disk", "serial").flush_aside, woken.release, name="flusher")
     side = GuestSide(disk, flusher=flusher)
     side.driver.submit(0, BlkRequest.FLUSH)
     side.drain()
@@ -184,21 +183,16 @@ def test_thread_makes_one_flush_of_those_that_wait() -> None:
 
 
 def test_fault_of_ours_fails_a_flush_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
-    def flush() -> BlkStatus:
-        raise RuntimeError("a fault")
-
-    outcomes: SimpleQueue[Outcome] = SimpleQueue()
-    flusher = Flusher(flush, lambda: None, name="flusher")
-    for head in (3, 4):
-        assert flusher.ask(outcomes, head)
-        assert outcomes.get(timeout=DEADLINE_S) == (head, BlkStatus.IOERR)
-    flusher.stop()
+    disk = GranuleDisk(DISK_BYTES)
+    disk.failure = RuntimeError("a fault")  # type: ignore[assignment]
+    assert BlkDevice(disk, "disk", "serial").flush_aside() is BlkStatus.IOERR
     assert "a fault" in caplog.text
+    disk.close()
 
 
 def test_ring_that_ends_waits_for_its_flushes() -> None:
     disk = SlowDisk()
-    flusher = Flusher(BlkDevice(disk, "disk", "serial").flush, lambda: None, name="flusher")
+    flusher = Flusher(BlkDevice(disk, "disk", "serial").flush_aside, lambda: None, name="flusher")
     side = GuestSide(disk, flusher=flusher)
     for slot in range(3):
         side.driver.submit(slot, BlkRequest.FLUSH)

@@ -1,6 +1,7 @@
 """The sockets of an NBD server: one thread that accepts, one per connection.
 
 Invariants:
+- A flush holds up neither the requests behind it nor other connections, but over TLS.
 - A client can hold up nobody but itself: each has its thread and its buffers (640 KiB, a pipe of 512 KiB, and 32 MiB
   while a long READ is answered in one piece), and MAX_CONNECTIONS bounds them; one over that is hung up on at once.
   A negotiation has a deadline as a whole.
@@ -20,6 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mullion.base.errors import DeadlineError
@@ -60,6 +62,7 @@ class _Connection:
         self._transmission: Transmission | None = None
         self._lock = threading.Lock()  # guards the socket's life: it is shut down by others, closed by the thread
         self._is_closed = False
+        self._flushed_fd = -1  # readable when a flush was done; the thread's
         self.thread = threading.Thread(target=self._run, name=f"nbd-{number}", daemon=True)
 
     def stop(self, *, at_once: bool) -> None:
@@ -76,6 +79,7 @@ class _Connection:
 
     def _run(self) -> None:
         try:
+            self._flushed_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             export = self._negotiate()
             if export is not None and self._transmission is not None:
                 self._transmit(self._transmission)
@@ -93,6 +97,8 @@ class _Connection:
         finally:
             if self._transmission is not None:
                 self._transmission.close()
+            if self._flushed_fd >= 0:
+                os.close(self._flushed_fd)
             with self._lock:
                 self._is_closed = True
                 self._socket.close()
@@ -133,6 +139,8 @@ class _Connection:
                 contexts=handshake.contexts,
                 send=client.sendall,
                 is_gone=self._is_gone,
+                # Of what TLS has taken from the socket and not handed out `poll` knows nothing.
+                wake=partial(os.eventfd_write, self._flushed_fd, 1) if tls is None else None,
                 pages=PagePipe(client.fileno()) if client.family == socket.AF_UNIX and tls is None else None,
             )
         return handshake.export
@@ -169,13 +177,32 @@ class _Connection:
                 start, end = 0, end - start
             # Between requests take whatever has come; within a payload no more than it, so that nothing needs moving.
             limit = BUFFER_BYTES if wanted == REQUEST.size else start + wanted
+            if transmission.flushes:
+                self._wait_and_answer(transmission)
             received = receive_into(buffer[end:limit])
             if received == 0:
+                transmission.answer_flushes(is_last=True)
+                transmission.send_replies()
                 break
             end += received
             if end - start >= wanted:
                 start = transmission.feed(buffer, start, end)
                 transmission.send_replies()
+
+    def _wait_and_answer(self, transmission: Transmission) -> None:
+        """Wait until there is something to receive, and answer what was flushed meanwhile."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        poller.register(self._flushed_fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _event in poller.poll()}
+            if self._flushed_fd in ready:
+                os.eventfd_read(self._flushed_fd)
+                transmission.answer_flushes()
+                transmission.send_replies()
+                ready.discard(self._flushed_fd)
+            if ready or not transmission.flushes:
+                return
 
 
 def _time_left_s(deadline: float) -> float:
@@ -217,6 +244,10 @@ class NbdServer:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
         self._acceptor.start()
+
+    def share_listener(self) -> int:
+        """Another descriptor of the listening socket."""
+        return os.dup(self._listener.fileno())
 
     def stop(self, *, grace_s: float = 10.0) -> None:
         """Finish what has been asked for, close all connections and join all threads; may be called again.

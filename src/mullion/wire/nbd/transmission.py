@@ -13,7 +13,8 @@ READs go past it, from the page cache to the socket, where both can do that (`pa
 
 Invariants:
 - `wanted` is never more than BUFFER_BYTES; a READ or WRITE over PAYLOAD_LIMIT_BYTES never touches the device.
-- Replies are in the order of requests. Finished replies are sent before a flush, which may take long.
+- Replies are in the order of requests, but for those that wait for a flush: requests behind them are served meanwhile,
+  and answered. FLUSH_LIMIT of them may wait; one more is flushed for while the client waits.
 - Nothing is held back: who writes to a full storage is told so, ENOSPC.
 - A request outside the device is refused whole. A payload is consumed whatever becomes of its request.
 Durability: FLUSH and FUA return after `device.flush()`; with several connections one flush covers all, as promised by
@@ -27,9 +28,11 @@ import errno
 import logging
 import mmap
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Final
 
 from mullion.base.errors import InvalidError, MullionError, NoSpaceError
+from mullion.base.flusher import Flusher, Outcomes
 from mullion.base.units import KIB
 from mullion.wire.nbd.contexts import Context, longest_runs
 from mullion.wire.nbd.messages import (
@@ -64,6 +67,7 @@ SEND_AT_BYTES: Final = 128 * KIB
 _REPLY_BUFFER_BYTES: Final = 512 * KIB
 _READ_CHUNK_BYTES: Final = 256 * KIB
 _EXTENTS_PER_REPLY: Final = 4096
+FLUSH_LIMIT: Final = 64
 
 _NBD_ERRORS: Final = {
     errno.EPERM: NbdError.EPERM,
@@ -114,9 +118,12 @@ class Transmission:
         contexts: Sequence[tuple[int, Context]],
         send: Callable[[memoryview], None],
         is_gone: Callable[[], bool] = lambda: False,
+        wake: Callable[[], None] | None = None,
         pages: PagePipe | None = None,
     ) -> None:
-        """`is_gone` says whether the client went away; it is asked when a request has to wait for long.
+        """`wake`, called by another thread, makes the owner call `answer_flushes`; without it flushes are waited for.
+
+        `is_gone` says whether the client went away; it is asked when a request has to wait for long.
 
         `pages` leads to the same client as `send`; `close` closes it.
         """
@@ -134,6 +141,12 @@ class Transmission:
         self._reply = untouched(_REPLY_BUFFER_BYTES)
         self._reply_view = self._reply
         self._reply_used = 0
+        self._flusher: Flusher[OSError | MullionError | None] | None = None
+        if wake is not None and not export.is_read_only:
+            self._flusher = Flusher(self._flush_aside, wake, name="nbd-flush")
+        self._outcomes: Outcomes[OSError | MullionError | None] = SimpleQueue()
+        self.flushes = 0
+        """How many requests wait for a flush."""
         self._has_logged = False
         # The WRITE whose payload is coming in pieces; None of it matters while nothing is left.
         self._payload_left = 0
@@ -233,8 +246,17 @@ class Transmission:
             if not gate.wait(is_write, size_bytes, self._is_gone):
                 raise ConnectionResetError("the client went away while its request waited for the disk's cap")
 
+    def answer_flushes(self, *, is_last: bool = False) -> None:
+        """Prepare the replies of requests whose flush is done; with `is_last` wait for all of them."""
+        while self.flushes and (is_last or not self._outcomes.empty()):
+            cookie, error = self._outcomes.get()
+            self.flushes -= 1
+            self._finish(cookie, 0 if error is None else self._failed(error, "flush", 0))
+
     def close(self) -> None:
-        """The connection has ended."""
+        """The connection has ended. Waits for a flush that runs."""
+        if self._flusher is not None:
+            self._flusher.stop()
         if self._gate is not None:
             self._gate.leave()
         if self._pages is not None:
@@ -277,9 +299,13 @@ class Transmission:
     def _finish_write(self, cookie: int, flags: int, error: int, length: int) -> None:
         if not error:
             self.bytes_written += length
-            if flags & _FUA:
-                error = self._flush()
-        self._finish(cookie, error)
+        self._finish_change(cookie, flags, error)
+
+    def _finish_change(self, cookie: int, flags: int, error: int) -> None:
+        if error or not flags & _FUA:
+            self._finish(cookie, error)
+        else:
+            self._flush(cookie)
 
     def _do(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
         """The commands that are not worth a fast path."""
@@ -293,14 +319,13 @@ class Transmission:
             self._block_status(flags, cookie, offset, length)
         else:
             if command == _FLUSH:
-                error = self._flush()
-            elif command == _TRIM:
+                self._flush(cookie)
+                return
+            if command == _TRIM:
                 error = self._attempt("discard", offset, device.discard, offset, length) if length else 0
             else:
                 error = self._attempt("write zeroes", offset, device.write_zeroes, offset, length) if length else 0
-            if not error and flags & _FUA and command != _FLUSH:
-                error = self._flush()
-            self._finish(cookie, error)
+            self._finish_change(cookie, flags, error)
 
     def _check(self, command: int, flags: int, offset: int, length: int) -> int:
         """What is wrong with a request, as the specification's error numbers; 0 for nothing."""
@@ -386,9 +411,24 @@ class Transmission:
             done = _DONE if payload is chunks[-1] else 0
             self._put(CHUNK.pack(CHUNK_MAGIC, done, Chunk.BLOCK_STATUS, cookie, len(payload)) + payload)
 
-    def _flush(self) -> int:
+    def _flush(self, cookie: int) -> None:
+        """Flush, and answer: later, where that can be."""
+        if self._flusher is not None and self.flushes < FLUSH_LIMIT and self._flusher.ask(self._outcomes, cookie):
+            self.flushes += 1
+            return
         self.send_replies()  # a flush takes long: what is finished does not wait for it
-        return self._attempt("flush", 0, self._device.flush)
+        self._finish(cookie, self._attempt("flush", 0, self._device.flush))
+
+    def _flush_aside(self) -> OSError | MullionError | None:
+        """In the flusher's thread."""
+        try:
+            self._export.device.flush()
+        except (OSError, MullionError) as error:
+            return error
+        except Exception as error:  # the root of a thread's task: a fault of ours fails this request, and is not quiet
+            log.exception("export %s: a flush failed because of a fault in the export", self._export.name)
+            return OSError(errno.EIO, str(error))
+        return None
 
     def _finish(self, cookie: int, error: int) -> None:
         """Answer a request that has no data to send, or that failed."""
