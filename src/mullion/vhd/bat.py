@@ -34,7 +34,7 @@ _PAGE_ENTRIES: Final = 1 << _PAGE_SHIFT
 """A page stands for 1 GiB in blocks of 2 MiB: few are in use where a child holds a few changes."""
 _PAGE_BYTES: Final = _PAGE_ENTRIES * ENTRY_BYTES
 _READ_BYTES: Final = 64 * KIB
-_SORT_PAGES: Final = 512
+_SORT_PAGES: Final = 256
 _SKIP_ENTRIES: Final = 64
 _WINDOW_ENTRIES: Final = 1 << 12
 _BLANK: Final = array("I", [UNALLOCATED]) * _PAGE_ENTRIES
