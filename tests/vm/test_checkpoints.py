@@ -48,6 +48,11 @@ def test_checkpoints_under_load_cost_no_wrong_byte(
         for number in range(ROUNDS):
             service.cli("checkpoint", "create", name, f"c{number}")
             wait_for_writes(console)
+            with service.client() as client:
+                upgraded = client.wait(client.upgrade_provider(name)).result
+            assert upgraded is not None
+            assert upgraded["is_handed_over"] is True, upgraded
+        wait_for_writes(console)
         chains = [disk.chain for disk in service.partition(name).disks]
         assert [len(chain) for chain in chains] == [ROUNDS + 2, ROUNDS + 1]  # the first lies on an image
         for number in (1, 3, 0, 2):

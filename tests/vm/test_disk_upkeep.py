@@ -70,6 +70,10 @@ def test_provider_is_upgraded_and_a_disk_grows_under_the_guest(shared_service: S
         after = service.partition(name).provider_pid
         assert after not in (before, first, None)
         assert f"provider {before} became {after}" in done.stderr
+        with service.client() as client:
+            result = client.wait(client.upgrade_provider(name)).result
+        assert result is not None
+        assert result["is_handed_over"] is True, result
         guest_works(service, name)
     with service.client() as client:
         disk_id = client.partition(name).definition.disks[0].id

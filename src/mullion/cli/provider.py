@@ -102,7 +102,8 @@ def upgrade_provider(face: Face, partition: str | None, everywhere: bool) -> Non
         ended.append(operation)
         result = operation.result or {}
         if not face.is_json:
-            face.note(f"{name}: provider {result.get('old_pid')} became {result.get('pid')}")
+            gap = f"; requests waited for {result['gap_ms']} ms" if result.get("gap_ms") is not None else ""
+            face.note(f"{name}: provider {result.get('old_pid')} became {result.get('pid')}{gap}")
     if face.is_json:
         face.emit_json(ended)
     elif not names:

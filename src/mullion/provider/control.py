@@ -3,7 +3,7 @@
 Commands and their answers (`control_client` has the framing): `status` → partition, pid, uptime and every disk;
 `flush` → every disk is durable; `retry` → writers that wait for space try again; `switch` → other files beneath disks
 (`exchanging`); `resize` → a larger disk (`resizing`); `subscribe` → events from now on; `quit` → the provider flushes,
-closes and ends, after the answer.
+closes and ends, after the answer; `hand-over`, with one descriptor → another provider goes on (`handover`).
 Events: `no_space`, `space`, `broken`, `connected`, `disconnected`, each with `disk`, and `reason` where there is one.
 
 Limits: 16 clients, lines of 1 MiB, 253 descriptors with one; what no command asked for is closed at once. Who does not
@@ -98,6 +98,14 @@ class ControlServer:
         self._is_quitting = False
         for fd in (listener.fileno(), quit_fd, self._event_fd):
             self._epoll.register(fd, select.EPOLLIN)
+
+    def share_listener(self) -> int:
+        """Another descriptor of the listening socket."""
+        return os.dup(self._listener.fileno())
+
+    def use(self, actions: Mapping[str, Action]) -> None:
+        """Answer with these from now on."""
+        self._actions = actions
 
     def publish(self, event: Mapping[str, object]) -> None:
         """Tell all subscribers; may be called from any thread."""

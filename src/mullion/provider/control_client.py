@@ -20,7 +20,19 @@ LINE_LIMIT_BYTES: Final = 1024 * 1024
 """Room for the paths of a long chain."""
 FDS_LIMIT: Final = 253
 """Descriptors that come with one request: as many as the kernel takes in one message (SCM_MAX_FD)."""
-COMMANDS: Final = ("status", "flush", "retry", "switch", "resize", "throttle", "trace", "fault", "subscribe", "quit")
+COMMANDS: Final = (
+    "status",
+    "flush",
+    "retry",
+    "switch",
+    "resize",
+    "throttle",
+    "trace",
+    "fault",
+    "hand-over",
+    "subscribe",
+    "quit",
+)
 
 
 def encode(message: Mapping[str, object]) -> bytes:

@@ -32,6 +32,8 @@ from mullion.provider.blk import BlkDevice
 from mullion.provider.control import Action, Command, ControlServer, close_all
 from mullion.provider.device import DirectDevice
 from mullion.provider.exchanging import Exchangeable, exchange_chains
+from mullion.provider.front_end import FrontEnd
+from mullion.provider.handover import HandOverError, Offer, OfferedDisk, TakeOver, give, not_taken
 from mullion.provider.layers.commands import Handler, LayerControl
 from mullion.provider.resizing import HOLD_S, grow, wanted_size
 from mullion.provider.space import Shortage, SpaceGate, is_no_space
@@ -77,14 +79,31 @@ class Provider:
         self._spec = spec
         self._started_s = time.monotonic()
         self._disks: list[_Disk] = []
-        self._gate = SpaceGate(self._space_changed)
-        self._layers = LayerControl(allow_faults=spec.allow_faults)
-        self._layers.limit_partition(spec.limits)
+        self._gate, self._layers = self._new_gates()
         self._quit_read_fd, self.quit_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._control: ControlServer | None = None
+        self._is_handed_over = False
+        self._hand_over_ms: float | None = None
+
+    def _new_gates(self) -> tuple[SpaceGate, LayerControl]:
+        """What is between rings and disks; nobody is behind it yet."""
+        layers = LayerControl(allow_faults=self._spec.allow_faults)
+        layers.limit_partition(self._spec.limits)
+        return SpaceGate(self._space_changed), layers
 
     def open(self) -> None:
         """Open, bind, drop privileges, load the chains and start to serve. Raises: MullionError, OSError."""
+        offer = None
+        if self._spec.takes_over:
+            offer = self._take_over()
+        else:
+            self._open_anew()
+        for served in self._disks:
+            _start(served)
+        if offer is not None:
+            self._hand_over_ms = round((time.monotonic() - offer.begun_s) * 1000, 3)
+
+    def _open_anew(self) -> None:
         spec = self._spec
         files: list[list[int]] = []
         sockets: dict[str, socket.socket] = {}
@@ -103,9 +122,13 @@ class Provider:
                 self._disks.append(_Disk(disk, self._load(disk, files.pop(0)), Turnstile(disk.id)))
             self._control = ControlServer(sockets.pop(spec.control), self._actions(), self._quit_read_fd)
             for served in self._disks:
-                self._serve(served, sockets)
+                vhost_user, nbd = served.spec.vhost_user, served.spec.nbd
+                self._offer(
+                    served,
+                    None if vhost_user is None else sockets.pop(vhost_user),
+                    None if nbd is None else sockets.pop(nbd),
+                )
         except BaseException:
-            self._stop_exports()
             self._close_chains()
             _close_files(files)
             _close_sockets(sockets)
@@ -141,32 +164,149 @@ class Provider:
             log.warning("disk %s: %s", disk.id, warning)
         return chain
 
-    def _serve(self, served: _Disk, sockets: dict[str, socket.socket]) -> None:
+    def _offer(
+        self,
+        served: _Disk,
+        vhost_user: socket.socket | None,
+        nbd: socket.socket | None,
+        front_end: FrontEnd | None = None,
+    ) -> None:
+        """Make a disk's exports, which serve nothing before they are started."""
         disk, chain = served.spec, served.chain
         self._gate.register(disk.id, disk.chain[0])
         if disk.backing is not None:
             announce = partial(self._notify, "disk-home", disk.id, "")
             served.homecoming = Homecoming(disk.id, chain, disk.backing, self._spec.homecoming_rate, announce)
-            served.homecoming.start()
         self._layers.add(disk.id, chain, disk.limits, partial(_use, served))
         lane = self._layers.lane(disk.id)
-        if disk.vhost_user is not None:
+        if vhost_user is not None:
             blk = served.blk = BlkDevice(chain, disk.id, disk.serial or disk.id)
-            listener = sockets.pop(disk.vhost_user)
-            served.vhost = VhostExport(listener, blk, self._gate, served.turnstile, self._notify, lane=lane)
+            served.vhost = VhostExport(vhost_user, blk, self._gate, served.turnstile, self._notify, lane=lane)
             self._layers.add_waker(served.vhost.wake)
-            served.vhost.start()
-        if disk.nbd is not None:
+            if front_end is not None:
+                served.vhost.adopt(front_end)
+        if nbd is not None:
+            assert disk.nbd is not None, "there is a socket for it"
             served.nbd = NbdExport(
                 disk.nbd,
                 HeldDevice(chain, served.turnstile),
                 name=disk.id,
                 read_only=disk.read_only,
                 # It answers ENOSPC, and QEMU stops the guest itself. A request that we held would hang its `stop`.
-                listener=sockets.pop(disk.nbd),
+                listener=nbd,
                 new_gate=lane.turn,
             )
-            served.nbd.start()
+
+    # Handing over (`handover`).
+
+    def _take_over(self) -> Offer:
+        """Go on where another process was: it serves until this has all that it needs, and never again after that."""
+        spec = self._spec
+        with TakeOver(spec.control) as other:
+            drop_privileges(spec.uid, spec.gid)
+            offer = other.offer()
+            try:
+                self._adopt(offer)
+                other.take()
+            except BaseException:
+                self._close_chains()  # before it hears that it has to go on
+                raise
+        return offer
+
+    def _adopt(self, offer: Offer) -> None:
+        """Load all that is offered; the descriptors are ours then. Raises: HandOverError; MullionError; OSError."""
+        offered = {disk.id: disk for disk in offer.disks}
+        wanted = {disk.id: disk.chain for disk in self._spec.disks}
+        if {id_: disk.chain for id_, disk in offered.items()} != wanted:
+            raise HandOverError("the disks are not those that the present provider serves", remedy="Try again.")
+        for disk in self._spec.disks:
+            self._disks.append(_Disk(disk, self._load(disk, offered[disk.id].files), Turnstile(disk.id)))
+        control = socket.socket(fileno=offer.control)
+        control.listen()  # so that the kernel says our pid to who connects
+        if self._control is None:
+            self._control = ControlServer(control, self._actions(), self._quit_read_fd)
+        else:
+            control.close()
+            self._control.use(self._actions())
+        for served in self._disks:
+            one = offered[served.spec.id]
+            vhost_user, nbd = (None if fd is None else socket.socket(fileno=fd) for fd in (one.vhost_user, one.nbd))
+            self._offer(served, vhost_user, nbd, one.front_end)
+
+    def _hand_over(self, command: Command) -> Mapping[str, object]:
+        if len(command.fds) != 1:
+            close_all(command.fds)
+            raise InvalidError("hand-over: one descriptor is needed", remedy="Send an end of a socket pair along.")
+        with socket.socket(fileno=command.fds[0]) as channel:
+            self._check_may_hand_over()
+            self._flush()  # most of it while requests go on
+            offer = self._lay_down()
+            self._is_handed_over = give(channel, offer)
+        if not self._is_handed_over:
+            self._go_on(offer)
+            raise not_taken()
+        offer.close()
+        os.write(self.quit_fd, b"\0")
+        return {"handed_over": True}
+
+    def _check_may_hand_over(self) -> None:
+        """Raises: HandOverError while something goes on that the next process cannot take up."""
+        for served in self._disks:
+            where = f"disk {served.spec.id} of partition {self._spec.partition}"
+            if served.homecoming is not None:
+                raise HandOverError(f"{where}: its blocks are coming home")
+            if served.vhost is not None and served.vhost.broken_reason is not None:
+                raise HandOverError(f"{where} is broken: {served.vhost.broken_reason}")
+
+    def _lay_down(self) -> Offer:
+        """Stop serving, with nothing in flight and all files closed cleanly; what there is then is the offer.
+
+        Raises: the first error; the process ends then, and what was begun is as after a kill.
+        """
+        assert self._control is not None, "it has brought the command"
+        spec = self._spec
+        limits = {disk.id: self._layers.limits(disk.id) for disk in spec.disks}
+        self._spec = replace(
+            spec,
+            disks=tuple(replace(served.spec, limits=limits[served.spec.id]) for served in self._disks),
+            limits=self._layers.limits(None),
+        )
+        offer = Offer(self._control.share_listener())
+        try:
+            self._layers.open()  # what has been asked for is finished, without waiting
+            self._gate, self._layers = self._new_gates()
+            for served in self._disks:
+                one = OfferedDisk(served.spec.id, served.chain.paths, [])
+                offer.disks.append(one)
+                if (vhost := served.vhost) is not None:
+                    served.vhost = None
+                    one.vhost_user, one.front_end = vhost.hand_over()
+                if (nbd := served.nbd) is not None:
+                    served.nbd = None
+                    one.nbd = nbd.hand_over()
+                one.files = [os.dup(image.fd) for image in served.chain.images]
+                served.chain.close()
+        except BaseException:
+            log.exception("%s: it cannot be handed over, nor served any more", spec.partition)
+            offer.close()
+            os.write(self.quit_fd, b"\0")
+            raise
+        self._disks = []
+        return offer
+
+    def _go_on(self, offer: Offer) -> None:
+        """Nobody has taken it: serve again, with the caps of before."""
+        log.warning("%s: the new provider did not take over: going on", self._spec.partition)
+        try:
+            self._adopt(offer)
+        except BaseException:
+            log.exception("%s: it cannot be served any more", self._spec.partition)
+            self._close_chains()
+            self._disks = []
+            os.write(self.quit_fd, b"\0")
+            raise
+        for served in self._disks:
+            _start(served)
 
     def ready(self) -> Mapping[str, object]:
         """What is told to whoever waits for the start."""
@@ -204,7 +344,7 @@ class Provider:
         errors += self._close_chains()
         if self._control is not None:
             self._control.close()
-        for path in _socket_paths(self._spec):
+        for path in () if self._is_handed_over else _socket_paths(self._spec):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # the folder may be the parent's alone
                 os.unlink(path)
         os.close(self._quit_read_fd)
@@ -245,6 +385,7 @@ class Provider:
         plain = {"status": self.status, "flush": self._flush, "retry": self._retry}
         return {name: partial(_without_fds, action) for name, action in plain.items()} | {
             "switch": self._switch,
+            "hand-over": self._hand_over,
             "resize": partial(_with_fields, self._resize),
             "release-backing": partial(_with_fields, self._release_backing),
             **{name: partial(_with_fields, handler) for name, handler in self._layers.handlers().items()},
@@ -257,6 +398,7 @@ class Provider:
             "pid": os.getpid(),
             "version": __version__,
             "uptime_s": round(time.monotonic() - self._started_s, 3),
+            "hand_over_ms": self._hand_over_ms,
             **self._layers.partition_status(),
             "disks": [self._disk_status(served) for served in self._disks],
         }
@@ -430,6 +572,13 @@ def _without_fds(action: Callable[[], Mapping[str, object]], command: Command) -
 def _with_fields(handler: Handler, command: Command) -> Mapping[str, object]:
     close_all(command.fds)
     return handler(command.fields)
+
+
+def _start(served: _Disk) -> None:
+    """Serve a disk from now on."""
+    for part in (served.homecoming, served.vhost, served.nbd):
+        if part is not None:
+            part.start()
 
 
 def _use(served: _Disk, device: DirectDevice) -> None:

@@ -4,7 +4,7 @@ JSON: `{"partition": name, "control": socket path, "log": file, "pending_dir": f
 "gid": number or null, "disks": [{"id": name, "chain": [paths, top first], "read_only": false, "serial": text,
 "vhost_user": socket path or null, "nbd": socket path or null, "limits": {caps of `layers.limits`}, "backing": socket
 path or null}, …], "limits": {caps of all disks together}, "allow_faults": false, "homecoming_rate":
-bytes a second or 0 for no limit}`.
+bytes a second or 0 for no limit, "takes_over": false}`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class ProviderSpec:
     allow_faults: bool = False
     homecoming_rate: int = 0
     """How fast blocks come home from a disk's backing, in bytes a second; 0 is no limit."""
+    takes_over: bool = False
+    """From the provider that listens at `control` now (`handover`), instead of opening files and sockets."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object]) -> Self:
@@ -97,6 +99,7 @@ class ProviderSpec:
             limits=Limits.from_fields(fields.get("limits", {}), f"{where}.limits"),
             allow_faults=_flag(fields, "allow_faults", where),
             homecoming_rate=_number(fields, "homecoming_rate", where) or 0,
+            takes_over=_flag(fields, "takes_over", where),
         )
         names = [disk.id for disk in spec.disks]
         if len(set(names)) != len(names):

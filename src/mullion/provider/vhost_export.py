@@ -32,6 +32,7 @@ from mullion.base.flusher import Flusher
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control_client import descriptors_of
 from mullion.provider.dirty_log import DirtyLog
+from mullion.provider.front_end import FrontEnd, KeptSetup, say_again, setup_of
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
@@ -39,7 +40,7 @@ from mullion.provider.ring import Drained, Ring
 from mullion.provider.space import RETRY_INTERVAL_S, SpaceGate
 from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, ProtocolError, Session, Vring
-from mullion.wire.vhost_user.messages import MAX_FDS, VERSION, BackendRequest, DeviceFeature, Header
+from mullion.wire.vhost_user.messages import MAX_FDS, VERSION, BackendRequest, DeviceFeature, Header, Request
 from mullion.wire.vhost_user.virtio_blk import MAX_QUEUES, SECTOR_BYTES, BlkFeature, ConfigSpace
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class VhostExport:
         self._memory: GuestMemory | None = None
         self._inflight: InflightRegion | None = None
         self._log: DirtyLog | None = None
+        self._kept = KeptSetup()
+        self._is_handing_over = False
+        self._handed: FrontEnd | None = None
         self._backend_fd: int | None = None
         self._has_changed_config = False
         self._connection: socket.socket | None = None
@@ -145,6 +149,17 @@ class VhostExport:
             self._finished.bytes + sum(ring.bytes for ring in rings),
         )
 
+    def adopt(self, front_end: FrontEnd) -> None:
+        """Go on with a connection that another process had; before `start`, which begins to serve it.
+
+        Its descriptors are ours from now on. Raises: ProtocolError; OSError.
+        """
+        self._connection = socket.socket(fileno=front_end.connection)
+        self._connection.setblocking(False)
+        self._session = Session(self)
+        self._epoll.register(front_end.connection, select.EPOLLIN)
+        say_again(self._session, front_end.messages)
+
     def start(self) -> None:
         """Begin to listen."""
         self._listener.setblocking(False)
@@ -171,6 +186,13 @@ class VhostExport:
         os.close(self._wake_fd)
         self._listener.close()
 
+    def hand_over(self) -> tuple[int, FrontEnd | None]:
+        """As `stop`, but the listener and the connection live on: their descriptors are the caller's."""
+        self._is_handing_over = True
+        listener = os.dup(self._listener.fileno())
+        self.stop()
+        return listener, self._handed
+
     # The thread.
 
     def _run(self) -> None:
@@ -181,7 +203,25 @@ class VhostExport:
                 # A fault of ours: the front-end comes back in a second and everything in flight is served again.
                 log.exception("disk %s: the connection is given up after an internal fault", self._blk.disk_id)
                 self._disconnect("internal fault")
+        if self._is_handing_over and self._session is not None and self._session.is_between_messages:
+            try:
+                self._handed = self._come_to_rest()
+            except Exception:  # the front-end comes back, as after a kill
+                log.exception("disk %s: its connection is not handed over", self._blk.disk_id)
         self._disconnect("the provider ends")
+
+    def _come_to_rest(self) -> FrontEnd:
+        """Finish what was begun; the connection as it is then, which is not ours any more."""
+        connection, session = self._connection, self._session
+        assert connection is not None
+        assert session is not None
+        for index in tuple(self._rings):
+            self._detach(index)
+        messages = setup_of(session, self._kept, calls=self._calls, errors=self._errors, backend_fd=self._backend_fd)
+        self._epoll.unregister(connection.fileno())
+        self._connection = self._session = self._memory = self._inflight = self._log = self._backend_fd = None
+        self._calls, self._errors, self._notifiers = {}, {}, {}
+        return FrontEnd(connection.detach(), messages)
 
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
@@ -323,6 +363,7 @@ class VhostExport:
         session.close()
         self._epoll.unregister(connection.fileno())
         connection.close()
+        self._kept.close()
         self._connection = self._session = None
         self._memory = None
         self._inflight = None
@@ -361,13 +402,12 @@ class VhostExport:
 
     def map_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:
         self._memory = None
+        self._kept.keep_memory(regions, fds)
         try:
             self._memory = GuestMemory(regions, fds)
         except GuestFault as fault:
+            self._kept.drop(Request.SET_MEM_TABLE)
             raise ProtocolError(str(fault)) from fault
-        finally:
-            for fd in fds:
-                os.close(fd)
 
     def start_vring(self, vring: Vring, features: int) -> None:
         assert self._memory is not None, "the session starts rings only in known memory"
@@ -424,21 +464,21 @@ class VhostExport:
         return create_inflight(queues, queue_size)
 
     def use_inflight(self, inflight: Inflight, fd: int) -> None:
+        self._kept.keep_inflight(inflight, fd)
         try:
             self._inflight = InflightRegion(inflight, fd)
         except GuestFault as fault:
+            self._kept.drop(Request.SET_INFLIGHT_FD)
             raise ProtocolError(str(fault)) from fault
-        finally:
-            os.close(fd)
 
     def use_log(self, log: Log, fd: int) -> None:
         self._log = None
+        self._kept.keep_log(log, fd)
         try:
             self._log = DirtyLog(log, fd)
         except GuestFault as fault:
+            self._kept.drop(Request.SET_LOG_BASE)
             raise ProtocolError(str(fault)) from fault
-        finally:
-            os.close(fd)
 
     def set_backend_fd(self, fd: int | None) -> None:
         old, self._backend_fd = self._backend_fd, fd

@@ -46,6 +46,10 @@ class LayerControl:
         """The caps of all disks together, before any is served."""
         self._throttle.set_limits(None, limits, is_in_use=False)
 
+    def limits(self, disk_id: str | None) -> Limits:
+        """The caps in force for a disk, or (None) for all together."""
+        return Limits.from_fields(self._throttle.status(disk_id)["limits"], "limits")
+
     def add_waker(self, waker: Callable[[], None]) -> None:
         self._throttle.add_waker(waker)
 

@@ -340,6 +340,27 @@ class Partition:
             )
         return await self.runtime.link.request(command, **arguments)
 
+    def _provider_spec(self) -> Mapping[str, Any]:
+        """What a provider of the present heads is told."""
+        return provider_spec(
+            self.record,
+            self.runtime.paths,
+            self.runtime.disks,
+            allow_faults=self._surroundings.allow_faults,
+            homecoming_rate=self._surroundings.homecoming_rate,
+        )
+
+    async def hand_over_provider(self) -> float | None:
+        """Have a new provider go on where the present one is; the caller holds the lock.
+
+        Milliseconds for which requests waited. Raises: as `Runtime.hand_over_provider`.
+        """
+        try:
+            await follow_heads(self)
+            return await self.runtime.hand_over_provider(self._surroundings.fleet, self._provider_spec())
+        finally:
+            self._dirty.set()
+
     async def replace_provider(self) -> None:
         """End the provider cleanly and start another one at once, on the same chains; the caller holds the lock.
 
@@ -464,16 +485,7 @@ class Partition:
             case Step.START_PROVIDER:
                 await self._before_provider()
                 await follow_heads(self)
-                await runtime.start_provider(
-                    self._surroundings.fleet,
-                    provider_spec(
-                        record,
-                        runtime.paths,
-                        runtime.disks,
-                        allow_faults=self._surroundings.allow_faults,
-                        homecoming_rate=self._surroundings.homecoming_rate,
-                    ),
-                )
+                await runtime.start_provider(self._surroundings.fleet, self._provider_spec())
                 self._provider_since_s = time.monotonic()
             case Step.START_QEMU:
                 assert runtime.started_with is not None, "prepared in an earlier step"

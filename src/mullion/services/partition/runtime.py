@@ -238,6 +238,21 @@ class Runtime:
         write_identity(self.paths.provider_identity, identity)
         self._hold_provider(identity)
 
+    async def hand_over_provider(self, fleet: ProviderFleet, spec: Mapping[str, Any]) -> float | None:
+        """Have a new provider take over from the present one, which ends; milliseconds for which requests waited.
+
+        Raises: what the new one reports. The present one goes on then, unless it says otherwise by its end.
+        """
+        identity = await fleet.spawn({**spec, "takes_over": True})
+        write_identity(self.paths.provider_identity, identity)
+        link, self.link = self.link, None
+        if link is not None:
+            await link.close()
+        await asyncio.wait([self._hold_provider(identity)], timeout=_ADOPT_LINK_S)
+        status = await self._provider_status()
+        waited_ms = status.get("hand_over_ms")
+        return None if waited_ms is None else float(waited_ms)
+
     def _hold_provider(self, identity: ProcessIdentity) -> asyncio.Task[None]:
         """Watch a provider and connect to it; the task of the latter."""
         self.provider = identity

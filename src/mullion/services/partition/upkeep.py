@@ -6,6 +6,7 @@ The caller of both is an operation; each holds the partition's lock, so that not
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -13,7 +14,10 @@ from typing import Any, Final
 from mullion.base.errors import MullionError, NotFoundError, StateError
 from mullion.hypervisor.errors import MonitorRefusedError
 from mullion.model.definition import Transport
+from mullion.provider.handover import HandOverError
 from mullion.services.partition.partition import Partition
+
+log = logging.getLogger(__name__)
 
 _RESIZE_DEADLINE_S: Final = 120.0
 _SEEN_DEADLINE_S: Final = 10.0
@@ -68,8 +72,11 @@ async def _tell_qemu(partition: Partition, disk_id: str, size_bytes: int) -> boo
 async def upgrade_provider(partition: Partition, say: Callable[[str], None]) -> Mapping[str, Any]:
     """Replace the process that serves the disks by one of the code that is installed now; the operation's result.
 
-    The old one ends as at a stop, with all that was written durable; the guest's requests wait until QEMU has found the
-    new one. When that cannot start, the reconciling goes on to try. Raises: StateError; what the new provider refuses.
+    The old one hands over what it serves, and the guest's requests wait for milliseconds. When the new one does not
+    take it, the old one goes on, and the operation fails. Where the old one cannot hand over (its code is older than
+    that, or blocks are coming home) it ends as at a stop, with all that was written durable, and requests wait until
+    QEMU has found the new one; when that cannot start, the reconciling goes on to try.
+    Raises: StateError; what the new provider refuses.
     """
     async with partition.lock:
         runtime = partition.runtime
@@ -84,8 +91,22 @@ async def upgrade_provider(partition: Partition, say: Callable[[str], None]) -> 
         say("starting the new code")
         await partition.surroundings.fleet.renew()
         begun_s = time.monotonic()
-        say("replacing the provider")
-        await partition.replace_provider()
-        gap_ms = (time.monotonic() - begun_s) * 1000
+        say("handing over to it")
+        is_handed_over = True
+        try:
+            gap_ms = await partition.hand_over_provider()
+        except MullionError as error:
+            if error.code != HandOverError.code:
+                raise
+            log.info("%s: its provider is replaced: %s", partition.name, error)
+            say("replacing the provider")
+            is_handed_over = False
+            await partition.replace_provider()
+            gap_ms = (time.monotonic() - begun_s) * 1000
         after = runtime.provider
-    return {"old_pid": before.pid, "pid": None if after is None else after.pid, "gap_ms": round(gap_ms, 1)}
+    return {
+        "old_pid": before.pid,
+        "pid": None if after is None else after.pid,
+        "is_handed_over": is_handed_over,
+        "gap_ms": None if gap_ms is None else round(gap_ms, 1),
+    }

@@ -74,6 +74,20 @@ class NbdExport:
         finally:
             self._past = server.counters
 
+    def hand_over(self) -> int:
+        """As `stop`, but the socket lives on: a descriptor of it, the caller's. Clients are hung up on; whoever comes
+        back waits for the next who accepts. Raises: as `stop`.
+        """
+        assert self._server is not None, "started before it is handed over"
+        listener = self._server.share_listener()
+        self._bound = None
+        try:
+            self.stop()
+        except BaseException:
+            os.close(listener)
+            raise
+        return listener
+
     def use(self, device: BlockDevice) -> None:
         """Serve this one from now on, of the same size; requests that are under way end on the other."""
         self._export.device = device

@@ -168,6 +168,23 @@ class Session:
         whole = HEADER_BYTES if self._header is None else self._header.size
         return whole - len(self._buffer)
 
+    @property
+    def is_between_messages(self) -> bool:
+        """Has no part of a message come yet?"""
+        return self._header is None and not self._buffer and not self._fds
+
+    @property
+    def features(self) -> int:
+        return self._features
+
+    @property
+    def protocol_features(self) -> int:
+        return self._protocol_features
+
+    @property
+    def vrings(self) -> Sequence[Vring]:
+        return self._vrings
+
     def receive(self, data: bytes, fds: Sequence[int]) -> list[Reply]:
         """Take what was read, act on the message if it is whole now, return what is to be sent.
 

@@ -1,0 +1,204 @@
+"""A provider hands its work to a newer process: the front-end keeps its connection, its ring and all in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.framework.providers import WANTED, Control, LoneProvider, make_spec
+
+from mullion.base.units import MIB
+from mullion.provider.handover import HandOverError, Offer, TakeOver
+from mullion.provider.spec import ProviderSpec
+from mullion.vhd import create_differencing, create_dynamic, open_chain
+from mullion.wire.nbd import NbdClient
+from mullion.wire.vhost_user.client import FrontEnd
+from mullion.wire.vhost_user.driver import Answer, VirtqueueDriver, attach
+from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
+
+pytestmark = pytest.mark.contract
+
+DISK_BYTES = 16 * MIB
+ROUNDS = 5
+
+
+@pytest.fixture
+def spec(short_tmp: Path) -> ProviderSpec:
+    create_dynamic(str(short_tmp / "base.vhd"), DISK_BYTES)
+    create_differencing(str(short_tmp / "top.vhd"), str(short_tmp / "base.vhd"))
+    create_dynamic(str(short_tmp / "other.vhd"), DISK_BYTES)
+    return make_spec(short_tmp, [short_tmp / "top.vhd", short_tmp / "base.vhd"], [short_tmp / "other.vhd"])
+
+
+@pytest.fixture
+def started() -> Iterator[ExitStack]:
+    """Ends what a test has started, however the test ends."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def successor(spec: ProviderSpec) -> LoneProvider:
+    return LoneProvider(dataclasses.replace(spec, takes_over=True))
+
+
+def pattern(number: int) -> bytes:
+    return struct.pack("<Q", number) * 512
+
+
+class Load:
+    """Writes and flushes that are in flight all the time, and what must be on the disk."""
+
+    def __init__(self, driver: VirtqueueDriver) -> None:
+        self._driver = driver
+        self._random = random.Random(7)
+        self._free = list(range(20))
+        self._in_flight: dict[int, tuple[int, int] | None] = {}
+        self._generation = 0
+        self.written: dict[int, int] = {}
+
+    def begin(self, count: int) -> None:
+        for _ in range(count):
+            if not self._free:
+                self._take(self._driver.wait())
+            slot = self._free.pop()
+            sector = self._random.randrange(DISK_BYTES // 4096) * 8
+            if self._random.random() < 0.3 or sector in [what[0] for what in self._in_flight.values() if what]:
+                self._in_flight[slot] = None
+                self._driver.submit(slot, BlkRequest.FLUSH)
+            else:
+                self._generation += 1
+                self._in_flight[slot] = sector, self._generation
+                self._driver.submit(slot, BlkRequest.OUT, sector, payload=pattern(self._generation))
+            self._driver.kick()
+
+    def end(self) -> None:
+        self._take(self._driver.wait(len(self._in_flight)))
+        assert self._in_flight == {}
+
+    def _take(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            assert answer.status == BlkStatus.OK
+            what = self._in_flight.pop(answer.slot)
+            if what is not None:
+                self.written[what[0]] = what[1]
+            self._free.append(answer.slot)
+
+
+@pytest.mark.parametrize("has_inflight", [True, False])
+def test_a_front_end_notices_nothing(spec: ProviderSpec, started: ExitStack, has_inflight: bool) -> None:
+    provider = started.enter_context(LoneProvider(spec))
+    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
+    if has_inflight:
+        front_end.set_inflight(*front_end.get_inflight(1, 64))
+    driver = attach(front_end, wanted=WANTED)
+    load = Load(driver)
+    for _ in range(ROUNDS):
+        load.begin(50)
+        newer = started.enter_context(successor(spec))
+        assert newer.ready.get("ready") is True, newer.ready
+        assert provider.end() == 0, Path(spec.log).read_text()
+        provider = newer
+        load.begin(50)
+        load.end()
+        assert int.from_bytes(front_end.config(60)[:8], "little") == DISK_BYTES // 512
+        control = Control(spec.control)
+        assert control.ask("status")["pid"] == newer.process.pid
+        peer = control.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        assert struct.unpack("3i", peer)[0] == newer.process.pid, "the next parent finds it by that"
+        control.close()
+        with NbdClient(str(spec.disks[1].nbd)) as nbd:
+            nbd.pwrite(0, pattern(1))
+    for sector, number in load.written.items():
+        assert driver.read(sector, 4096) == pattern(number)
+    driver.release()
+    assert provider.terminate() == 0
+    assert not Path(spec.control).exists()
+    with open_chain(spec.disks[0].chain[0], read_only=True) as disk:
+        assert disk.warnings == []
+        found = bytearray(4096)
+        for sector, number in load.written.items():
+            disk.pread(sector * 512, found)
+            assert found == pattern(number)
+
+
+def test_when_the_newer_one_fails_the_present_one_goes_on(
+    spec: ProviderSpec, started: ExitStack, tmp_path: Path
+) -> None:
+    provider = started.enter_context(LoneProvider(spec))
+    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
+    front_end.set_inflight(*front_end.get_inflight(1, 64))
+    load = Load(attach(front_end, wanted=WANTED))
+    control = Control(spec.control)
+    limits = control.ask("throttle", disk="d1", limits={"iops": 100_000})["limits"]
+
+    load.begin(30)
+    fewer = dataclasses.replace(spec, disks=spec.disks[:1])
+    assert started.enter_context(successor(fewer)).ready["error"]["code"] == "hand-over"
+    load.begin(30)
+    load.end()
+
+    with TakeOver(spec.control) as other:  # killed before it has taken it
+        load.begin(30)
+        offer = other.offer()
+        assert [disk.chain for disk in offer.disks] == [disk.chain for disk in spec.disks]
+        assert offer.disks[0].front_end is not None
+        offer.close()
+    load.begin(30)
+    load.end()
+
+    status = control.ask("status")
+    assert status["pid"] == provider.process.pid
+    assert status["disks"][1]["throttle"]["limits"] == limits
+    assert status["disks"][0]["vhost_user"]["connected"] is True
+    with NbdClient(str(spec.disks[1].nbd)) as nbd:
+        nbd.pwrite(0, pattern(1))
+    newer = started.enter_context(successor(spec))
+    assert newer.ready.get("ready") is True
+    load.begin(30)
+    load.end()
+    assert provider.end() == 0
+    control.close()
+
+
+def test_what_cannot_be_handed_over_is_said(spec: ProviderSpec, started: ExitStack) -> None:
+    started.enter_context(LoneProvider(spec))
+    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
+    driver = attach(front_end, wanted=WANTED)
+    driver.make_available(9999)  # a head beyond the ring
+    driver.kick()
+    control = Control(spec.control)
+    while control.ask("status")["disks"][0]["state"] != "broken":
+        pass
+    refused = started.enter_context(successor(spec)).ready["error"]
+    assert refused["code"] == "hand-over"
+    assert "d0" in refused["message"]
+    assert control.ask("hand-over")["error"]["code"] == "invalid"
+    assert control.ask("status")["disks"][1]["state"] == "ok"
+    control.close()
+
+
+def test_what_is_no_offer_is_refused() -> None:
+    good = {
+        "version": 1,
+        "begun_s": 1.5,
+        "disks": [{"id": "d", "chain": ["/d"], "vhost_user": True, "front_end": None, "nbd": False}],
+    }
+    assert Offer.from_wire(good, [3, 4, 5]).fds() == [3, 4, 5]
+    disk = {"id": "d", "chain": ["/d"], "vhost_user": True, "front_end": [[1, "zz", 0]], "nbd": False}
+    for fields, fds in (
+        (good, [3, 4]),
+        (good, [3, 4, 5, 6]),
+        ({**good, "version": 2}, [3, 4, 5]),
+        ({**good, "disks": None}, [3]),
+        ({**good, "disks": [{}]}, [3]),
+        ({**good, "disks": [disk]}, [3, 4, 5, 6]),
+        ({**good, "disks": [{**disk, "front_end": [[1]]}]}, [3, 4, 5, 6]),
+    ):
+        with pytest.raises(HandOverError):
+            Offer.from_wire(fields, fds)
