@@ -10,27 +10,31 @@ from __future__ import annotations
 
 import bisect
 import codecs
-import itertools
 import json
 import os
 import struct
 import sys
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import pytsk3
 
-from mullion.base.units import KIB, MIB
+from mullion.base.units import MIB
 from mullion.media.confined import channel, jail, journal
+from mullion.media.confined.places import (
+    DATA_ATTRIBUTE,
+    Extent,
+    StoredRange,
+    exfat_written_bytes,
+    find_plain_end,
+    stored_ranges,
+)
 
 DEPTH_LIMIT: Final = 256
 ENTRY_LIMIT: Final = 5_000_000
 FILE_LIMIT_BYTES: Final = 1 << 44
 LIMITS: Final = jail.Limits(memory_bytes=1024 * MIB, cpu_s=600, file_bytes=0, descriptors=16)
 _PIECE_BYTES: Final = MIB
-_EXTENTS_FROM_BYTES: Final = MIB
-"""Files that hold less are read through the library."""
-_PROBE_BYTES: Final = 64 * KIB
 _TYPES: Final = {
     "ntfs": pytsk3.TSK_FS_TYPE_NTFS,
     "fat": pytsk3.TSK_FS_TYPE_FAT_DETECT,
@@ -42,19 +46,11 @@ _IGNORES_CASE: Final = ("ntfs", "fat", "exfat", "iso")
 _NTFS_FIRST_USER_INODE: Final = 24
 _NTFS_ROOT_INODE: Final = 5
 _EXFAT_TABLES: Final = (b"$ALLOC_BITMAP", b"$UPCASE_TABLE", b"$VOLUME_GUID", b"$TEX_FAT", b"$ACT")
-_EXFAT_FIRST_INODE: Final = 3
-"""The library's number of the first entry in the cluster heap."""
-_EXFAT_ENTRY_BYTES: Final = 32
-_EXFAT_ENTRIES_LIMIT: Final = 19
-_EXFAT_STREAM: Final = 0xC0
 _EXT_SUPERBLOCK: Final = 1024
 _EXT_RECOVER: Final = 0x4
 _LABEL_SUFFIX: Final = b" (Volume Label Entry)"
 
 _REPARSE_ATTRIBUTE: Final = 0xC0
-_DATA_ATTRIBUTE: Final = 0x80
-_CONTENT_ATTRIBUTES: Final = (1, _DATA_ATTRIBUTE)
-"""The default attribute of filesystems that have no others, and that of NTFS."""
 _SYMLINK_TAG: Final = 0xA000000C
 _MOUNT_POINT_TAG: Final = 0xA0000003
 _REPARSE_NAMES: Final = {
@@ -62,26 +58,9 @@ _REPARSE_NAMES: Final = {
     0x80000013: "it is deduplicated by Windows",
 }
 _ENCRYPTED_FLAG: Final = int(pytsk3.TSK_FS_ATTR_ENC)
-_COMPRESSED_FLAG: Final = int(pytsk3.TSK_FS_ATTR_COMP)
-_NONRESIDENT_FLAG: Final = int(pytsk3.TSK_FS_ATTR_NONRES)
-_HOLE_FLAGS: Final = int(pytsk3.TSK_FS_ATTR_RUN_FLAG_SPARSE) | int(pytsk3.TSK_FS_ATTR_RUN_FLAG_FILLER)
+
 
 Entry = dict[str, Any]
-
-
-class Extent(NamedTuple):
-    """Content as it lies on the volume; offset and length in bytes."""
-
-    offset: int
-    length: int
-
-
-class StoredRange(NamedTuple):
-    """A part of a file that is no hole, from `start` to `end`; `place` is where it begins on the volume, when known."""
-
-    start: int
-    end: int
-    place: int | None
 
 
 class RefusedError(Exception):
@@ -297,11 +276,14 @@ class Filesystem:
         if size > FILE_LIMIT_BYTES:
             raise RefusedError("filesystem", f"{entry['name']}: {size} bytes are more than any file can have here")
         at = 0
-        ranges = _stored_ranges(file, attribute, size, int(self._fs.info.block_size))
+        block_bytes = int(self._fs.info.block_size)
+        ranges = stored_ranges(file, attribute, size, block_bytes)
         if self._kind == "exfat":
-            written = self._written_bytes(entry["inode"], size)
+            written = exfat_written_bytes(self._image.read, entry["inode"], block_bytes, size)
             ranges = [StoredRange(one.start, min(one.end, written), one.place) for one in ranges if one.start < written]
-        plain_end = self._plain_end(file, attribute, ranges)
+        plain_end = 0
+        if all(place is not None and self._lies_plainly(place, end - start) for start, end, place in ranges):
+            plain_end = find_plain_end(file, attribute, ranges, self._image.read)
         for start, end, place in ranges:
             if start > at:
                 yield start - at
@@ -320,53 +302,10 @@ class Filesystem:
         if size > at:
             yield size - at
 
-    def _plain_end(self, file: Any, attribute: tuple[int, ...], ranges: list[StoredRange]) -> int:
-        """Up to which byte a file is what lies in its runs; 0 where that is not sure, or not worth asking.
-
-        NTFS and exFAT keep how far a file has ever been written; the rest reads as zeros, whatever lies there. The
-        library knows that, and does not say it: but a byte that it does not give as zero is before that end.
-        """
-        if sum(end - start for start, end, _ in ranges) < _EXTENTS_FROM_BYTES:
-            return 0
-        for start, end, place in ranges:
-            if place is None or place + end - start > self._size_bytes or self._is_newer(place, end - start):
-                return 0
-        head, tail = ranges[0], ranges[-1]
-        head_bytes, tail_bytes = (min(_PROBE_BYTES, end - start) for start, end, _ in (head, tail))
-        last = bytes(file.read_random(tail.end - tail_bytes, tail_bytes, *attribute))
-        is_plain = self._lies_at(tail, tail.end - tail_bytes, last) and self._lies_at(
-            head, head.start, bytes(file.read_random(head.start, head_bytes, *attribute))
-        )
-        written = len(last.rstrip(b"\0"))
-        return tail.end - tail_bytes + written if is_plain and written else 0
-
-    def _written_bytes(self, inode: int, size: int) -> int:
-        """How much of a file of exFAT was ever written: behind that it reads as zeros, which the library does not know.
-
-        Its number for a file says where in the cluster heap the folder's entries for it are (exFAT specification,
-        sections 3.1.8, 6.3.3, 7.4 and 7.6). An entry set that goes on in a cluster elsewhere is not followed.
-        """
-        (heap_sector,) = struct.unpack_from("<I", self._image.read(0, 512), 88)
-        place = heap_sector * int(self._fs.info.block_size) + (inode - _EXFAT_FIRST_INODE) * _EXFAT_ENTRY_BYTES
-        entries = self._image.read(place, _EXFAT_ENTRIES_LIMIT * _EXFAT_ENTRY_BYTES)
-        entries = entries[: (1 + entries[1]) * _EXFAT_ENTRY_BYTES] if len(entries) > 1 else b""
-        total = 0
-        for index, byte in enumerate(entries):
-            if index not in (2, 3):
-                total = ((total << 15 | total >> 1) + byte) & 0xFFFF
-        if len(entries) <= 2 * _EXFAT_ENTRY_BYTES or total != int.from_bytes(entries[2:4], "little"):
-            return size
-        (written,) = struct.unpack_from("<Q", entries, _EXFAT_ENTRY_BYTES + 8)
-        return min(int(written), size) if entries[_EXFAT_ENTRY_BYTES] == _EXFAT_STREAM else size
-
-    def _lies_at(self, one: StoredRange, start: int, content: bytes) -> bool:
-        """Whether what the library gives for a part of a file is what lies there."""
-        assert one.place is not None
-        return bool(content) and self._image.read(one.place + start - one.start, len(content)) == content
-
-    def _is_newer(self, place: int, length: int) -> bool:
-        """Whether the journal has anything newer for a part of the volume."""
-        return self._replayed is not None and self._replayed.is_newer(place, length)
+    def _lies_plainly(self, place: int, length: int) -> bool:
+        """Whether a part of the volume is there, and nothing of it is newer in the journal."""
+        is_newer = self._replayed is not None and self._replayed.is_newer(place, length)
+        return place + length <= self._size_bytes and not is_newer
 
 
 def _replay(fd: int, size_bytes: int, filesystem: Any, image: _Image) -> _Replayed | None:
@@ -393,37 +332,15 @@ def _replay(fd: int, size_bytes: int, filesystem: Any, image: _Image) -> _Replay
     return _Replayed(fd, size_bytes, log, newer) if log is not None and newer else None
 
 
-def _stored_ranges(file: Any, wanted: tuple[int, ...], size: int, block_bytes: int) -> list[StoredRange]:
-    """The parts of a file that are not holes; all of it where the library keeps no runs."""
-    for attribute in file:
-        info = attribute.info
-        is_meant = (int(info.type), int(info.id)) == wanted if wanted else int(info.type) in _CONTENT_ATTRIBUTES
-        if not is_meant or (
-            not wanted and info.name and int(info.type) == _DATA_ATTRIBUTE and bytes(info.name) != b"N/A"
-        ):
-            continue
-        if not int(info.flags) & _NONRESIDENT_FLAG or int(info.flags) & _COMPRESSED_FLAG:
-            break
-        stored = []
-        for run in attribute:
-            start, end = int(run.offset) * block_bytes, (int(run.offset) + int(run.len)) * block_bytes
-            if not int(run.flags) & _HOLE_FLAGS and start < size:
-                stored.append(StoredRange(start, min(end, size), int(run.addr) * block_bytes))
-        if all(one.end <= two.start for one, two in itertools.pairwise(stored)):
-            return stored
-        break
-    return [StoredRange(0, size, None)] if size else []
-
-
 def _describe_ntfs(file: Any, entry: Entry) -> None:
     """Streams, links, and what hides the content from everybody but Windows."""
     for attribute in file:
         info = attribute.info
         name = bytes(info.name).decode("utf-8", "replace") if info.name else ""
         kind = int(info.type)
-        if kind == _DATA_ATTRIBUTE and name and name != "N/A":
+        if kind == DATA_ATTRIBUTE and name and name != "N/A":
             entry["streams"].append({"name": name, "size_bytes": int(info.size)})
-        if kind == _DATA_ATTRIBUTE and int(info.flags) & _ENCRYPTED_FLAG:
+        if kind == DATA_ATTRIBUTE and int(info.flags) & _ENCRYPTED_FLAG:
             entry["unreadable"] = "it is encrypted by Windows (EFS)"
         if kind == _REPARSE_ATTRIBUTE:
             _describe_reparse(bytes(file.read_random(0, 4096, kind, int(info.id))), entry)
@@ -448,8 +365,8 @@ def _find_stream(file: Any, name: str, stream: str) -> tuple[int, tuple[int, int
     for attribute in file:
         info = attribute.info
         named = bytes(info.name).decode("utf-8", "replace") if info.name else ""
-        if int(info.type) == _DATA_ATTRIBUTE and named.casefold() == stream.casefold():
-            return int(info.size), (_DATA_ATTRIBUTE, int(info.id))
+        if int(info.type) == DATA_ATTRIBUTE and named.casefold() == stream.casefold():
+            return int(info.size), (DATA_ATTRIBUTE, int(info.id))
     raise RefusedError("not-found", f"{name} has no stream {stream}")
 
 
