@@ -16,7 +16,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from mullion.base.errors import MullionError
-from mullion.provider.hot_loop import ANNOUNCE_BYTES as _ANNOUNCE_BYTES, UNANSWERED
+from mullion.provider.hot_loop import ANNOUNCE_BYTES, ANNOUNCE_REQUESTS, UNANSWERED
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, DescriptorFlag
 
 cdef extern from *:
@@ -43,6 +43,18 @@ cdef extern from *:
     }
 
     static inline void store(char *shared, uint32_t word) { memcpy(shared, &word, sizeof word); }
+
+    /* An index, before anything that it speaks of. */
+    static inline uint16_t index_of(const char *shared)
+    {
+        uint16_t index;
+        fetch(&index, shared, sizeof index);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        return index;
+    }
+
+    /* All loads and stores before it are done before those behind it. */
+    static inline void barrier(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     """
     struct descriptor:
         uint64_t address
@@ -61,6 +73,8 @@ cdef extern from *:
     void fetch(void *copy, const void *shared, size_t size) noexcept nogil
     void publish(char *shared, uint16_t index) noexcept nogil
     void store(char *shared, uint32_t word) noexcept nogil
+    uint16_t index_of(const char *shared) noexcept nogil
+    void barrier() noexcept nogil
     ssize_t preadv(int fd, const iovec *pieces, int count, int64_t offset) noexcept nogil
     ssize_t pwritev(int fd, const iovec *pieces, int count, int64_t offset) noexcept nogil
 
@@ -73,12 +87,12 @@ cdef extern from *:
     const char *_SOURCE_DIGEST "SOURCE_DIGEST"
 
 SOURCE_DIGEST = _SOURCE_DIGEST.decode()
-ANNOUNCE_BYTES = _ANNOUNCE_BYTES
 
 cdef enum:
     SEGMENTS = 256  # of data in one request: what a driver is told (virtio_blk.SEG_MAX), and two
     SECTOR_SHIFT = 9
     ENTRY_BYTES = 16
+    NO_NOTIFY = 1  # in the flags of either ring (2.7.6, 2.7.8)
 
 cdef uint16_t NEXT = DescriptorFlag.NEXT
 cdef uint16_t WRITE = DescriptorFlag.WRITE
@@ -86,7 +100,8 @@ cdef uint16_t INDIRECT = DescriptorFlag.INDIRECT
 cdef uint32_t IN = BlkRequest.IN
 cdef uint32_t OUT = BlkRequest.OUT
 cdef int64_t UNANSWERED_NOW = UNANSWERED
-cdef uint64_t ANNOUNCE = ANNOUNCE_BYTES
+cdef uint64_t BATCH_BYTES = ANNOUNCE_BYTES
+cdef uint32_t BATCH_REQUESTS = ANNOUNCE_REQUESTS
 
 
 @cython.no_gc  # views of memory lead to no object of ours; and the collector would clear them without releasing them
@@ -100,6 +115,8 @@ cdef class HotLoop:
     cdef Py_buffer _available
     cdef Py_buffer _used
     cdef Py_buffer _memory
+    cdef bint _event_idx
+    cdef uint16_t _signalled  # the used index at which the driver was last thought of
     cdef object _view  # of the memory, for the pieces that Python code gets
     cdef uint64_t _base
     cdef uint32_t _size
@@ -121,6 +138,8 @@ cdef class HotLoop:
         used,
         uint64_t base,
         memory,
+        bint event_idx,
+        barrier,
     ):
         """As of `hot_loop.HotLoop`."""
         PyObject_GetBuffer(descriptors, &self._descriptors, PyBUF_SIMPLE)
@@ -138,6 +157,8 @@ cdef class HotLoop:
         self._view = memory
         self._base = base
         self._size = size
+        self._event_idx = event_idx
+        fetch(&self._signalled, <char *>self._used.buf + 2, 2)
 
     def __dealloc__(self):
         PyBuffer_Release(&self._descriptors)
@@ -145,18 +166,89 @@ cdef class HotLoop:
         PyBuffer_Release(&self._used)
         PyBuffer_Release(&self._memory)
 
-    def run(self, device, serve, uint16_t available_index, uint16_t used_index, uint32_t count):
+    def pending(self, uint16_t available_index):
+        """As of `hot_loop.HotLoop`."""
+        return self._pending(available_index)
+
+    def arm(self, uint16_t available_index):
+        """As of `hot_loop.HotLoop`."""
+        return self._arm(available_index)
+
+    def announce(self, uint16_t used_index, notify):
+        """As of `hot_loop.HotLoop`."""
+        if self._is_wanted(used_index):
+            notify()
+
+    def sweep(
+        self, device, serve, notify, holder, uint16_t available_index, uint16_t used_index, int64_t budget
+    ):
         """As of `hot_loop.HotLoop`."""
         cdef Disk disk = Disk(device)
+        cdef uint16_t unanswered = available_index - used_index
+        cdef uint32_t count
+        cdef uint16_t first
+        self.moved_bytes = 0
+        self.available_index, self.used_index = available_index, used_index
+        try:
+            while True:
+                first = self.available_index
+                count = self._pending(first)
+                if not count:
+                    if self._arm(first):
+                        return True
+                    self.announce(self.used_index, notify)
+                    continue
+                if count > self._size or budget <= 0 or <uint16_t>(first - self.used_index) != unanswered or holder.is_held:
+                    return False
+                self._take(disk, serve, min(count, self._size - (first & (self._size - 1)), BATCH_REQUESTS))
+                budget -= <uint16_t>(self.available_index - first)
+                if self._pending(self.available_index):
+                    self.announce(self.used_index, notify)
+        finally:
+            self.announce(self.used_index, notify)
+
+    def run(self, device, serve, uint16_t available_index, uint16_t used_index, uint32_t count):
+        """As of `hot_loop.HotLoop`."""
+        self.moved_bytes = 0
+        self.available_index, self.used_index = available_index, used_index
+        self._take(Disk(device), serve, count)
+
+    cdef uint16_t _pending(self, uint16_t available_index) noexcept:
+        return index_of(<char *>self._available.buf + 2) - available_index
+
+    cdef bint _arm(self, uint16_t available_index) noexcept:
+        if self._event_idx:
+            publish(<char *>self._used.buf + 4 + 8 * self._size, available_index)
+        else:
+            publish(<char *>self._used.buf, 0)
+        barrier()
+        return not self._pending(available_index)
+
+    cdef bint _is_wanted(self, uint16_t used_index) noexcept:
+        """Whether the driver wants to hear of what was answered since the last time (2.7.7.2, 2.7.10)."""
+        cdef uint16_t old = self._signalled
+        cdef uint16_t event
+        if used_index == old:
+            return False
+        self._signalled = used_index
+        barrier()  # used.idx must be visible before the driver's wish is read
+        if self._event_idx:
+            event = index_of(<char *>self._available.buf + 4 + 2 * self._size)
+            return <uint16_t>(used_index - event - 1) < <uint16_t>(used_index - old)
+        return not index_of(<char *>self._available.buf) & NO_NOTIFY
+
+    cdef int _take(self, Disk disk, serve, uint32_t count) except -1:
+        """Take so many requests, which are available; fewer when they have moved much."""
         cdef const char *heads = <const char *>self._available.buf + 4
         cdef char *used = <char *>self._used.buf
         cdef char *element
         cdef uint32_t mask = self._size - 1
+        cdef uint64_t limit = self.moved_bytes + BATCH_BYTES
         cdef uint32_t number
         cdef uint16_t head
         cdef int64_t written
-        self.moved_bytes = 0
-        self.available_index, self.used_index = available_index, used_index
+        if not self._event_idx:
+            publish(<char *>self._used.buf, NO_NOTIFY)
         for number in range(count):
             fetch(&head, heads + 2 * (self.available_index & mask), 2)
             written = 0
@@ -172,8 +264,9 @@ cdef class HotLoop:
             store(element + 4, <uint32_t>written)
             self.used_index += 1
             publish(used + 2, self.used_index)
-            if self.moved_bytes >= ANNOUNCE:
+            if self.moved_bytes >= limit:
                 break
+        return 0
 
     cdef inline bint _holds(self, uint64_t offset, uint64_t length) noexcept nogil:
         """Whether the region has all of these bytes, by their distance from its beginning (mod 2⁶⁴)."""

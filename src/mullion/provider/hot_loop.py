@@ -10,15 +10,19 @@ wrong, is left to `serve`, which takes all that the specification allows.
 
 Invariants: requests are taken strictly in order, and what is known of one is in the used ring before the next is taken.
 Everything read from the guest is checked before use: addresses and lengths against its memory, a head by `serve`.
+Ordering: stores of one thread become visible in order on x86; before sleeping, the request for a notification has to be
+visible before the ring is read again. Taking a free lock is an atomic read-modify-write and so, on x86, a full barrier;
+it costs a tenth of a system call.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Callable
 from struct import error as StructError  # noqa: N812
-from typing import Final
+from typing import Final, Protocol
 
 from mullion.base.errors import MullionError
 from mullion.provider.device import DirectDevice
@@ -26,9 +30,13 @@ from mullion.wire.vhost_user.virtio_blk import DescriptorFlag
 
 ANNOUNCE_BYTES: Final = 512 * 1024
 """After so much data the driver hears of it at once, so that it can prepare more while the rest is served."""
+ANNOUNCE_REQUESTS: Final = 16
+"""Likewise after so many requests: a driver that is woken only at the end of a batch finds the ring empty, and then so
+do we; both sleep and are woken for every batch (`bench/provider_bench.py`)."""
 UNANSWERED: Final = -1
 """What `serve` returns for a request that it has begun, and that is answered later: nothing is published for it now."""
 
+_NO_NOTIFY: Final = 1  # in the flags of either ring (2.7.6, 2.7.8)
 _SECTOR_SHIFT: Final = 9
 # A descriptor's flags, and flags | next << 16 as they stand in a driver's usual table of three.
 _NEXT: Final = int(DescriptorFlag.NEXT)
@@ -44,6 +52,13 @@ _THREE_DESCRIPTORS: Final = struct.Struct("<QIIQIIQII").unpack_from
 _TWO_WORDS: Final = struct.Struct("<QQ").unpack_from
 
 
+class Holder(Protocol):
+    """Whoever may want the disk for himself (`Turnstile`)."""
+
+    @property
+    def is_held(self) -> bool: ...
+
+
 class HotLoop:
     """The loop over one ring. After each run, also one that raised, the attributes say how far it came."""
 
@@ -56,24 +71,105 @@ class HotLoop:
         used: memoryview,
         base: int,
         memory: memoryview,
+        event_idx: bool,
+        barrier: threading.Lock,
     ) -> None:
         """The parts of a ring of `size` descriptors, as bytes, and the region of memory with most of the guest's data.
 
-        `base` is that region's guest address. What lies elsewhere is the business of `serve`.
+        `base` is that region's guest address. What lies elsewhere is the business of `serve`. `event_idx` says how the
+        two sides ask each other for notifications; `barrier` is a lock that nobody else takes.
         """
         self.available_index = 0
         """Of the next request to take, mod 2¹⁶."""
         self.used_index = 0
         """Of the next answer, mod 2¹⁶: it stands in the used ring."""
         self.moved_bytes = 0
-        """Data of the last run, without what `serve` moved."""
+        """Data of the last run or sweep, without what `serve` moved."""
         self._size = size
         self._descriptors = descriptors
         self._available = available.cast("H")
         self._used = used[:4].cast("H")
         self._used_words = used[: 4 + 8 * size].cast("I")  # [1 + 2 n] head, [2 + 2 n] length of element n
+        self._available_event = used[4 + 8 * size :].cast("H")
         self._base = base
         self._memory = memory
+        self._event_idx = event_idx
+        self._barrier = barrier
+        self._signalled = self._used[1]  # the used index at which the driver was last thought of
+
+    def pending(self, available_index: int) -> int:
+        """How many requests the driver says to have made available; more than the ring has is a lie."""
+        return (self._available[1] - available_index) & 0xFFFF
+
+    def arm(self, available_index: int) -> bool:
+        """Ask to be notified of the next request (2.7.7.1, 2.7.10); False when it is there already."""
+        if self._event_idx:
+            self._available_event[0] = available_index
+        else:
+            self._used[0] = 0
+        with self._barrier:
+            pass
+        return self._available[1] == available_index
+
+    def announce(self, used_index: int, notify: Callable[[], None]) -> None:
+        """Notify the driver of what was answered since the last time, if it asked (2.7.7.2, 2.7.10)."""
+        old = self._signalled
+        if used_index == old:
+            return
+        self._signalled = used_index
+        with self._barrier:  # used.idx must be visible before the driver's wish is read
+            pass
+        if self._event_idx:
+            event = self._available[2 + self._size]
+            wanted = (used_index - event - 1) & 0xFFFF < (used_index - old) & 0xFFFF
+        else:
+            wanted = not self._available[0] & _NO_NOTIFY
+        if wanted:
+            notify()
+
+    def sweep(  # noqa: PLR0917 - for each kick
+        self,
+        device: DirectDevice,
+        serve: Callable[[int], int],
+        notify: Callable[[], None],
+        holder: Holder,
+        available_index: int,
+        used_index: int,
+        budget: int,
+    ) -> bool:
+        """Take batch after batch, and announce each, until there is nothing left and the driver was asked to notify.
+
+        False when it ends before: `budget` requests were taken, one of them is answered later, the disk is wanted, or
+        the driver lies about how many there are. The last announcement comes when all else is done: whoever it wakes
+        may need this processor. Raises: what `serve` raises; what was answered before it is announced.
+        """
+        self.available_index, self.used_index = available_index, used_index
+        unanswered = (available_index - used_index) & 0xFFFF
+        moved = 0
+        try:
+            while True:
+                first = self.available_index
+                count = self.pending(first)
+                if not count:
+                    if self.arm(first):
+                        return True
+                    self.announce(self.used_index, notify)
+                    continue
+                if count > self._size or budget <= 0 or holder.is_held:
+                    return False
+                if (first - self.used_index) & 0xFFFF != unanswered:
+                    return False
+                count = min(count, self._size - (first & (self._size - 1)), ANNOUNCE_REQUESTS)
+                try:
+                    self.run(device, serve, first, self.used_index, count)
+                finally:
+                    moved += self.moved_bytes
+                budget -= (self.available_index - first) & 0xFFFF
+                if self.pending(self.available_index):
+                    self.announce(self.used_index, notify)
+        finally:
+            self.moved_bytes = moved
+            self.announce(self.used_index, notify)
 
     def run(
         self, device: DirectDevice, serve: Callable[[int], int], available_index: int, used_index: int, count: int
@@ -84,6 +180,8 @@ class HotLoop:
         `serve` is called with the head of what the loop leaves over; it returns the bytes that it wrote into the
         guest's memory, or `UNANSWERED`. Whatever it raises ends the run, its request not taken. Raises: the same.
         """
+        if not self._event_idx:
+            self._used[0] = _NO_NOTIFY
         base, memory = self._base, self._memory
         read_get, write_get, shift = device.direct_read.get, device.direct_write.get, device.block_shift
         mixed_get, mixed_used, mixed_write_fd = device.mixed_read.get, device.mixed_used.add, device.mixed_write_fd

@@ -14,9 +14,6 @@ Invariants: requests are taken strictly in order, and each but a flush is finish
 crash the ring goes on from `used.idx` plus the flushes that are marked in flight (`inflight`). Everything read from
 the guest is checked before use: indices against the ring's size, addresses and lengths against its memory, chains
 against a limit. A ring that contradicts itself raises `GuestFault`, and its state is as before the offending request.
-Ordering: stores of one thread become visible in order on x86; before sleeping, the request for a notification has to be
-visible before the ring is read again. Taking a free lock is an atomic read-modify-write and so, on x86, a full barrier;
-it costs a tenth of a system call.
 Durability: as the request says; a write that finds no space stays in the ring, unanswered, until it succeeds.
 """
 
@@ -33,7 +30,7 @@ from mullion.base.flusher import Flusher, Outcomes
 from mullion.base.implementation import implementation_of
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of, room_of_flush
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.hot_loop import UNANSWERED
+from mullion.provider.hot_loop import ANNOUNCE_REQUESTS, UNANSWERED
 from mullion.provider.hot_loop import HotLoop as PythonHotLoop
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.layers.throttle import Turn
@@ -48,12 +45,8 @@ CHAIN_LIMIT: Final = 1024
 """Descriptors of one request, direct and indirect together."""
 BUDGET_REQUESTS: Final = 512
 """After so many requests of one ring the other rings and the control of the connection get a turn."""
-ANNOUNCE_REQUESTS: Final = 16
-"""After so many requests the driver hears of them: one that is woken only at the end of a batch finds the ring empty,
-and then so do we; both sleep and are woken for every batch (`bench/provider_bench.py`)."""
 
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
-_NO_NOTIFY: Final = 1
 _ENTRY_BYTES: Final = 16
 _FRAME_BYTES: Final = 17  # header and status of a request
 _NEXT: Final = int(DescriptorFlag.NEXT)
@@ -100,7 +93,6 @@ class Ring:
         self._blk = blk
         self._memory = memory
         self._size = size
-        self._barrier = barrier
         self._turn = turn
         self._lane = turn.lane  # one look at a flag a batch is all that a disk without caps pays
         self._admitted = 0  # requests that may be served without asking the turn again
@@ -110,7 +102,6 @@ class Ring:
         self._log = log
         self._log_used: int | None = address.log if address.flags & VRING_LOG else None
         self._marks: list[tuple[int, int]] = []
-        self._event_idx = bool(features & _EVENT_IDX)
         if address.descriptor % 16 or address.available % 2 or address.used % 4:
             raise GuestFault(f"vring {address.index} is not aligned")
         used = memory.ring_part(address.used, 6 + 8 * size)
@@ -118,7 +109,6 @@ class Ring:
         self._available = memory.ring_part(address.available, 6 + 2 * size).cast("H")
         self._used = used[:4].cast("H")
         self._used_words = used[: 4 + 8 * size].cast("I")  # [1 + 2 n] head, [2 + 2 n] length of element n
-        self._available_event = used[4 + 8 * size :].cast("H")
         hot = memory.largest
         assert hot is not None, "a ring lies in memory, so there is some"
         self._hot = HotLoop(
@@ -128,9 +118,11 @@ class Ring:
             used=used,
             base=hot.guest_address,
             memory=hot.view,
+            event_idx=bool(features & _EVENT_IDX),
+            barrier=barrier,
         )
         self._inflight = inflight
-        self._used_index = self._signalled = self._used[1]
+        self._used_index = self._used[1]
         self._resubmit = [] if inflight is None else inflight.recover(self._used_index, size)
         self.next_index = (self._used_index + len(self._resubmit)) & 0xFFFF
         self._flusher = flusher if inflight is not None and log is None else None
@@ -143,7 +135,7 @@ class Ring:
 
         Raises: GuestFault; what was finished before it is answered and announced.
         """
-        available, size = self._available, self._size
+        hot, size = self._hot, self._size
         spent = 0
         try:
             if self._resubmit:
@@ -151,61 +143,70 @@ class Ring:
             if self._unsynced:
                 self._flush_again()
             while True:
+                first = self.next_index
                 if self._flushes:
                     self._answer_flushes()
-                index = self.next_index
-                limit = available[1]
-                count = (limit - index) & 0xFFFF
-                if count:
-                    if count > size:
-                        raise GuestFault(f"available index {limit} is {count} ahead of {index}, the ring has {size}")
-                    if spent >= BUDGET_REQUESTS or self._turnstile.is_held:
-                        return Drained.BUSY
-                    if not self._event_idx:
-                        self._used[0] = _NO_NOTIFY
-                    count = min(count, size - (index & (size - 1)), ANNOUNCE_REQUESTS)
-                    if self._lane.is_limited or self._admitted:
-                        count = self._admit(count)
-                        if not count:
-                            return Drained.CAPPED
-                        try:
-                            self._run(count)
-                        finally:
-                            self._admitted -= (self.next_index - index) & 0xFFFF
-                            self._paid_requests = self.requests
-                    else:
-                        self._run(count)
-                    spent += (self.next_index - index) & 0xFFFF
-                    self._announce(notify)
+                elif not (self._lane.is_limited or self._admitted or self._log is not None):
+                    if self._sweep(notify, BUDGET_REQUESTS - spent):
+                        return Drained.IDLE
+                    spent += (self.next_index - first) & 0xFFFF
+                    first = self.next_index
+                count = hot.pending(first)
+                if not count:
+                    if hot.arm(first):
+                        return Drained.IDLE
                     continue
-                if self._event_idx:
-                    self._available_event[0] = index
+                if count > size:
+                    raise GuestFault(f"available index is {count} ahead of {first}, the ring has {size}")
+                if spent >= BUDGET_REQUESTS or self._turnstile.is_held:
+                    return Drained.BUSY
+                count = min(count, size - (first & (size - 1)), ANNOUNCE_REQUESTS)
+                if self._lane.is_limited or self._admitted:
+                    count = self._admit(count)
+                    if not count:
+                        return Drained.CAPPED
+                    try:
+                        self._run(count)
+                    finally:
+                        self._admitted -= (self.next_index - first) & 0xFFFF
+                        self._paid_requests = self.requests
                 else:
-                    self._used[0] = 0
-                with self._barrier:
-                    pass
-                if available[1] == index:
-                    return Drained.IDLE
+                    self._run(count)
+                spent += (self.next_index - first) & 0xFFFF
+                hot.announce(self._used_index, notify)
         except OutOfSpace as shortage:
             self.stall = shortage.error
             return Drained.STALLED
         finally:
             if self._log is not None and self._log_used is not None:
                 self._log.mark(self._log_used, 6 + 8 * size)
-            self._announce(notify)
+            hot.announce(self._used_index, notify)
+
+    def _sweep(self, notify: Callable[[], None], budget: int) -> bool:
+        """Serve until nothing is left, the usual way; False when there is more, or less, to it than that."""
+        hot, first = self._hot, self._used_index
+        try:
+            return hot.sweep(self._blk.device, self._serve, notify, self._turnstile, self.next_index, first, budget)
+        finally:
+            self._keep(first)
 
     def _run(self, count: int) -> None:
         """Serve up to so many requests, which are available and do not wrap around the ring's end."""
         if self._log is not None:
             self._run_logged(count)
             return
-        hot, first = self._hot, self._used_index
+        first = self._used_index
         try:
-            hot.run(self._blk.device, self._serve, self.next_index, first, count)
+            self._hot.run(self._blk.device, self._serve, self.next_index, first, count)
         finally:
-            self.next_index, self._used_index = hot.available_index, hot.used_index
-            self.requests += (self._used_index - first) & 0xFFFF
-            self.bytes += hot.moved_bytes
+            self._keep(first)
+
+    def _keep(self, first: int) -> None:
+        """Take over how far the hot loop came, which began with this index of the used ring."""
+        hot = self._hot
+        self.next_index, self._used_index = hot.available_index, hot.used_index
+        self.requests += (self._used_index - first) & 0xFFFF
+        self.bytes += hot.moved_bytes
 
     def _admit(self, count: int) -> int:
         """How many of the next requests may go ahead now; with none, `wait_s` says when to ask. Raises: GuestFault."""
@@ -330,25 +331,9 @@ class Ring:
                 self._inflight.unmark(head)
             self._inflight.rest(self._used_index)
         self.next_index = self._used_index
-        self._announce(notify)
+        self._hot.announce(self._used_index, notify)
 
     # What all requests need.
-
-    def _announce(self, notify: Callable[[], None]) -> None:
-        """Notify the driver of what was finished since the last time, if it asked (2.7.7.2, 2.7.10)."""
-        new, old = self._used_index, self._signalled
-        if new == old:
-            return
-        self._signalled = new
-        with self._barrier:  # used.idx must be visible before the driver's wish is read
-            pass
-        if self._event_idx:
-            event = self._available[2 + self._size]
-            wanted = (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
-        else:
-            wanted = not self._available[0] & _NO_NOTIFY
-        if wanted:
-            notify()
 
     def _serve(self, head: int) -> int:
         """Serve a request of any shape, or have it flushed: the bytes written into guest memory, or `UNANSWERED`.

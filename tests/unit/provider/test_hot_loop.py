@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +35,8 @@ def hot_loop(side: GuestSide) -> HotLoop:
         used=side.memory[place.used : place.used + 6 + 8 * SIZE],
         base=memory.guest_address,
         memory=memory.view,
+        event_idx=True,
+        barrier=threading.Lock(),
     )
 
 
@@ -77,3 +80,75 @@ def test_a_request_that_cannot_be_served_is_not_taken(side: GuestSide) -> None:
         loop.run(side.disk, serve, 0, 0, 2)
     assert (loop.available_index, loop.used_index, loop.moved_bytes) == (1, 1, 512)
     assert used_ring(side)[0] == 1
+
+
+class Holding:
+    """A disk that somebody wants, or nobody."""
+
+    def __init__(self, is_held: bool = False) -> None:
+        self.is_held = is_held
+
+
+def event_index(side: GuestSide) -> int:
+    """Up to where the device said that it needs no kick (2.7.10)."""
+    return side.memory[side.driver.place.used + 4 + 8 * SIZE :][:2].cast("H")[0]
+
+
+def no_serve(head: int) -> int:
+    raise AssertionError(f"request {head} is a plain one")
+
+
+def test_a_sweep_asks_for_a_kick_before_it_wakes_the_driver(side: GuestSide) -> None:
+    side.driver.submit(0, BlkRequest.IN, 0, answer_bytes=512)
+    side.driver.submit(1, BlkRequest.IN, 1, answer_bytes=512)
+    seen: list[tuple[int, int]] = []
+    loop = hot_loop(side)
+    assert loop.sweep(
+        side.disk, no_serve, lambda: seen.append((event_index(side), used_ring(side)[0])), Holding(), 0, 0, 9
+    )
+    assert seen == [(2, 2)]
+    assert (loop.available_index, loop.used_index, loop.moved_bytes) == (2, 2, 1024)
+
+
+def test_what_comes_while_the_driver_is_woken_is_served_too(side: GuestSide) -> None:
+    """The driver was asked for a kick and gives none: it sees no need for one before the index that it was given."""
+    side.driver.submit(0, BlkRequest.IN, 0, answer_bytes=512)
+    loop = hot_loop(side)
+    calls: list[int] = []
+
+    def serve(head: int) -> int:
+        side.driver.submit(1, BlkRequest.IN, 1, answer_bytes=512)
+        calls.append(head)
+        return 1
+
+    side.driver.submit(2, BlkRequest.GET_ID, answer_bytes=20)
+    assert loop.sweep(side.disk, serve, lambda: None, Holding(), 0, 0, 9)
+    assert (len(calls), loop.available_index, used_ring(side)[0]) == (1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("holding", "budget", "taken"),
+    [(Holding(is_held=True), 9, 0), (Holding(), 0, 0), (Holding(), 9, 2)],
+    ids=["wanted by somebody", "nothing left of its turn", "a request is answered later"],
+)
+def test_a_sweep_ends_when_its_turn_does(side: GuestSide, holding: Holding, budget: int, taken: int) -> None:
+    for slot, kind in ((0, BlkRequest.IN), (1, BlkRequest.FLUSH)):
+        side.driver.submit(slot, kind, 0, answer_bytes=512 if kind is BlkRequest.IN else 0)
+    loop = hot_loop(side)
+
+    def serve(_head: int) -> int:
+        side.driver.submit(2, BlkRequest.IN, 0, answer_bytes=512)
+        return UNANSWERED
+
+    calls: list[int] = []
+    assert not loop.sweep(side.disk, serve, lambda: calls.append(1), holding, 0, 0, budget)
+    assert (loop.available_index, loop.used_index) == (taken, min(taken, 1))
+    assert bool(calls) == bool(taken)
+
+
+def test_a_sweep_leaves_a_lie_to_the_ring(side: GuestSide) -> None:
+    side.memory[side.driver.place.available + 2 :][:2] = (SIZE + 1).to_bytes(2, "little")
+    loop = hot_loop(side)
+    assert not loop.sweep(side.disk, no_serve, lambda: None, Holding(), 0, 0, 9)
+    assert loop.pending(0) == SIZE + 1
+    assert (loop.available_index, used_ring(side)[0]) == (0, 0)
