@@ -59,7 +59,7 @@ from mullion.wire.nbd.session import Export
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES: Final = 128 * KIB
+PIECE_BYTES: Final = 256 * KIB
 """A payload up to this length reaches the device in one call; a longer one in pieces of it, each while the next one
 comes (and while it is in the processor's cache)."""
 BUFFER_BYTES: Final = REQUEST.size + PIECE_BYTES
