@@ -17,6 +17,8 @@ from tests.framework.leftovers import Leftovers, checked_home
 from tests.framework.service import READY_S, Service
 from tests.interop.filesystem_images import call, make_ext, make_fat, make_mbr
 
+from mullion.base.process import ProcessIdentity
+
 pytestmark = pytest.mark.interop
 
 BIG_BYTES = 20 << 20
@@ -250,10 +252,10 @@ def test_a_reader_is_started_ahead_and_used_once(service: Service) -> None:
     third = _spare(service, used)
     assert "ext4" in service.cli("files", "ls", "--volumes", "web").stdout  # which needs no confined reader
     last = _spare(service, used)
-    doomed = [third, last, *_children(last)]
+    doomed = [ProcessIdentity.of(pid) for pid in (third, last, *_children(last))]
     service.kill()
     deadline_s = time.monotonic() + READY_S
-    while any(os.path.exists(f"/proc/{pid}") for pid in doomed):
+    while any(process is not None and process.is_alive for process in doomed):
         assert time.monotonic() < deadline_s, "a spare outlives its service"
         time.sleep(0.05)
     service.start()
