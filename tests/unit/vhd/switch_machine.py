@@ -125,6 +125,9 @@ class SwitchMachine(DiskMachine):
                 self.io.fuse = None
                 self.chain.flush()
                 self._flushed()
+            else:
+                if burning is not None and self.io.fuse is None:  # a frozen layer's end waits for an opening
+                    self.lacked_room = True
         except KilledError:
             for sector in under_way:
                 self.since_flush.setdefault(sector, []).append(bytes(wanted[sector * 512 : sector * 512 + 512]))
