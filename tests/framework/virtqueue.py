@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from mullion.base.block import Buffer, Extent, ExtentKind, WritableBuffer
-from mullion.base.flusher import Flusher
-from mullion.provider.blk import BlkDevice
+from mullion.base.flusher import Flusher, Outcomes
+from mullion.provider.blk import BlkDevice, OutOfSpace
 from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers import Throttle
@@ -20,6 +20,7 @@ from mullion.wire.vhost_user import MemoryRegion
 from mullion.wire.vhost_user.client import GUEST_BASE, USER_BASE
 from mullion.wire.vhost_user.driver import VirtqueueDriver
 from mullion.wire.vhost_user.messages import VRING_LOG, DeviceFeature, VringAddress
+from mullion.wire.vhost_user.virtio_blk import BlkStatus
 
 ALL_FEATURES = int(DeviceFeature.VERSION_1 | DeviceFeature.RING_INDIRECT_DESC | DeviceFeature.RING_EVENT_IDX)
 
@@ -101,6 +102,24 @@ class GranuleDisk:
     def _fail(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+class FlusherByHand(Flusher[FlushOutcome]):
+    """Flushes when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Outcomes[FlushOutcome], int]] = []
+        self.has_thread = True
+
+    def ask(self, outcomes: Outcomes[FlushOutcome], head: int) -> bool:
+        if self.has_thread:
+            self.asked.append((outcomes, head))
+        return self.has_thread
+
+    def end(self, outcome: BlkStatus | OutOfSpace = BlkStatus.OK, count: int = 1000) -> None:
+        for outcomes, head in self.asked[:count]:
+            outcomes.put((head, outcome))
+        del self.asked[:count]
 
 
 class GuestSide:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Final
 
 from tests.framework.devices import MemoryDevice
-from tests.framework.virtqueue import ALL_FEATURES, GranuleDisk, GuestSide
+from tests.framework.virtqueue import ALL_FEATURES, FlusherByHand, GranuleDisk, GuestSide
 
 from mullion.provider.blk import BlkDevice
 from mullion.provider.layers import Throttle
@@ -93,6 +93,8 @@ class RingAttack:
         for _ in range(self._rng.randrange(1, 4)):
             self._write(side)
         try:
+            if self._rng.random() < 0.3:
+                self._flusher.end()
             drained = side.drain()
             outcome = drained.value
         except GuestFault:
@@ -106,6 +108,7 @@ class RingAttack:
     def _fresh(self) -> GuestSide:
         self.close()
         self._age = 0
+        self._flusher = FlusherByHand()
         rng = self._rng
         is_direct = rng.random() < 0.7
         self._side = GuestSide(
@@ -114,10 +117,13 @@ class RingAttack:
             queue_size=_QUEUE_SIZE,
             start_index=rng.choice((0, 65534)),
             memory_bytes=_MEMORY_BYTES,
+            flusher=self._flusher if rng.random() < 0.7 else None,
         )
         return self._side
 
     def _reattach(self, side: GuestSide) -> str:
+        self._flusher.end()
+        side.ring.come_to_rest(lambda: None)
         if (
             self._rng.random() < 0.9
         ):  # as a driver that has reset the device does; else it attaches to whatever is there
@@ -382,6 +388,7 @@ class NbdAttack:
             is_structured=rng.random() < 0.5,
             contexts=list(enumerate(export.contexts, 1)) if rng.random() < 0.5 else [],
             send=lambda data: sent.append(len(data)),
+            wake=lambda: None,
         )
         stream = bytearray()
         for _ in range(rng.randrange(1, 4)):
@@ -399,9 +406,12 @@ class NbdAttack:
             self._buffer[:end] = stream[:end]
             while not transmission.is_closed and end - at >= transmission.wanted:
                 at = transmission.feed(self._buffer, at, end)
+                transmission.answer_flushes(is_last=rng.random() < 0.3)
                 transmission.send_replies()
         except NbdProtocolError:
             return "refused"
+        finally:
+            transmission.close()
         return "closed" if transmission.is_closed else "answered"
 
     def close(self) -> None:

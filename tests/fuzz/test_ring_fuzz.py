@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.framework.virtqueue import ALL_FEATURES, GranuleDisk, GuestSide
+from tests.framework.virtqueue import ALL_FEATURES, FlusherByHand, GranuleDisk, GuestSide
 
 from mullion.provider.memory import GuestFault
 from mullion.provider.ring import Drained
@@ -116,21 +116,28 @@ class CheckedDisk(GranuleDisk):
     st.sampled_from([0, int(DeviceFeature.RING_INDIRECT_DESC), int(DeviceFeature.RING_EVENT_IDX), ALL_FEATURES]),
     st.sampled_from([0, 65534]),
     st.booleans(),
+    st.sampled_from([None, 1, 2, 4]),
 )
-def test_hostile_ring(hostile: list[Step], features: int, start: int, is_direct: bool) -> None:
+def test_hostile_ring(hostile: list[Step], features: int, start: int, is_direct: bool, flush_every: int | None) -> None:
+    flusher = FlusherByHand()
     side = GuestSide(
         CheckedDisk(DISK_BYTES, is_direct=lambda granule: is_direct and granule != 1),
         features=features,
         queue_size=QUEUE_SIZE,
         start_index=start,
         memory_bytes=MEMORY_BYTES,
+        flusher=None if flush_every is None else flusher,
     )
     try:
-        for step in hostile:
+        for number, step in enumerate(hostile):
             step(side)
+            if flush_every is not None and number % flush_every == 0:
+                flusher.end()
             try:
                 drained = side.drain()
             except GuestFault:
+                flusher.end()
+                side.ring.come_to_rest(lambda: None)
                 side.new_ring()  # as after a reset of the device: it attaches to whatever is there
             else:
                 assert drained is Drained.IDLE

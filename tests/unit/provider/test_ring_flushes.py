@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.framework.virtqueue import GranuleDisk, GuestSide
+from tests.framework.virtqueue import FlusherByHand, GranuleDisk, GuestSide
 
-from mullion.base.flusher import Flusher, Outcomes
+from mullion.base.flusher import Flusher
 from mullion.provider.blk import BlkDevice, OutOfSpace
 from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.memory import GuestFault
-from mullion.provider.ring import Drained, FlushOutcome
+from mullion.provider.ring import Drained
 from mullion.wire.vhost_user import Log
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
 
@@ -25,24 +25,6 @@ pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("each_implementation")]
 DISK_BYTES = 300 * 1024
 DEADLINE_S = 30.0
 FULL = OutOfSpace(OSError(errno.ENOSPC, "full"))
-
-
-class FlusherByHand(Flusher[FlushOutcome]):
-    """Flushes when it is told to."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Outcomes[FlushOutcome], int]] = []
-        self.has_thread = True
-
-    def ask(self, outcomes: Outcomes[FlushOutcome], head: int) -> bool:
-        if self.has_thread:
-            self.asked.append((outcomes, head))
-        return self.has_thread
-
-    def end(self, outcome: BlkStatus | OutOfSpace = BlkStatus.OK, count: int = 1000) -> None:
-        for outcomes, head in self.asked[:count]:
-            outcomes.put((head, outcome))
-        del self.asked[:count]
 
 
 @pytest.fixture
