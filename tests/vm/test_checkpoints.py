@@ -13,8 +13,12 @@ from tests.framework.guest_console import GuestConsole, logged_in
 from tests.framework.service import GUEST_S, Service
 from tests.vm.test_survival import begin_iocheck, end_iocheck, start_guest, wait_for_another_provider, wait_for_writes
 
-from mullion.model.definition import Transport
+from mullion.base.units import MIB
+from mullion.model.definition import DiskAttachment, PartitionDefinition, Transport
 from mullion.services.image.build import BuiltImage
+from mullion.vhd import create_fixed, inspect_chain
+from mullion.vhd.layout import DiskType
+from mullion.wire.nbd import NbdClient
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -189,3 +193,31 @@ def test_a_death_in_the_middle_of_merges_loses_nothing(
     assert (report.wrong, report.errors) == (0, 0)
     service.cli("partition", "stop", "web", "--force")
     assert service.cli("vhd", "check", f"{service.paths.disks}/web-data.vhd").status == 0
+
+
+def test_a_fixed_disk_grows_when_its_checkpoint_goes(shared_service: Service) -> None:
+    """The disk became larger above its checkpoint: the fixed file below grows while the partition has it open."""
+    service, path = shared_service, f"{shared_service.paths.disks}/rigid.vhd"
+    os.makedirs(service.paths.disks, exist_ok=True)
+    create_fixed(path, 8 * MIB)
+    with service.client() as client:
+        disk = DiskAttachment(path="rigid", id="disk0", transport=Transport.VHOST_USER)
+        client.create_partition(PartitionDefinition(name="rigid", memory_bytes=64 * MIB, disks=(disk,)))
+        client.wait(client.partition_action("rigid", "start", paused=True))
+        with NbdClient(service.paths.partition("rigid").nbd("disk0")) as nbd:
+            nbd.pwrite(0, b"below" * 100 + bytes(12))
+        client.wait(client.create_checkpoint("rigid", "small").id)
+        client.wait(client.resize_disk("rigid", "disk0", 24 * MIB))
+        with NbdClient(service.paths.partition("rigid").nbd("disk0")) as nbd:
+            nbd.pwrite(16 * MIB, b"above" * 100 + bytes(12))
+        client.wait(client.delete_checkpoint("rigid", "small").id)
+        assert [disk.chain for disk in client.partition("rigid").disks] == [(path,)]
+        found = bytearray(512)
+        with NbdClient(service.paths.partition("rigid").nbd("disk0")) as nbd:
+            for offset, text in ((0, b"below"), (16 * MIB, b"above")):
+                nbd.pread(offset, found)
+                assert found.startswith(text)
+        client.wait(client.partition_action("rigid", "stop", force=True))
+    (whole,) = inspect_chain(path).files
+    assert (whole.type, whole.size_bytes) == (DiskType.FIXED, 24 * MIB)
+    assert service.cli("vhd", "check", path).status == 0

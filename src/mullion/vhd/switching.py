@@ -319,7 +319,8 @@ class _Collapse(Switch):
             raise InvalidError(
                 f"{self._upper.path} has {upper} bytes, {self._image.path} {lower}: merging them in use would change "
                 "the size of the disk, show what lies below, or grow a fixed disk",
-                remedy="Stop the partition, then merge them with mullion vhd merge.",
+                remedy="Put a child over the top, then merge the frozen layer in the background, as the deletion of a "
+                "checkpoint does; or stop the partition, and merge them with mullion vhd merge.",
             )
 
     def _copy(self, lower: LowerLayer) -> None:

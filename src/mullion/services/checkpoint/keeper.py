@@ -45,6 +45,7 @@ from mullion.services.checkpoint.merging import (
     MergeStatus,
     follow_rate,
     forget_merge,
+    grows_fixed,
     merge_layer,
     merge_now,
     relink,
@@ -307,7 +308,8 @@ class LayerKeeper:
             await unstamp(self.partition)
         held = await asyncio.to_thread(_held_bytes, layers.head)
         limit = self._limit_for(disk_id, held)
-        if held > limit:
+        is_growth = is_served(self.partition) and await asyncio.to_thread(grows_fixed, layers.head, act.lower)
+        if held > limit or is_growth:  # a fixed disk grows beneath a frozen layer, by the worker, not in the pause
             await put_on_top(self.partition, disk_id)
             return
         if not is_served(self.partition):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +18,9 @@ from mullion.services.checkpoint.layers import Merge
 from mullion.services.checkpoint.merge_link import MergeWorker, check_complete
 from mullion.services.partition.partition import Partition
 from mullion.vhd.fileio import SYSTEM
+from mullion.vhd.image import load_image, open_file
 from mullion.vhd.layer_journal import forget_layer_merge
+from mullion.vhd.layout import DiskType
 from mullion.vhd.merge import merge
 from mullion.vhd.relink import relink_frozen
 
@@ -107,6 +110,19 @@ def merge_now(upper: str, lower: str, pending_dir: str) -> None:
     check_complete(upper, pending_dir)
     check_complete(lower, pending_dir)
     merge(upper, into_path=lower, keep=True)
+
+
+def grows_fixed(upper: str, lower: str) -> bool:
+    """Would a merge make a fixed disk larger? Raises: VhdError; OSError."""
+    sizes = []
+    for path in (upper, lower):
+        fd = open_file(path)
+        try:
+            image = load_image(fd, path)
+        finally:
+            os.close(fd)
+        sizes.append(image.size_bytes)
+    return image.kind is DiskType.FIXED and sizes[0] > sizes[1]
 
 
 def forget_merge(lower: str) -> None:
