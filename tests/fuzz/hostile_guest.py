@@ -339,6 +339,8 @@ def _drain_all(export: VhostExport) -> None:
 
 
 def _close_export(export: VhostExport) -> None:
+    export._kept.close()
+    export._flusher.stop()
     export._epoll.close()
     os.close(export._wake_fd)
     export._listener.close()
