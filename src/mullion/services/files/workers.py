@@ -41,10 +41,13 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             argv = (sys.executable, "-I", "-m", "mullion.media.files_worker", str(theirs.fileno()), *arguments)
+            starting = asyncio.ensure_future(asyncio.to_thread(attach, argv, pass_fds=(theirs.fileno(),)))
             try:
-                return cls(ours, await asyncio.to_thread(attach, argv, pass_fds=(theirs.fileno(),)))
+                return cls(ours, await asyncio.shield(starting))
             except BaseException:
-                ours.close()  # which ends it, should it have been started
+                ours.close()
+                with contextlib.suppress(MullionError, OSError):  # it was not started: that is what is raised
+                    await asyncio.to_thread(_end, await starting)
                 raise
 
     async def end(self) -> None:
