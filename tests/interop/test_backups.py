@@ -22,7 +22,7 @@ from mullion.vhd import inspect_chain
 
 pytestmark = pytest.mark.interop
 
-PASSPHRASE = "correct-horse-battery-staple"
+PASSPHRASE = f"correct-horse-battery-{os.urandom(8).hex()}"  # of this run alone: other processes are searched for it
 PATIENCE_S = 60.0
 BIG_BYTES = 96 * MIB
 """Several packs: between the first and the last there is time for accidents."""
