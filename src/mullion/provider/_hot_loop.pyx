@@ -13,10 +13,13 @@ that were found good are in `_pieces`; files are read and written through these,
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from mullion.base.errors import MullionError
-from mullion.provider.hot_loop import ANNOUNCE_BYTES, ANNOUNCE_REQUESTS, UNANSWERED
+from mullion.provider.hot_loop import ANNOUNCE_BYTES, ANNOUNCE_REQUESTS, BUDGET_REQUESTS, UNANSWERED
+from mullion.provider.hot_loop import EVENTS as _EVENTS
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, DescriptorFlag
 
 cdef extern from *:
@@ -78,6 +81,16 @@ cdef extern from *:
     ssize_t preadv(int fd, const iovec *pieces, int count, int64_t offset) noexcept nogil
     ssize_t pwritev(int fd, const iovec *pieces, int count, int64_t offset) noexcept nogil
 
+cdef extern from "<sys/epoll.h>":
+    ctypedef union epoll_data_t:
+        int fd
+
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+
+    int epoll_wait(int epoll_fd, epoll_event *events, int count, int timeout_ms) noexcept nogil
+
 cdef extern from *:
     """
     #ifndef SOURCE_DIGEST
@@ -92,6 +105,7 @@ cdef enum:
     SEGMENTS = 256  # of data in one request: what a driver is told (virtio_blk.SEG_MAX), and two
     SECTOR_SHIFT = 9
     ENTRY_BYTES = 16
+    EVENTS = 32
     NO_NOTIFY = 1  # in the flags of either ring (2.7.6, 2.7.8)
 
 cdef uint16_t NEXT = DescriptorFlag.NEXT
@@ -102,14 +116,16 @@ cdef uint32_t OUT = BlkRequest.OUT
 cdef int64_t UNANSWERED_NOW = UNANSWERED
 cdef uint64_t BATCH_BYTES = ANNOUNCE_BYTES
 cdef uint32_t BATCH_REQUESTS = ANNOUNCE_REQUESTS
+cdef int64_t BUDGET = BUDGET_REQUESTS
+assert EVENTS == _EVENTS
 
 
 @cython.no_gc  # views of memory lead to no object of ours; and the collector would clear them without releasing them
 cdef class HotLoop:
     """The loop over one ring. After each run, also one that raised, the attributes say how far it came."""
 
-    cdef readonly uint16_t available_index
-    cdef readonly uint16_t used_index
+    cdef public uint16_t available_index
+    cdef public uint16_t used_index
     cdef readonly uint64_t moved_bytes
     cdef Py_buffer _descriptors
     cdef Py_buffer _available
@@ -206,6 +222,33 @@ cdef class HotLoop:
                     self.announce(self.used_index, notify)
         finally:
             self.announce(self.used_index, notify)
+
+    def attend(self, owner, notify, holder, seat, epoll, int kick):
+        """As of `hot_loop.HotLoop`."""
+        cdef epoll_event events[EVENTS]
+        cdef int epoll_fd = epoll.fileno()
+        cdef int count, number
+        cdef bint is_idle = False
+        serve, keep = owner.serve, owner.keep
+        while True:
+            with nogil:
+                count = epoll_wait(epoll_fd, events, EVENTS, -1)
+            if count < 0:
+                if errno != EINTR:
+                    PyErr_SetFromErrno(OSError)
+                PyErr_CheckSignals()
+                continue
+            if count == 1 and events[0].data.fd == kick and not holder.is_held and not owner.is_capped:
+                with seat:
+                    try:
+                        is_idle = self.sweep(
+                            owner.device, serve, notify, holder, self.available_index, self.used_index, BUDGET
+                        )
+                    finally:
+                        keep()
+                if is_idle:
+                    continue
+            return [(events[number].data.fd, events[number].events) for number in range(count)]
 
     def run(self, device, serve, uint16_t available_index, uint16_t used_index, uint32_t count):
         """As of `hot_loop.HotLoop`."""

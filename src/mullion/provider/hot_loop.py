@@ -18,6 +18,7 @@ it costs a tenth of a system call.
 from __future__ import annotations
 
 import os
+import select
 import struct
 import threading
 from collections.abc import Callable
@@ -33,6 +34,10 @@ ANNOUNCE_BYTES: Final = 512 * 1024
 ANNOUNCE_REQUESTS: Final = 16
 """Likewise after so many requests: a driver that is woken only at the end of a batch finds the ring empty, and then so
 do we; both sleep and are woken for every batch (`bench/provider_bench.py`)."""
+BUDGET_REQUESTS: Final = 512
+"""After so many requests of one ring the other rings and the control of the connection get a turn."""
+EVENTS: Final = 32
+"""Taken from epoll at a time."""
 UNANSWERED: Final = -1
 """What `serve` returns for a request that it has begun, and that is answered later: nothing is published for it now."""
 
@@ -57,6 +62,28 @@ class Holder(Protocol):
 
     @property
     def is_held(self) -> bool: ...
+
+
+class Owner(Protocol):
+    """The ring whose loop it is, for the time that the loop waits for kicks by itself."""
+
+    @property
+    def device(self) -> DirectDevice:
+        """The disk as it is now."""
+        ...
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether requests have to be asked for their cost."""
+        ...
+
+    def serve(self, head: int) -> int:
+        """As `run` needs it."""
+        ...
+
+    def keep(self) -> None:
+        """A sweep is over: the loop's attributes say how far it came."""
+        ...
 
 
 class HotLoop:
@@ -170,6 +197,35 @@ class HotLoop:
         finally:
             self.moved_bytes = moved
             self.announce(self.used_index, notify)
+
+    def attend(  # noqa: PLR0917 - as sweep
+        self,
+        owner: Owner,
+        notify: Callable[[], None],
+        holder: Holder,
+        seat: threading.Lock,
+        epoll: select.epoll,
+        kick: int,
+    ) -> list[tuple[int, int]]:
+        """Wait for events, and while each is the ring's kick and nothing else, sweep the ring with the seat held.
+
+        Goes on from where the attributes stand. Returns the first events that are anything else, or a kick after which
+        a sweep did not come to its end. Raises: what `serve` raises; the ring is kept as far as it came.
+        """
+        while True:
+            events = epoll.poll(-1, EVENTS)
+            if len(events) != 1 or events[0][0] != kick or holder.is_held or owner.is_capped:
+                return events
+            with seat:
+                try:
+                    is_idle = self.sweep(
+                        *(owner.device, owner.serve, notify, holder),
+                        *(self.available_index, self.used_index, BUDGET_REQUESTS),
+                    )
+                finally:
+                    owner.keep()
+            if not is_idle:
+                return events
 
     def run(
         self, device: DirectDevice, serve: Callable[[int], int], available_index: int, used_index: int, count: int

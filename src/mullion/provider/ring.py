@@ -4,7 +4,7 @@ Spec: VIRTIO 1.2, section 2.7 (split virtqueues), 2.7.7 and 2.7.10 (notification
 is in `wire.vhost_user.virtio_blk`.
 
 Nearly all requests are plain reads and writes of one segment within one granule: `hot_loop` serves them by the dozen.
-What it leaves over goes through `_serve`, which takes everything that the specification allows.
+What it leaves over goes through `serve`, which takes everything that the specification allows.
 
 A FLUSH goes to the disk's `Flusher`, and the requests behind it are served and answered while it runs. That needs the
 in-flight region, which then says what was taken and not answered. Without one, and while the guest's memory is copied,
@@ -20,6 +20,7 @@ Durability: as the request says; a write that finds no space stays in the ring, 
 from __future__ import annotations
 
 import enum
+import select
 import struct
 import threading
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from typing import Final
 from mullion.base.flusher import Flusher, Outcomes
 from mullion.base.implementation import implementation_of
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of, room_of_flush
+from mullion.provider.device import DirectDevice
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.hot_loop import ANNOUNCE_REQUESTS, UNANSWERED
+from mullion.provider.hot_loop import ANNOUNCE_REQUESTS, BUDGET_REQUESTS, EVENTS, UNANSWERED
 from mullion.provider.hot_loop import HotLoop as PythonHotLoop
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.layers.throttle import Turn
@@ -43,8 +45,6 @@ HotLoop: type[PythonHotLoop] = implementation_of("mullion.provider.hot_loop").Ho
 
 CHAIN_LIMIT: Final = 1024
 """Descriptors of one request, direct and indirect together."""
-BUDGET_REQUESTS: Final = 512
-"""After so many requests of one ring the other rings and the control of the connection get a turn."""
 
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _ENTRY_BYTES: Final = 16
@@ -184,28 +184,54 @@ class Ring:
 
     def _sweep(self, notify: Callable[[], None], budget: int) -> bool:
         """Serve until nothing is left, the usual way; False when there is more, or less, to it than that."""
-        hot, first = self._hot, self._used_index
+        hot = self._hot
         try:
-            return hot.sweep(self._blk.device, self._serve, notify, self._turnstile, self.next_index, first, budget)
+            return hot.sweep(
+                *(self._blk.device, self.serve, notify, self._turnstile, self.next_index, self._used_index, budget)
+            )
         finally:
-            self._keep(first)
+            self.keep()
+
+    def attend(
+        self, notify: Callable[[], None], seat: threading.Lock, epoll: select.epoll, kick: int
+    ) -> list[tuple[int, int]]:
+        """Wait for events, and serve what comes with kicks as long as there is nothing else to it.
+
+        Returns what else has come; then, and after a kick, it is to be drained. Raises: GuestFault, OSError.
+        """
+        if self._flushes or self._resubmit or self._admitted or self._log is not None:
+            return epoll.poll(-1, EVENTS)
+        self._hot.available_index, self._hot.used_index = self.next_index, self._used_index
+        try:
+            return self._hot.attend(self, notify, self._turnstile, seat, epoll, kick)
+        except OutOfSpace:
+            return [(kick, select.EPOLLIN)]  # and is met again by whoever drains the ring
+
+    @property
+    def device(self) -> DirectDevice:
+        """The disk as it is now."""
+        return self._blk.device
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether requests have to be asked for their cost."""
+        return self._lane.is_limited
 
     def _run(self, count: int) -> None:
         """Serve up to so many requests, which are available and do not wrap around the ring's end."""
         if self._log is not None:
             self._run_logged(count)
             return
-        first = self._used_index
         try:
-            self._hot.run(self._blk.device, self._serve, self.next_index, first, count)
+            self._hot.run(self._blk.device, self.serve, self.next_index, self._used_index, count)
         finally:
-            self._keep(first)
+            self.keep()
 
-    def _keep(self, first: int) -> None:
-        """Take over how far the hot loop came, which began with this index of the used ring."""
+    def keep(self) -> None:
+        """Take over how far the hot loop came."""
         hot = self._hot
+        self.requests += (hot.used_index - self._used_index) & 0xFFFF
         self.next_index, self._used_index = hot.available_index, hot.used_index
-        self.requests += (self._used_index - first) & 0xFFFF
         self.bytes += hot.moved_bytes
 
     def _admit(self, count: int) -> int:
@@ -240,7 +266,7 @@ class Ring:
         """The same, while the guest's memory is copied: every request goes the long way, which marks what it wrote."""
         slot = self.next_index & (self._size - 1)
         for head in self._available[2 + slot : 2 + slot + count].tolist():
-            self._publish(head, self._serve(head))
+            self._publish(head, self.serve(head))
             self.next_index = (self.next_index + 1) & 0xFFFF
 
     def _serve_inflight(self) -> None:
@@ -335,7 +361,7 @@ class Ring:
 
     # What all requests need.
 
-    def _serve(self, head: int) -> int:
+    def serve(self, head: int) -> int:
         """Serve a request of any shape, or have it flushed: the bytes written into guest memory, or `UNANSWERED`.
 
         Raises: GuestFault, OutOfSpace.

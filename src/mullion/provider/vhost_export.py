@@ -33,6 +33,7 @@ from mullion.provider.blk import BlkDevice
 from mullion.provider.control_client import descriptors_of
 from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.front_end import FrontEnd, KeptSetup, say_again, setup_of
+from mullion.provider.hot_loop import EVENTS
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
@@ -60,7 +61,6 @@ _WRITABLE_FEATURES: Final = int(BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES)
 _READ_ONLY_FEATURE: Final = int(BlkFeature.RO)
 _LOG_ALL: Final = int(DeviceFeature.LOG_ALL)
 _FD: Final = array.array("i").itemsize
-_EVENTS: Final = 32  # taken from epoll at a time
 _EDGE: Final = select.EPOLLIN | select.EPOLLET
 
 
@@ -229,11 +229,22 @@ class VhostExport:
         if self._capped and timeout_s:
             until_s = max(min(self._capped.values()) - time.monotonic(), 0.0)
             timeout_s = until_s if timeout_s < 0 else min(timeout_s, until_s)
-        events = self._epoll.poll(timeout_s, _EVENTS)
+        events = self._attend() if timeout_s < 0 and len(self._rings) == 1 else self._epoll.poll(timeout_s, EVENTS)
         if self._turnstile.is_held:
             self._turnstile.give_way()
         with self._seat:
             self._serve(events)
+
+    def _attend(self) -> Sequence[tuple[int, int]]:
+        """Wait, with nothing to do but for the one ring there is: it serves its kicks by itself."""
+        ((index, ring),) = self._rings.items()
+        kick = next(fd for fd, owner in self._kicks.items() if owner == index)
+        try:
+            return ring.attend(self._notifiers.get(index, _no_call), self._seat, self._epoll, kick)
+        except (GuestFault, OSError) as error:
+            with self._seat:
+                self._break_ring(index, str(error))
+            return ()
 
     def _serve(self, events: Sequence[tuple[int, int]]) -> None:
         kicks, stalled = self._kicks, self._stalled

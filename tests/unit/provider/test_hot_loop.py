@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.framework.virtqueue import GranuleDisk, GuestSide
@@ -152,3 +154,89 @@ def test_a_sweep_leaves_a_lie_to_the_ring(side: GuestSide) -> None:
     assert not loop.sweep(side.disk, no_serve, lambda: None, Holding(), 0, 0, 9)
     assert loop.pending(0) == SIZE + 1
     assert (loop.available_index, used_ring(side)[0]) == (0, 0)
+
+
+class Attended:
+    """A ring that is swept whenever it is kicked; by its calls it does what the test wants to happen then."""
+
+    is_capped = False
+
+    def __init__(self, side: GuestSide, on_notify: Callable[[int], None]) -> None:
+        self.device = side.disk
+        self.holding = Holding()
+        self.seat = threading.Lock()
+        self.kept: list[int] = []
+        self.kick, self.other = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
+        self.epoll = select.epoll()
+        self.epoll.register(self.kick, select.EPOLLIN | select.EPOLLET)
+        self.epoll.register(self.other, select.EPOLLIN)
+        self._loop = hot_loop(side)
+        self._on_notify = on_notify
+        self._notified = 0
+
+    def serve(self, _head: int) -> int:
+        raise GuestFault("a lie")
+
+    def keep(self) -> None:
+        assert self.seat.locked()
+        self.kept.append(self._loop.available_index)
+
+    def notify(self) -> None:
+        assert self.seat.locked()
+        self._notified += 1
+        self._on_notify(self._notified)
+
+    def attend(self) -> list[tuple[int, int]]:
+        return self._loop.attend(self, self.notify, self.holding, self.seat, self.epoll, self.kick)
+
+    def close(self) -> None:
+        self.epoll.close()
+        os.close(self.kick)
+        os.close(self.other)
+
+
+def test_kicks_are_served_until_something_else_comes(side: GuestSide) -> None:
+    def on_notify(number: int) -> None:
+        used_event[0] = number  # the driver asks to hear of the next one (2.7.7.1)
+        if number < 3:
+            side.driver.submit(number, BlkRequest.IN, 0, answer_bytes=512)
+            os.eventfd_write(attended.kick, 1)
+        else:
+            os.eventfd_write(attended.other, 1)
+
+    used_event = side.memory[side.driver.place.available + 4 + 2 * SIZE :][:2].cast("H")
+    attended = Attended(side, on_notify)
+    side.driver.submit(0, BlkRequest.IN, 0, answer_bytes=512)
+    os.eventfd_write(attended.kick, 1)
+    assert attended.attend() == [(attended.other, select.EPOLLIN)]
+    assert attended.kept == [1, 2, 3]
+    assert not attended.seat.locked()
+    assert used_ring(side)[0] == 3
+    attended.close()
+
+
+@pytest.mark.parametrize("reason", ["held", "capped", "both events"])
+def test_what_is_not_only_a_kick_is_left_to_who_waits(side: GuestSide, reason: str) -> None:
+    attended = Attended(side, lambda _number: None)
+    side.driver.submit(0, BlkRequest.IN, 0, answer_bytes=512)
+    os.eventfd_write(attended.kick, 1)
+    attended.holding.is_held = reason == "held"
+    attended.is_capped = reason == "capped"
+    if reason == "both events":
+        os.eventfd_write(attended.other, 1)
+    expected = {attended.kick} if reason != "both events" else {attended.kick, attended.other}
+    assert {fd for fd, _event in attended.attend()} == expected
+    assert (attended.kept, used_ring(side)[0]) == ([], 0)
+    attended.close()
+
+
+def test_a_ring_that_breaks_is_kept_as_far_as_it_came(side: GuestSide) -> None:
+    attended = Attended(side, lambda _number: None)
+    side.driver.submit(0, BlkRequest.IN, 0, answer_bytes=512)
+    side.driver.submit(1, BlkRequest.GET_ID, answer_bytes=20)
+    os.eventfd_write(attended.kick, 1)
+    with pytest.raises(GuestFault, match="a lie"):
+        attended.attend()
+    assert (attended.kept, used_ring(side)[0]) == ([1], 1)
+    assert not attended.seat.locked()
+    attended.close()
