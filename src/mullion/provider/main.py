@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -30,46 +30,29 @@ from mullion.base.listener import bind_listener
 from mullion.provider.backing import Homecoming
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control import Action, Command, ControlServer, close_all
-from mullion.provider.device import DirectDevice
 from mullion.provider.exchanging import Exchangeable, exchange_chains
-from mullion.provider.front_end import FrontEnd
 from mullion.provider.handover import HandOverError, Offer, OfferedDisk, TakeOver, give, not_taken
 from mullion.provider.layers.commands import Handler, LayerControl
 from mullion.provider.resizing import HOLD_S, grow, wanted_size
+from mullion.provider.served_disk import Offered, ServedDisk, load_chain, recover_files, written_files
 from mullion.provider.space import Shortage, SpaceGate, is_no_space
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.startup import (
     PROCESS_NAME,
     drop_privileges,
     give_file,
-    has_log,
     open_chain_files,
     report,
     set_process_name,
 )
 from mullion.provider.turnstile import HeldDevice, Turnstile, holding
-from mullion.provider.vhost_export import Served, VhostExport
-from mullion.vhd import Chain
+from mullion.provider.vhost_export import VhostExport
 from mullion.vhd.pending import log_path
-from mullion.vhd.recovery import recover_layer
 from mullion.wire.nbd import NbdExport
 
 log = logging.getLogger(__name__)
 
 _THREAD_STACK_BYTES: Final = 256 * 1024
-
-
-@dataclass(slots=True)
-class _Disk:
-    """A disk that is served."""
-
-    spec: DiskSpec
-    chain: Chain
-    turnstile: Turnstile
-    blk: BlkDevice | None = None
-    vhost: VhostExport | None = None
-    nbd: NbdExport | None = None
-    homecoming: Homecoming | None = None
 
 
 class Provider:
@@ -78,7 +61,7 @@ class Provider:
     def __init__(self, spec: ProviderSpec) -> None:
         self._spec = spec
         self._started_s = time.monotonic()
-        self._disks: list[_Disk] = []
+        self._disks: list[ServedDisk] = []
         self._gate, self._layers = self._new_gates()
         self._quit_read_fd, self.quit_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._control: ControlServer | None = None
@@ -99,7 +82,7 @@ class Provider:
         else:
             self._open_anew()
         for served in self._disks:
-            _start(served)
+            served.start()
         if offer is not None:
             self._hand_over_ms = round((time.monotonic() - offer.begun_s) * 1000, 3)
 
@@ -114,78 +97,43 @@ class Provider:
             if spec.pending_dir is not None:
                 _make_folder(spec.pending_dir, spec.uid, spec.gid)
             for disk, fds in zip(spec.disks, files, strict=True):
-                for number in self._written(disk, fds):
+                for number in written_files(disk, spec.pending_dir, fds):
                     give_file(fds[number], disk.chain[number], spec.uid, spec.gid)
             drop_privileges(spec.uid, spec.gid)
             for disk in spec.disks:
-                self._recover(disk, files[0])
-                self._disks.append(_Disk(disk, self._load(disk, files.pop(0)), Turnstile(disk.id)))
+                recover_files(disk, spec.pending_dir, files[0], holder=spec.partition)
+                self._load(disk, files.pop(0))
             self._control = ControlServer(sockets.pop(spec.control), self._actions(), self._quit_read_fd)
             for served in self._disks:
                 vhost_user, nbd = served.spec.vhost_user, served.spec.nbd
-                self._offer(
-                    served,
-                    None if vhost_user is None else sockets.pop(vhost_user),
-                    None if nbd is None else sockets.pop(nbd),
-                )
+                first = None if vhost_user is None else sockets.pop(vhost_user)
+                self._offer(served, Offered(first, None if nbd is None else sockets.pop(nbd)))
         except BaseException:
             self._close_chains()
             _close_files(files)
             _close_sockets(sockets)
             raise
 
-    def _written(self, disk: DiskSpec, fds: Sequence[int]) -> list[int]:
-        """Which files of a chain are written: the top, and a layer that a provider was killed on top of."""
-        if disk.read_only:
-            return []
-        return [number for number, fd in enumerate(fds) if not number or has_log(self._spec.pending_dir, disk.id, fd)]
+    def _load(self, disk: DiskSpec, fds: list[int]) -> None:
+        chain = load_chain(disk, self._spec.pending_dir, fds, holder=self._spec.partition)
+        self._disks.append(ServedDisk(disk, chain, Turnstile(disk.id)))
 
-    def _recover(self, disk: DiskSpec, fds: Sequence[int]) -> None:
-        """Finish the layers whose writer was killed before it knew of the files that are above them now."""
-        for number in reversed(self._written(disk, fds)[1:]):
-            pending = log_path(str(self._spec.pending_dir), disk.id, fds[number])
-            holder = self._spec.partition
-            for said in recover_layer(fds[number], disk.chain[number], pending_path=pending, holder=holder):
-                log.warning("disk %s: %s", disk.id, said)
-
-    def _load(self, disk: DiskSpec, fds: list[int]) -> Chain:
-        pending = None
-        if self._spec.pending_dir is not None and not disk.read_only:
-            pending = log_path(self._spec.pending_dir, disk.id, fds[0])
-        chain = Chain.from_descriptors(
-            fds,
-            disk.chain,
-            read_only=disk.read_only,
-            pending_path=pending,
-            holder=self._spec.partition,
-            fills_cells=True,
-        )
-        for warning in chain.warnings:
-            log.warning("disk %s: %s", disk.id, warning)
-        return chain
-
-    def _offer(
-        self,
-        served: _Disk,
-        vhost_user: socket.socket | None,
-        nbd: socket.socket | None,
-        front_end: FrontEnd | None = None,
-    ) -> None:
+    def _offer(self, served: ServedDisk, offered: Offered) -> None:
         """Make a disk's exports, which serve nothing before they are started."""
         disk, chain = served.spec, served.chain
         self._gate.register(disk.id, disk.chain[0])
         if disk.backing is not None:
             announce = partial(self._notify, "disk-home", disk.id, "")
             served.homecoming = Homecoming(disk.id, chain, disk.backing, self._spec.homecoming_rate, announce)
-        self._layers.add(disk.id, chain, disk.limits, partial(_use, served))
+        self._layers.add(disk.id, chain, disk.limits, served.use)
         lane = self._layers.lane(disk.id)
-        if vhost_user is not None:
+        if offered.vhost_user is not None:
             blk = served.blk = BlkDevice(chain, disk.id, disk.serial or disk.id)
-            served.vhost = VhostExport(vhost_user, blk, self._gate, served.turnstile, self._notify, lane=lane)
+            served.vhost = VhostExport(offered.vhost_user, blk, self._gate, served.turnstile, self._notify, lane=lane)
             self._layers.add_waker(served.vhost.wake)
-            if front_end is not None:
-                served.vhost.adopt(front_end)
-        if nbd is not None:
+            if offered.front_end is not None:
+                served.vhost.adopt(offered.front_end)
+        if offered.nbd is not None:
             assert disk.nbd is not None, "there is a socket for it"
             served.nbd = NbdExport(
                 disk.nbd,
@@ -193,7 +141,7 @@ class Provider:
                 name=disk.id,
                 read_only=disk.read_only,
                 # It answers ENOSPC, and QEMU stops the guest itself. A request that we held would hang its `stop`.
-                listener=nbd,
+                listener=offered.nbd,
                 new_gate=lane.turn,
             )
 
@@ -220,7 +168,7 @@ class Provider:
         if {id_: disk.chain for id_, disk in offered.items()} != wanted:
             raise HandOverError("the disks are not those that the present provider serves", remedy="Try again.")
         for disk in self._spec.disks:
-            self._disks.append(_Disk(disk, self._load(disk, offered[disk.id].files), Turnstile(disk.id)))
+            self._load(disk, offered[disk.id].files)
         control = socket.socket(fileno=offer.control)
         control.listen()  # so that the kernel says our pid to who connects
         if self._control is None:
@@ -231,14 +179,15 @@ class Provider:
         for served in self._disks:
             one = offered[served.spec.id]
             vhost_user, nbd = (None if fd is None else socket.socket(fileno=fd) for fd in (one.vhost_user, one.nbd))
-            self._offer(served, vhost_user, nbd, one.front_end)
+            self._offer(served, Offered(vhost_user, nbd, one.front_end))
 
     def _hand_over(self, command: Command) -> Mapping[str, object]:
         if len(command.fds) != 1:
             close_all(command.fds)
             raise InvalidError("hand-over: one descriptor is needed", remedy="Send an end of a socket pair along.")
         with socket.socket(fileno=command.fds[0]) as channel:
-            self._check_may_hand_over()
+            for served in self._disks:
+                served.check_may_hand_over()
             self._flush()  # most of it while requests go on
             offer = self._lay_down()
             self._is_handed_over = give(channel, offer)
@@ -248,15 +197,6 @@ class Provider:
         offer.close()
         os.write(self.quit_fd, b"\0")
         return {"handed_over": True}
-
-    def _check_may_hand_over(self) -> None:
-        """Raises: HandOverError while something goes on that the next process cannot take up."""
-        for served in self._disks:
-            where = f"disk {served.spec.id} of partition {self._spec.partition}"
-            if served.homecoming is not None:
-                raise HandOverError(f"{where}: its blocks are coming home")
-            if served.vhost is not None and served.vhost.broken_reason is not None:
-                raise HandOverError(f"{where} is broken: {served.vhost.broken_reason}")
 
     def _lay_down(self) -> Offer:
         """Stop serving, with nothing in flight and all files closed cleanly; what there is then is the offer.
@@ -276,16 +216,8 @@ class Provider:
             self._layers.open()  # what has been asked for is finished, without waiting
             self._gate, self._layers = self._new_gates()
             for served in self._disks:
-                one = OfferedDisk(served.spec.id, served.chain.paths, [])
-                offer.disks.append(one)
-                if (vhost := served.vhost) is not None:
-                    served.vhost = None
-                    one.vhost_user, one.front_end = vhost.hand_over()
-                if (nbd := served.nbd) is not None:
-                    served.nbd = None
-                    one.nbd = nbd.hand_over()
-                one.files = [os.dup(image.fd) for image in served.chain.images]
-                served.chain.close()
+                offer.disks.append(OfferedDisk(served.spec.id, served.chain.paths, []))
+                served.lay_down(offer.disks[-1])
         except BaseException:
             log.exception("%s: it cannot be handed over, nor served any more", spec.partition)
             offer.close()
@@ -306,7 +238,7 @@ class Provider:
             os.write(self.quit_fd, b"\0")
             raise
         for served in self._disks:
-            _start(served)
+            served.start()
 
     def ready(self) -> Mapping[str, object]:
         """What is told to whoever waits for the start."""
@@ -400,53 +332,12 @@ class Provider:
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             "hand_over_ms": self._hand_over_ms,
             **self._layers.partition_status(),
-            "disks": [self._disk_status(served) for served in self._disks],
+            "disks": [served.status(self._gate.shortage(served.spec.id), self._layers) for served in self._disks],
         }
-
-    def _disk_status(self, served: _Disk) -> Mapping[str, object]:
-        disk, vhost, nbd = served.spec, served.vhost, served.nbd
-        state, reason, filesystem = Served.OK, None, None
-        shortage = self._gate.shortage(disk.id)
-        if vhost is not None and vhost.broken_reason is not None:
-            state, reason = Served.BROKEN, vhost.broken_reason
-        elif shortage is not None:
-            state, reason, filesystem = Served.NO_SPACE, shortage.reason, shortage.filesystem
-        fields: dict[str, object] = {
-            "id": disk.id,
-            "state": state.value,
-            "reason": reason,
-            "filesystem": filesystem,
-            "size_bytes": served.chain.size_bytes,
-            "read_only": served.chain.read_only,
-            "path": disk.chain[0],
-            "chain": list(served.chain.paths),
-            "chain_files": len(disk.chain),
-            **self._layers.disk_status(disk.id),
-            "vhost_user": None,
-            "nbd": None,
-            "backing": None if served.homecoming is None else served.homecoming.status(),
-        }
-        if vhost is not None:
-            counters = vhost.counters
-            fields["vhost_user"] = {
-                "path": disk.vhost_user,
-                "connected": vhost.is_connected,
-                "requests": counters.requests,
-                "bytes": counters.bytes,
-            }
-        if nbd is not None:
-            fields["nbd"] = {"path": disk.nbd, **nbd.counters._asdict()}
-        return fields
 
     def _flush(self) -> Mapping[str, object]:
         for served in self._disks:
-            try:
-                served.chain.flush()
-            except OSError as error:
-                where = f"disk {served.spec.id} cannot be flushed: {error.strerror or error}"
-                if is_no_space(error):
-                    raise NoSpaceError(where, disk=served.spec.id) from error
-                raise OperationFailedError(where, remedy="Look after the storage below it.") from error
+            served.flush()
         return {"flushed": [served.spec.id for served in self._disks]}
 
     def _switch(self, command: Command) -> Mapping[str, object]:
@@ -465,7 +356,7 @@ class Provider:
             stall_ms = exchange_chains(disks, command)
         finally:
             for served in self._disks:
-                served.spec = replace(served.spec, chain=served.chain.paths)
+                served.follow_chain()
                 self._gate.register(served.spec.id, served.spec.chain[0])
         return {
             "stall_ms": round(stall_ms, 3),
@@ -499,7 +390,7 @@ class Provider:
             served.homecoming = None
         return {"disk": served.spec.id}
 
-    def _named(self, fields: Mapping[str, object], command: str) -> _Disk:
+    def _named(self, fields: Mapping[str, object], command: str) -> ServedDisk:
         """The disk that a command names. Raises: InvalidError."""
         served = next((served for served in self._disks if served.spec.id == fields.get("disk")), None)
         if served is None:
@@ -572,21 +463,6 @@ def _without_fds(action: Callable[[], Mapping[str, object]], command: Command) -
 def _with_fields(handler: Handler, command: Command) -> Mapping[str, object]:
     close_all(command.fds)
     return handler(command.fields)
-
-
-def _start(served: _Disk) -> None:
-    """Serve a disk from now on."""
-    for part in (served.homecoming, served.vhost, served.nbd):
-        if part is not None:
-            part.start()
-
-
-def _use(served: _Disk, device: DirectDevice) -> None:
-    """Have a disk's exports serve another device: the chain, or layers over it."""
-    if served.blk is not None:
-        served.blk.device = device
-    if served.nbd is not None:
-        served.nbd.use(HeldDevice(device, served.turnstile))
 
 
 def _socket_paths(spec: ProviderSpec) -> list[str]:
