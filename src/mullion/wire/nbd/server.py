@@ -2,7 +2,7 @@
 
 Invariants:
 - A flush holds up neither the requests behind it nor other connections, but over TLS.
-- A client can hold up nobody but itself: each has its thread and its buffers (768 KiB, a pipe of 512 KiB, and 32 MiB
+- A client can hold up nobody but itself: each has its thread and its buffers (1.5 MiB, a pipe of 512 KiB, and 32 MiB
   while a long READ is answered in one piece), and MAX_CONNECTIONS bounds them; one over that is hung up on at once.
   A negotiation has a deadline as a whole.
 - No thread outlives `stop`: requests that have arrived are finished and answered, then the connections close.
