@@ -13,9 +13,10 @@ All go through the same steps, so that the chains of several disks can be exchan
 
 or, up to `exchange`, `cancel`: everything is as before.
 
-Durability: a frozen top is not flushed while requests wait, but right after, in `finish`; the disk's own flush waits
-for that (`Chain.complete`), so nothing is promised that is not there. Killed in between, the frozen layer's pending log
-is beside that of the new top, and whoever opens the chain next carries out both (`recovery.recover_layer`).
+Durability: a frozen top is flushed ahead, and what is left then not while requests wait, but right after, in `finish`;
+the disk's own flush waits for that (`Chain.complete`), so nothing is promised that is not there. Killed in between, the
+frozen layer's pending log is beside that of the new top, and whoever opens the chain next carries out both
+(`recovery.recover_layer`).
 
 In a collapse the lower file is durable before the top is emptied, and the top is emptied before the lower file takes
 another write: whoever finds the top empty goes on with the file below, whoever finds it full reads it as ever.
@@ -171,6 +172,7 @@ class _Push(Switch):
         self._new_fds = tuple(wanted.new.values())
         self._io = chain.file_io
         self._top = images[0]
+        chain.flush()  # so that little is left of the old top when first writes find room in the new one
         path = None if pending_path is None else pending_path(self._top.fd)
         self._writer, _ = open_top(self._top, pending_path=path, holder=holder, file_io=self._io)
 
