@@ -29,7 +29,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from mullion.base.errors import MullionError, OperationFailedError
+from mullion.base.errors import MullionError, OperationFailedError, UnavailableError
 from mullion.base.paths import HostPaths
 from mullion.base.pidfd import wait_process
 from mullion.base.process import Spawned, read_identity
@@ -55,6 +55,8 @@ KIND: Final = "backup.homecoming"
 _PREFIX: Final = "homecoming/"
 _POLL_S: Final = 0.25
 _RETRY_S: Final = 2.0
+_START_S: Final = 300.0
+"""A repository may be far away, and its index long."""
 _STOP_S: Final = 15.0
 """It waits for what it is reading; nobody waits for that any more."""
 
@@ -258,7 +260,14 @@ class Homecomings:
             "uid": uid,
             "gid": gid,
         }
-        self._servers[partition.name] = await start_server(request, self._paths.log)
+        try:
+            async with asyncio.timeout(_START_S):
+                self._servers[partition.name] = await start_server(request, self._paths.log)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"repository {origin.repository} did not give backup {origin.backup} within {_START_S:g} s",
+                remedy="Look after the way to it; it is tried again.",
+            ) from error
         log.info("%s: a server of backup %s is there", partition.name, origin.backup)
 
     def _is_alive(self, partition: Partition) -> bool:
