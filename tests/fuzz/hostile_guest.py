@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import gc
+import itertools
 import logging
 import os
 import random
@@ -37,6 +38,7 @@ from mullion.wire.nbd.session import HandshakeState
 from mullion.wire.nbd.transmission import BUFFER_BYTES, Transmission
 from mullion.wire.vhost_user import ProtocolError, Session
 from mullion.wire.vhost_user.client import GUEST_BASE, USER_BASE
+from mullion.wire.vhost_user.driver import Segment
 from mullion.wire.vhost_user.messages import HEADER_BYTES, Request
 from mullion.wire.vhost_user.session import Reply
 
@@ -119,7 +121,16 @@ class RingAttack:
             memory_bytes=_MEMORY_BYTES,
             flusher=self._flusher if rng.random() < 0.7 else None,
         )
+        if rng.random() < 0.5:
+            self._share(self._side.disk)
         return self._side
+
+    def _share(self, disk: GranuleDisk) -> None:
+        """The second granule is one that several files have in part, which are all the same file here."""
+        place = (disk.fd, 1 << disk.block_shift)
+        owners = bytes(self._rng.choices(range(4), k=16))
+        disk.mixed_read[1] = ((owners, disk.block_shift - 4, (self._rng.choice((None, place)), *[place] * 3)),)
+        disk.mixed_write_fd = self._rng.choice((-1, disk.fd))
 
     def _reattach(self, side: GuestSide) -> str:
         self._flusher.end()
@@ -155,6 +166,8 @@ class RingAttack:
             driver.make_available(number(rng, _QUEUE_SIZE, 65535))
         elif choice < 0.85:
             driver.submit(rng.randrange(2), rng.choice((0, 1, 4, 8, 11, 13)), number(rng, 450, _U64), answer_bytes=512)
+        elif choice < 0.87:
+            self._submit_in_pieces(side)
         elif choice < 0.92:
             at = driver.place.available + 2
             driver.available_idx = rng.randrange(65536)
@@ -162,6 +175,17 @@ class RingAttack:
         else:
             at = rng.randrange(_MEMORY_BYTES - 64)
             side.memory[at : at + 64] = rng.randbytes(64)
+
+    def _submit_in_pieces(self, side: GuestSide) -> None:
+        """What an honest driver asks for, mostly: whole sectors, to or from memory that is in many pieces."""
+        rng = self._rng
+        is_read, length = rng.random() < 0.5, 512 * rng.randrange(1, 40)
+        cuts = sorted({0, length, *(rng.randrange(length) for _ in range(rng.randrange(6)))})
+        pieces = [
+            Segment(rng.randrange(0x20000, _MEMORY_BYTES - length), end - start, is_read)
+            for start, end in itertools.pairwise(cuts)
+        ]
+        side.driver.submit(rng.randrange(2), 0 if is_read else 1, number(rng, 450, _U64), segments=pieces)
 
     def close(self) -> None:
         if self._side is not None:
