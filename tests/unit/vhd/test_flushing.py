@@ -137,12 +137,15 @@ def test_requests_go_on_while_a_flush_runs(path: str, slow: SlowSync) -> None:
 def test_a_flush_makes_nothing_visible_that_was_written_since(child: str, slow: SlowSync) -> None:
     """Without the log, as after a power cut: the file shows what was there when the flush began."""
     chain = opened(child, slow)
+    chain.pwrite(32 * KIB, b"o" * 512)  # this block is there when the flush begins
+    chain.flush()
+    chain.pwrite(32 * KIB + 512, b"a" * 512)
     chain.pwrite(0, b"a" * 512)
     slow.hold()
     flush = Caller(chain.flush)
     slow.wait_for_sync()
-    chain.pwrite(512, b"b" * 512)
-    chain.pwrite(16 * KIB, b"c" * 512)
+    for offset in (512, 16 * KIB, 32 * KIB + 1024):
+        chain.pwrite(offset, b"b" * 512)
     slow.let_go()
     assert flush.join() is None
     Path(f"{child}.pending").unlink()
@@ -150,6 +153,7 @@ def test_a_flush_makes_nothing_visible_that_was_written_since(child: str, slow: 
     with opened(child, slow) as chain:
         assert read(chain, 0, 1024) == b"a" * 512 + bytes(512)
         assert read(chain, 16 * KIB, 512) == bytes(512)
+        assert read(chain, 32 * KIB, 1536) == b"o" * 512 + b"a" * 512 + bytes(512)
 
 
 class CountingLock:
