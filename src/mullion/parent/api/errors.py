@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from typing import Final
 
 import msgspec
 from litestar import Response
@@ -12,7 +13,19 @@ from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.types import Scope as LitestarScope
 
-from mullion.base.errors import DeniedError, InvalidError, MullionError, NotFoundError, TooLargeError, UnavailableError
+from mullion.base.errors import (
+    ConflictError,
+    DeadlineError,
+    DeniedError,
+    InvalidError,
+    MullionError,
+    NoSpaceError,
+    NotFoundError,
+    RemoteError,
+    StateError,
+    TooLargeError,
+    UnavailableError,
+)
 from mullion.model.parse import explain
 from mullion.model.views import ErrorView
 from mullion.parent.api.asgi import AnyRequest, Send
@@ -56,7 +69,24 @@ class RefusedError(InvalidError):
     default_remedy = "GET /1.0/openapi.json says what each address takes."
 
 
+_KINDS: Final = (
+    InvalidError,
+    NotFoundError,
+    ConflictError,
+    StateError,
+    UnavailableError,
+    NoSpaceError,
+    DeniedError,
+    DeadlineError,
+)
+_STATUS_BY_EXIT_CODE: Final = {kind.exit_code: kind.http_status for kind in _KINDS}
+
+
 def status_of(error: BaseException) -> int:
+    """The class's; of an error that came from another process, and whose class is not loaded here, its kind's."""
+    if isinstance(error, RemoteError):
+        exit_code = error.to_wire()["exit_code"]
+        return _STATUS_BY_EXIT_CODE.get(exit_code, error.http_status) if isinstance(exit_code, int) else 500
     return error.http_status if isinstance(error, MullionError) else int(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
