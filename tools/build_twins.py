@@ -2,7 +2,8 @@
 """Build the compiled twins of the modules in `mullion.base.implementation.TWINS`, each beside its source.
 
 Needs the `Cython` of the lock files, a C compiler and Python's headers. A twin that was made of its present source is
-left alone, unless `--force` is given. A new one takes the place of the old in one step: who runs the old one keeps it.
+left alone, unless `--force` is given; `CFLAGS` are added to ours. A new one takes the place of the old in one step: who
+runs the old one keeps it.
 Exit status: 0 they are there; 1 the compiler found fault; 3 there is no compiler, no Cython or no headers.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,7 +70,13 @@ def _build(name: str, source: Path, target: Path, digest: str) -> bool:
         steps = (
             [sys.executable, "-m", "cython", "-3", "--module-name", name, "-o", c_file, str(source)],
             [
-                *("gcc", *_FLAGS, f'-DSOURCE_DIGEST="{digest}"', f"-I{sysconfig.get_path('include')}"),
+                *(
+                    "gcc",
+                    *_FLAGS,
+                    *shlex.split(os.environ.get("CFLAGS", "")),
+                    f'-DSOURCE_DIGEST="{digest}"',
+                    f"-I{sysconfig.get_path('include')}",
+                ),
                 *(c_file, "-o", made),
             ],
         )
