@@ -81,6 +81,13 @@ class GuestMemory:
                 return region.view[start : start + length]
         raise GuestFault(f"vring at {user_address:#x}, {length} bytes: outside the guest's memory")
 
+    def guest_address(self, user_address: int) -> int:
+        """The guest's address of what lies at one of the front-end's process. Raises: GuestFault."""
+        for region in self._regions:
+            if 0 <= user_address - region.user_address < len(region.view):
+                return region.guest_address + user_address - region.user_address
+        raise GuestFault(f"address {user_address:#x} of the front-end: outside the guest's memory")
+
 
 def _map_region(region: MemoryRegion, fd: int) -> Region:
     slack = region.mmap_offset & _PAGE_MASK

@@ -107,6 +107,7 @@ class Ring:
         used = memory.ring_part(address.used, 6 + 8 * size)
         self._descriptors = memory.ring_part(address.descriptor, _ENTRY_BYTES * size)
         self._available = memory.ring_part(address.available, 6 + 2 * size).cast("H")
+        self._available_place = memory.guest_address(address.available)
         self._used = used[:4].cast("H")
         self._used_words = used[: 4 + 8 * size].cast("I")  # [1 + 2 n] head, [2 + 2 n] length of element n
         hot = memory.largest
@@ -352,6 +353,8 @@ class Ring:
         unserved = [*self._resubmit, *self._unsynced]
         for number, head in enumerate(unserved):
             self._available[2 + ((self._used_index + number) & (self._size - 1))] = head
+        if unserved and self._log is not None:
+            self._log.mark(self._available_place, 6 + 2 * self._size)
         if self._inflight is not None:
             for head in reversed(unserved):
                 self._inflight.unmark(head)

@@ -18,6 +18,7 @@ from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.memory import GuestFault
 from mullion.provider.ring import Drained
 from mullion.wire.vhost_user import Log
+from mullion.wire.vhost_user.client import GUEST_BASE
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("each_implementation")]
@@ -301,3 +302,21 @@ def test_killed_at_any_store_each_request_is_answered_once(seed: int) -> None:
     assert marked(side) == []
     assert answered > 40
     side.close()
+
+
+def test_what_a_ring_makes_available_again_is_in_the_dirty_log(guest: GuestSide, flusher: FlusherByHand) -> None:
+    """The next ring took over what was in flight, while the memory is copied, and found no space either."""
+    guest.driver.submit(0, BlkRequest.FLUSH)
+    guest.drain()
+    flusher.asked.clear()  # killed
+    log_fd = os.memfd_create("log")
+    os.ftruncate(log_fd, 1 << 20)
+    guest.new_ring(log=DirtyLog(Log(1 << 20, 0), log_fd))
+    guest.disk.failure = FULL.error
+    assert guest.drain() is Drained.STALLED
+    place = (GUEST_BASE + guest.driver.place.available) >> 15
+    os.pwrite(log_fd, bytes(1 << 20), 0)
+    guest.ring.come_to_rest(lambda: None)
+    assert os.pread(log_fd, 1, place) == b"\xff"
+    assert guest.ring.next_index == 0
+    os.close(log_fd)
