@@ -228,9 +228,9 @@ def test_killed_at_any_instant(folder: Path, started: ExitStack) -> None:
                 model[offset : offset + len(data)] = data
             child = make_child(folder, f"c{round_}.avhd", chain[0])
             chain = [child, *chain]
+            control = Control(spec.control)
             killer = threading.Timer(rng.random() * 0.01, provider.process.kill)
             killer.start()
-            control = Control(spec.control)
             try:
                 switch(control, "d0", chain, [child])
                 for _ in range(50):
