@@ -7,16 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from tests.framework.guest_console import logged_in
+from tests.framework.providers import Control
 from tests.framework.service import GUEST_S, Service
 from tests.vm.test_reboot import reboot
-from tests.vm.test_survival import start_guest
 
 from mullion.base.process import read_identity
 from mullion.base.units import KIB, MIB
-from mullion.model.definition import Transport
 from mullion.model.states import OperationState
 from mullion.model.views import ExportView, OperationView
 from mullion.services.image.build import BuiltImage
@@ -24,7 +24,7 @@ from mullion.wire.nbd import NbdClient
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
-SLOWLY = {"MULLION_HOMECOMING_RATE": str(256 * KIB)}
+SLOWLY = {"MULLION_HOMECOMING_RATE": str(16 * KIB)}
 """So that most of a disk is in its backup only, for as long as a test likes."""
 
 
@@ -57,6 +57,18 @@ def wait_until_merged(service: Service) -> None:
     )
 
 
+def back_up(service: Service, image: BuiltImage, content: bytes, size_bytes: int) -> str:
+    """Back up a partition that never ran, with a data disk that begins with this content; the backup's id."""
+    with service.client() as client:
+        client.create_disk(path="web", parent=image.path)
+        client.create_disk(path="data", size_bytes=size_bytes)
+    service.cli("vhd", "write", f"{service.paths.disks}/data.vhd", "--offset", "0", stdin=content)
+    service.cli("partition", "create", "web", "--memory", "256M", "--disk", "web", "--disk", "data")
+    with service.client() as client:
+        client.add_repository("near", f"{service.home}/repository", "a passphrase", create=True)
+        return str((client.wait(client.create_backup("web")).result or {})["backup"])
+
+
 def kill_server(service: Service) -> None:
     """Kill the process that gives what is not home, once it is there."""
     identity_path = service.paths.partition("now").backup_server_identity
@@ -64,6 +76,18 @@ def kill_server(service: Service) -> None:
     server = read_identity(identity_path)
     assert server is not None
     server.send_signal(signal.SIGKILL)
+
+
+def backings(service: Service) -> list[dict[str, Any] | None]:
+    """What the provider says of each disk's way home."""
+    control = Control(service.paths.partition("now").provider_control)
+    try:
+        answer = control.ask("status")
+        while "disks" not in answer:  # an event that came first
+            answer = control.receive()
+    finally:
+        control.close()
+    return [disk["backing"] for disk in answer["disks"]]
 
 
 def come_home_fast(service: Service) -> None:
@@ -94,15 +118,10 @@ def test_a_guest_lives_on_what_only_its_backup_has(service: Service, iocheck_ima
     """Through kills, checkpoints with memory, a repository that goes away, and a power cut of the host."""
     service.environ.update(SLOWLY)
     service.start()
-    start_guest(service, iocheck_image, "web", Transport.NBD)
-    with logged_in(service, "web") as console:
-        console.command("dd if=/dev/urandom of=/dev/vdb bs=1M count=56 && sync")
-        wanted = console.command("sha256sum /dev/vdb").split()[-2]
-    service.cli("partition", "stop", "web")
+    content = os.urandom(56 * MIB)
+    wanted = hashlib.sha256(content + bytes(8 * MIB)).hexdigest()
+    backup = back_up(service, iocheck_image, content, 64 * MIB)
     repository = f"{service.home}/repository"
-    with service.client() as client:
-        client.add_repository("near", repository, "a passphrase", create=True)
-        backup = str((client.wait(client.create_backup("web")).result or {})["backup"])
     service.cli("backup", "restore", backup, "--as", "now", "--instant")
     with service.client() as client:
         begun = client.partition_action("now", "start")
@@ -120,6 +139,7 @@ def test_a_guest_lives_on_what_only_its_backup_has(service: Service, iocheck_ima
         os.rename(repository, moved)
         kill_server(service)
         console.type("sha256sum /dev/vdb\n")
+        wait_until("the guest does not wait", lambda: any(one and one["is_waited_for"] for one in backings(service)))
         wait_until("nobody is told", lambda: "wait" in str(service.partition("now").reason))
         with service.client() as client:
             later = client.create_checkpoint("now", "later")
@@ -140,8 +160,7 @@ def test_a_guest_lives_on_what_only_its_backup_has(service: Service, iocheck_ima
     come_home_fast(service)
     assert homecoming(service, "now").state is OperationState.SUCCEEDED
     wait_until("the server stays", lambda: not os.path.exists(service.paths.partition("now").backing("disk1")))
-    status = service.cli("provider", "show", "now", "--format", "json").json
-    assert [disk.get("backing") for disk in status["disks"]] == [None, None]
+    assert backings(service) == [None, None]
     for checkpoint in ("then", "later"):
         service.cli("checkpoint", "delete", "now", checkpoint)
     wait_until_merged(service)
@@ -184,14 +203,7 @@ def test_frozen_layers_are_read_before_all_is_home(service: Service, iocheck_ima
     """Without a guest that writes, so that the disks can be compared: backups, exports, merges; and killed providers."""
     service.environ.update(SLOWLY)
     service.start()
-    with service.client() as client:
-        client.create_disk(path="web", parent=iocheck_image.path)
-        client.create_disk(path="data", size_bytes=256 * MIB)
-    service.cli("vhd", "write", f"{service.paths.disks}/data.vhd", "--offset", "0", stdin=os.urandom(64 * MIB))
-    service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web", "--disk", "data")
-    with service.client() as client:
-        client.add_repository("near", f"{service.home}/repository", "a passphrase", create=True)
-        backup = str((client.wait(client.create_backup("web")).result or {})["backup"])
+    backup = back_up(service, iocheck_image, os.urandom(64 * MIB), 256 * MIB)
     service.cli("backup", "restore", backup, "--as", "full")
     wanted = [content_hash(service, "full", disk) for disk in ("disk0", "disk1")]
     service.cli("backup", "restore", backup, "--as", "now", "--instant")
