@@ -147,7 +147,7 @@ class Ring:
                 first = self.next_index
                 if self._flushes:
                     self._answer_flushes()
-                elif not (self._lane.is_limited or self._admitted or self._log is not None):
+                if not (self._lane.is_limited or self._admitted or self._log is not None):
                     if self._sweep(notify, BUDGET_REQUESTS - spent):
                         return Drained.IDLE
                     spent += (self.next_index - first) & 0xFFFF
@@ -200,7 +200,7 @@ class Ring:
 
         Returns what else has come; then, and after a kick, it is to be drained. Raises: GuestFault, OSError.
         """
-        if self._flushes or self._resubmit or self._admitted or self._log is not None:
+        if self._resubmit or self._unsynced or self._admitted or self._log is not None:
             return epoll.poll(-1, EVENTS)
         self._hot.available_index, self._hot.used_index = self.next_index, self._used_index
         try:
