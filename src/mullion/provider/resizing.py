@@ -49,7 +49,7 @@ def grow(chain: Chain, turnstile: Turnstile, size_bytes: int) -> float:
         return 0.0
     top = chain.images[0]
     with storage_explained(top.path):
-        chain.flush()  # so that little is left to be flushed while requests wait
+        chain.flush_ahead()  # so that little is left to be flushed while requests wait
         begun_s = time.monotonic()
         with holding([turnstile], HOLD_S):
             with chain.settled():

@@ -67,9 +67,12 @@ class ServedDisk:
             self.nbd.use(HeldDevice(device, self.turnstile))
 
     def flush(self) -> None:
-        """Raises: NoSpaceError; OperationFailedError."""
+        """For the control: whatever it raises, the guest's next flush raises too.
+
+        Raises: NoSpaceError; OperationFailedError.
+        """
         try:
-            self.chain.flush()
+            self.chain.flush_ahead()
         except OSError as error:
             where = f"disk {self.spec.id} cannot be flushed: {error.strerror or error}"
             if is_no_space(error):

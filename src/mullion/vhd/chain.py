@@ -236,7 +236,8 @@ class Chain:
         self.complete()
         with self._write_lock:
             self._check_open()
-            self._flush()
+            with self._flushes.told_later():
+                self._flush()
             if self._writer is not None:
                 self._writer.close_gap()
             try:
@@ -265,7 +266,14 @@ class Chain:
             self._make_map()
 
     def complete(self) -> None:
-        """Make durable what exchanges have left. May be repeated after an error. Raises: OSError."""
+        """Make durable what exchanges have left. May be repeated after an error.
+
+        Raises: OSError, which the next `flush` raises as well.
+        """
+        with self._flushes.told_later():
+            self._complete()
+
+    def _complete(self) -> None:
         if not self._unfinished:
             return
         with self._finish_lock:
@@ -539,9 +547,17 @@ class Chain:
             return
         self._flushes.run(self._make_durable)
 
+    def flush_ahead(self) -> None:
+        """The same, so that a later flush has less to do, and nobody is told that it was done.
+
+        Raises: OSError, which the next `flush` raises as well: whoever asks for that was promised something.
+        """
+        if not self._read_only:
+            self._flushes.run(self._make_durable, is_ahead=True)
+
     def _make_durable(self) -> None:
         while True:
-            self.complete()
+            self._complete()
             with self._write_lock:
                 self._check_open()
                 if not self._unfinished:

@@ -1,14 +1,17 @@
 """Who runs a flush, when several want one at the same time or nobody has asked.
 
 Whoever asks while a flush runs needs another one, for it may have written since that one began; all who ask meanwhile
-share the next. And metadata that waits for a flush must not wait until a request finds no room for more: somewhat
-before, a flush is made behind the requests (`top`).
+share the next. The system tells of data that it could not write once. Where nobody who was promised anything hears of
+it, as in a flush ahead of an exchange of files, the error is kept for the next flush that is a promise. And metadata
+that waits for a flush must not wait until a request finds no room for more: somewhat before, a flush is made behind the
+requests (`top`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,25 +28,48 @@ class SharedFlush:
         self._ended = 0
         self._failed = 0
         self._failure: OSError | None = None
+        self._untold: OSError | None = None
 
-    def run(self, flush: Callable[[], None]) -> None:
+    def run(self, flush: Callable[[], None], *, is_ahead: bool = False) -> None:
         """Return when a flush has ended that began after this call. Raises: what it raised, for all who shared it.
 
-        For the system tells of data that it could not write once: who repeats the flush may hear that all is well.
+        Who repeats the flush may hear that all is well. `is_ahead` says that nobody was promised this one: what it
+        raises, the next that is a promise raises as well.
         """
         wanted = self._begun + 1
         with self.lock:
             if self._ended >= wanted:
                 if self._failure is not None and self._failed >= wanted:
+                    if not is_ahead:
+                        self._untold = None
                     raise OSError(self._failure.errno, self._failure.strerror) from self._failure
                 return
             self._begun += 1
             try:
-                flush()
+                if is_ahead:
+                    with self.told_later():
+                        flush()
+                else:
+                    self._tell()
+                    flush()
             except OSError as error:
                 self._failed, self._failure, self._ended = self._begun, error, self._begun
                 raise
             self._ended = self._begun
+
+    @contextlib.contextmanager
+    def told_later(self) -> Iterator[None]:
+        """What is made durable in the block was promised to nobody yet: its error is the next promise's as well."""
+        try:
+            yield
+        except OSError as error:
+            self._untold = error
+            raise
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            raise OSError(untold.errno, untold.strerror) from untold
 
 
 class FlushBehind:

@@ -87,7 +87,7 @@ class Switch(Protocol):
 
     @abstractmethod
     def finish(self) -> None:
-        """Raises: OSError; the disk goes on, and its next flush tries again."""
+        """Raises: OSError; the disk goes on, its next flush raises it as well, and the one after that tries again."""
 
     @abstractmethod
     def cancel(self) -> None:
@@ -172,7 +172,7 @@ class _Push(Switch):
         self._new_fds = tuple(wanted.new.values())
         self._io = chain.file_io
         self._top = images[0]
-        chain.flush()  # so that little is left of the old top when first writes find room in the new one
+        chain.flush_ahead()  # so that little is left of the old top when first writes find room in the new one
         path = None if pending_path is None else pending_path(self._top.fd)
         self._writer, _ = open_top(self._top, pending_path=path, holder=holder, file_io=self._io)
 
@@ -232,7 +232,7 @@ def name_other_parent(chain: Chain, parent: Image) -> None:
     Also where the top names it already: an earlier attempt may have failed in the very write that was to make it last.
     """
     top = chain.images[0]
-    chain.flush()  # so that little is left to be flushed while allocating writes wait
+    chain.flush_ahead()  # so that little is left to be flushed while allocating writes wait
     with chain.settled():
         try:
             set_parent(top, parent.path, parent.footer.unique_id, chain.file_io)

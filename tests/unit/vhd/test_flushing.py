@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed
 from mullion.vhd.fileio import FileIO
 from mullion.vhd.flushing import SharedFlush
 from mullion.vhd.pending import LOG_BYTES
+from mullion.vhd.switching import Exchange, prepare_switch
 
 pytestmark = pytest.mark.unit
 
@@ -311,3 +313,65 @@ def test_killed_while_both_areas_of_the_log_hold_something(child: str, slow: Slo
         for round_number in range(2):
             assert read(chain, round_number * 16 * KIB, 5) == b"first"
             assert read(chain, round_number * 16 * KIB + 1024, 5) == b"later"
+
+
+def test_what_a_flush_ahead_fails_with_is_told_by_the_next_that_is_a_promise(path: str, slow: SlowSync) -> None:
+    with opened(path, slow) as chain:
+        chain.pwrite(0, b"x" * 512)
+        slow.failure = OSError(errno.EIO, "lost")
+        with pytest.raises(OSError, match="lost"):
+            chain.flush_ahead()
+        chain.flush_ahead()  # all seems well, and the guest knows nothing
+        with pytest.raises(OSError, match="lost"):
+            chain.flush()
+        chain.flush()
+
+
+def test_what_settling_fails_with_is_told_by_the_next_flush(path: str, slow: SlowSync) -> None:
+    with opened(path, slow) as chain:
+        chain.pwrite(0, b"x" * 512)
+        slow.failure = OSError(errno.EIO, "lost")
+        with pytest.raises(OSError, match="lost"):
+            chain.settle()
+        chain.settle()
+        with pytest.raises(OSError, match="lost"):
+            chain.flush()
+        chain.flush()
+
+
+def test_what_freezing_a_top_fails_with_is_told_by_the_next_flush(child: str, tmp_path: Path, slow: SlowSync) -> None:
+    newer = str(tmp_path / "newer.vhd")
+    create_differencing(newer, child)
+    with opened(child, slow) as chain:
+        wanted = Exchange((newer, *chain.paths), {newer: os.open(newer, os.O_RDWR)})
+        switch = prepare_switch(chain, wanted, pending_path=None, holder="")
+        chain.pwrite(0, b"x" * 512)
+        switch.settle()
+        switch.exchange()
+        slow.failure = OSError(errno.EIO, "lost")
+        with pytest.raises(OSError, match="lost"):
+            switch.finish()
+        with pytest.raises(OSError, match="lost"):
+            chain.flush()
+        chain.flush()
+
+
+def test_whoever_shares_a_flush_ahead_is_told_once(shared: SharedFlush) -> None:
+    may_end, began = threading.Event(), threading.Semaphore(0)
+    failures = [None, OSError(errno.EIO, "lost"), None]
+
+    def flush() -> None:
+        began.release()
+        assert may_end.wait(DEADLINE_S)
+        if (failure := failures.pop(0)) is not None:
+            raise failure
+
+    first = Caller(lambda: shared.run(flush))
+    assert began.acquire(timeout=DEADLINE_S)
+    others = [Caller(lambda: shared.run(flush, is_ahead=True)), Caller(lambda: shared.run(flush))]
+    come_to(shared, 3)
+    may_end.set()
+    assert first.join() is None
+    assert [error and error.errno for error in (caller.join() for caller in others)] == [errno.EIO] * 2
+    shared.run(flush)
+    assert failures == []
