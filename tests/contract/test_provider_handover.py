@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import signal
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 from tests.framework.providers import WANTED, Control, LoneProvider, make_spec
 
 from mullion.base.units import MIB
-from mullion.provider.handover import HandOverError, Offer, TakeOver
+from mullion.provider.handover import HandOverError, Offer, TakeOver, give
 from mullion.provider.spec import ProviderSpec
 from mullion.vhd import create_differencing, create_dynamic, open_chain
 from mullion.wire.nbd import NbdClient
@@ -164,6 +168,34 @@ def test_when_the_newer_one_fails_the_present_one_goes_on(
     load.end()
     assert provider.end() == 0
     control.close()
+
+
+def test_a_newer_one_that_hangs_is_ended_before_the_present_one_goes_on(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the files open: what it did with them later would meet what the present one writes."""
+    monkeypatch.setattr("mullion.provider.handover.TAKE_S", 0.1)
+    path = str(short_tmp / "control")
+    hanging = (
+        "import sys\n"
+        "from mullion.provider.handover import TakeOver\n"
+        f"with TakeOver({path!r}) as other:\n"
+        "    other.offer()\n"
+        "    sys.stdin.read()\n"
+    )
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as opened:
+        listener.bind(path)
+        listener.listen()
+        newer = opened.enter_context(subprocess.Popen([sys.executable, "-c", hanging], stdin=subprocess.PIPE))
+        opened.callback(newer.kill)
+        connection, _ = listener.accept()
+        opened.enter_context(connection)
+        _, fds, _, _ = socket.recv_fds(connection, 4096, 1)
+        channel = opened.enter_context(socket.socket(fileno=fds[0]))
+        offer = Offer(os.dup(listener.fileno()))
+        opened.callback(offer.close)
+        assert not give(channel, offer)
+        assert newer.wait() == -signal.SIGKILL
 
 
 def test_what_cannot_be_handed_over_is_said(spec: ProviderSpec, started: ExitStack) -> None:

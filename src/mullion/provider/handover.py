@@ -8,7 +8,8 @@
     successor   serves
 
 Invariants: at no instant do both serve. The successor serves only after `gone`, which the present one says only after
-`take`; when that does not come in time, or the successor hangs up, the present one takes its own offer and goes on.
+`take`; when that does not come in time, or the successor hangs up, the present one takes its own offer and goes on. One
+that is merely slow is killed before that, and its end is waited for: both have the files open, and share the locks.
 Killed, either of them leaves what a kill of a provider always leaves. Listeners never close: who connects meanwhile
 waits for the next who accepts. NBD's clients are hung up on, and come back at once.
 
@@ -18,8 +19,12 @@ with each byte that follows as the kernel takes at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import select
+import signal
 import socket
 import struct
 import time
@@ -32,12 +37,15 @@ from mullion.base.errors import ConflictError, InvalidError, MullionError, Opera
 from mullion.provider.control_client import FDS_LIMIT, LineDecoder, descriptors_of, encode
 from mullion.provider.front_end import FrontEnd, SetupMessage
 
+log = logging.getLogger(__name__)
+
 VERSION: Final = 1
 OFFER_S: Final = 100.0
 """The present one flushes ahead, on a storage that may be slow; nobody waits for that."""
 TAKE_S: Final = 10.0
 """The guest waits."""
 _HEAD: Final = struct.Struct("<II")
+_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _JSON_LIMIT_BYTES: Final = 16 * 1024 * 1024
 _FDS_LIMIT: Final = 64 * 1024
 
@@ -148,7 +156,19 @@ def _disk_from_wire(fields: Mapping[str, object], left: Iterator[int]) -> Offere
 
 
 def give(channel: socket.socket, offer: Offer) -> bool:
-    """Offer it to whoever has the other end; True when it was taken, and nothing of it may be touched any more."""
+    """Offer it to whoever has the other end; True when it was taken, and nothing of it may be touched any more.
+
+    Otherwise the other one touches nothing of it any more: it has hung up, or was ended.
+    """
+    if _is_taken(channel, offer):
+        with contextlib.suppress(OSError):  # it was killed, and nobody serves: the parent starts the next one
+            _send(channel, {"gone": True})
+        return True
+    _end_other(channel)
+    return False
+
+
+def _is_taken(channel: socket.socket, offer: Offer) -> bool:
     channel.settimeout(TAKE_S)
     try:
         _send(channel, offer.to_wire(), offer.fds())
@@ -157,13 +177,27 @@ def give(channel: socket.socket, offer: Offer) -> bool:
         return False
     for fd in fds:
         os.close(fd)
-    if answer.get("take") is not True:
-        return False
-    try:
-        _send(channel, {"gone": True})
-    except OSError:  # it was killed, and nobody serves: as after any kill, the parent starts the next one
-        pass
-    return True
+    return answer.get("take") is True
+
+
+def _end_other(channel: socket.socket) -> None:
+    """Wait until the successor has hung up, which it does when it has closed its files; if it has not, end it."""
+    with contextlib.suppress(OSError):  # it has gone
+        channel.shutdown(socket.SHUT_WR)
+    poller = select.poll()
+    poller.register(channel, 0)  # nothing but the hang-up
+    if poller.poll(0):
+        return
+    pid = _CREDENTIALS.unpack(channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+    with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours to end: then it ends by itself
+        pidfd = os.pidfd_open(pid)
+        try:
+            if not poller.poll(0):  # so it lives, and the pid is its own
+                log.error("the new provider (pid %d) does not take over, nor hang up: it is killed", pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+    poller.poll()
 
 
 # ---------------------------------------------------------------------- its successor
