@@ -136,7 +136,7 @@ class Homecoming:
                 begun_s = time.monotonic()
                 filling.fill(block, [self._read(block, *piece) for piece in pieces])
                 waiting_bytes += count
-                if waiting_bytes >= _DURABLE_BYTES:
+                if waiting_bytes >= _DURABLE_BYTES and not filling.is_doubtful:
                     filling.flush()
                     waiting_bytes = 0
                 if self._bytes_per_s:

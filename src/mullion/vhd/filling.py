@@ -8,11 +8,14 @@ frozen, or several heads that were made of them.
 Locks: other processes may have the bottom open below other layers, and read what they lack from the same backing. As in
 a merge (`locking.lock_for_merge`) only those are kept out who would read or write it by itself.
 
-Durability: the order is that of `top`; what a crash takes away comes again, so that there is no pending log.
+Durability: the order is that of `top`; what a crash takes away comes again, so that there is no pending log. The system
+tells of data that it could not write once: after a flush that failed, all blocks that it was for are brought again
+before anything is made durable, for the BAT says for ever that they are home.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from mullion.base.block import Buffer
@@ -46,6 +49,9 @@ class Filling:
         self._image = image
         self._writer = writer
         self._is_ended = False
+        self._unflushed: set[int] = set()
+        self._doubtful: set[int] = set()
+        """Blocks that a flush was for that failed."""
         chain.filled = image
         chain.backing = backing
 
@@ -59,8 +65,13 @@ class Filling:
         return self._image.size_bytes
 
     def lacks(self, block: int) -> bool:
-        """Whether a block is not home."""
-        return self._writer.data_offset(block) is None
+        """Whether a block is not home, or has to be brought again."""
+        return block in self._doubtful or self._writer.data_offset(block) is None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether blocks have to be brought again before any can be made durable."""
+        return bool(self._doubtful)
 
     def fill(self, block: int, runs: Sequence[tuple[int, Buffer]]) -> None:
         """Bring a block home: what the backing has there, as (offset in the block, content), zeros elsewhere.
@@ -69,14 +80,29 @@ class Filling:
         """
         if not self.lacks(block):
             return
+        if block in self._doubtful:
+            self._writer.write_runs_again(block, runs)
+            self._doubtful.discard(block)
+            return
         if self._writer.is_full:
-            self._writer.flush()
+            self.flush()
         self._writer.write_runs(block, runs)
+        self._unflushed.add(block)
         self._chain.look_again(block * self.block_bytes, self.block_bytes)
 
     def flush(self) -> None:
-        """Make what was filled durable, and visible to whoever opens the file. Raises: OSError."""
-        self._writer.flush()
+        """Make what was filled durable, and visible to whoever opens the file.
+
+        Raises: OSError: then, and until all that `lacks` names has been filled again, it cannot be made durable.
+        """
+        if self._doubtful:
+            raise OSError(errno.EIO, "what was written may be lost, and has to come from the backup again")
+        try:
+            self._writer.flush()
+        except OSError:
+            self._doubtful |= self._unflushed
+            raise
+        self._unflushed.clear()
 
     def end(self) -> None:
         """Leave the bottom as every writer does, and others may write it. The chain still reads the backing.
@@ -84,6 +110,7 @@ class Filling:
         Durable when this returns. May be repeated after an error, and when it was ended. Raises: OSError.
         """
         if not self._is_ended:
+            self.flush()
             end_top(self._image, self._writer, self._chain.file_io)
             unlock_merge(self._image.fd)
             self._chain.filled = None

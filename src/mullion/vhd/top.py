@@ -208,6 +208,14 @@ class TopWriter:
             self._record([Record(RecordKind.ALLOC, block, entry, 0)])
             self._allocate(block, entry)
 
+    def write_runs_again(self, block: int, runs: Sequence[tuple[int, Buffer]]) -> None:
+        """Write the same runs of a block that has them, or lost them in a flush that failed. Raises: OSError."""
+        start = self.image.block_start(block)
+        assert start is not None
+        self._io.write_all(self.image.fd, [b"\xff" * self._bitmap_bytes], start)
+        for within, content in runs:
+            self._io.write_all(self.image.fd, [content], start + self._bitmap_bytes + within)
+
     def write_empty(self, block: int) -> int:
         """Allocate a block without content, and return where its data begins. Raises: as `write_new`."""
         self.write_new(block, 0, (), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
-from mullion.base.block import Extent, ExtentKind
+from mullion.base.block import Buffer, Extent, ExtentKind
 from mullion.base.errors import InvalidError
 from mullion.base.units import KIB, MIB, SECTOR_BYTES
 from mullion.vhd import Chain, create_differencing, create_dynamic, inspect_chain, open_chain
@@ -194,6 +195,71 @@ def test_the_file_that_is_filled_is_not_read_or_written_by_itself(top: str, cont
     filling.end()
     chain.close()
     open_chain(base).close()
+
+
+class LosingIO(FileIO):
+    """Loses, at the next sync of a file after `is_to_lose` was set, the data written to it since the last, and says so.
+
+    As the system does where storage fails and works again: who asks once more hears that all is well.
+    """
+
+    def __init__(self) -> None:
+        self.is_to_lose = False
+        self._written: dict[int, list[tuple[int, int]]] = {}
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        written = super().pwritev(fd, buffers, offset)
+        if written >= 4 * KIB:  # data
+            self._written.setdefault(fd, []).append((offset, written))
+        return written
+
+    def fdatasync(self, fd: int) -> None:
+        written = self._written.pop(fd, [])
+        if self.is_to_lose:
+            self.is_to_lose = False
+            for offset, length in written:
+                os.pwrite(fd, bytes(length), offset)
+            raise OSError(errno.EIO, "lost")
+        super().fdatasync(fd)
+
+
+def test_what_a_flush_has_lost_comes_again_before_anything_is_said_to_be_home(top: str, content: bytes) -> None:
+    losing = LosingIO()
+    chain, filling = open_filled(top, content, losing)
+    fill(filling, 0, content)
+    filling.flush()
+    for block in (1, 2):
+        fill(filling, block, content)
+    losing.is_to_lose = True
+    with pytest.raises(OSError, match="lost"):
+        filling.flush()
+    assert [filling.lacks(block) for block in range(4)] == [False, True, True, True]
+    for end in (filling.flush, filling.end):
+        with pytest.raises(OSError, match="backup again"):
+            end()
+    bring_home(filling, content)
+    assert not filling.is_doubtful
+    filling.end()
+    chain.close()
+    with open_chain(top, read_only=True) as reader:
+        assert read(reader) == content.ljust(SIZE_BYTES, b"\0")
+
+
+def test_what_a_flush_has_lost_is_not_home_for_the_next_process(top: str, content: bytes) -> None:
+    losing = LosingIO()
+    chain, filling = open_filled(top, content, losing)
+    fill(filling, 1, content)
+    losing.is_to_lose = True
+    with pytest.raises(OSError, match="lost"):
+        filling.end()
+    chain.abandon()
+    again, more = open_filled(top, content)
+    assert more.lacks(1)
+    bring_home(more, content)
+    more.end()
+    again.backing = None
+    assert read(again) == content.ljust(SIZE_BYTES, b"\0")
+    again.close()
 
 
 def test_a_power_cut_at_any_change_shows_what_was_flushed_and_never_less_than_the_backup(
