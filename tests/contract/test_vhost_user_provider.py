@@ -340,6 +340,29 @@ def test_nonsense_on_the_socket_ends_the_connection_only(folder: Path, dynamic: 
         assert provider.terminate() == 0
 
 
+def test_a_ring_whose_driver_cannot_be_called_leaves_nothing_behind(folder: Path, dynamic: list[Path]) -> None:
+    spec = make_spec(folder, dynamic)
+    path = str(spec.disks[0].vhost_user)
+    with LoneProvider(spec) as provider:
+        with FrontEnd(path) as front_end:
+            front_end.negotiate(WANTED)
+            front_end.set_memory()
+            driver = VirtqueueDriver(front_end)
+            with dynamic[0].open("rb") as file:
+                os.dup2(file.fileno(), driver.place.call_fd)
+            with pytest.raises(ProtocolError):
+                front_end.start_vring(driver.place)
+            driver.release()
+        for number in range(3):  # the descriptors of the first come again, as something else
+            with FrontEnd(path) as front_end:
+                driver = attach(front_end, wanted=WANTED)
+                driver.write(0, pattern(number))
+                assert front_end.stop_vring(0) == 1
+                driver.release()
+        assert provider.terminate() == 0
+    assert "internal fault" not in Path(spec.log).read_text()
+
+
 def test_control_socket(folder: Path, dynamic: list[Path]) -> None:
     spec = make_spec(folder, dynamic)
     with LoneProvider(spec) as provider:

@@ -388,13 +388,16 @@ class VhostExport:
     def _detach(self, index: int) -> Ring | None:
         ring = self._rings.pop(index, None)
         if ring is not None:
-            ring.come_to_rest(self._notifiers.get(index, _no_call))
-            self._finished = Counters(self._finished.requests + ring.requests, self._finished.bytes + ring.bytes)
-            ring.leave()
-            self._capped.pop(index, None)
             kick = next(fd for fd, owner in self._kicks.items() if owner == index)
             del self._kicks[kick]
             self._epoll.unregister(kick)
+            self._capped.pop(index, None)
+            ring.leave()
+            try:
+                ring.come_to_rest(self._notifiers.get(index, _no_call))
+            except OSError as error:  # all is answered, by a ring that nobody is called for
+                log.warning("disk %s: the driver of ring %d cannot be called: %s", self._blk.disk_id, index, error)
+            self._finished = Counters(self._finished.requests + ring.requests, self._finished.bytes + ring.bytes)
         return ring
 
     # What the session calls (`Backend`).
@@ -446,7 +449,11 @@ class VhostExport:
         self._rings[vring.index] = ring
         self._kicks[vring.kick_fd] = vring.index
         self._busy.add(vring.index)  # what was made available while nobody listened has no kick any more
-        self._call_anyway(vring.index)
+        try:
+            self._call_anyway(vring.index)
+        except OSError:  # it was not started, for all that the session knows
+            self._detach(vring.index)
+            raise
 
     def stop_vring(self, index: int) -> int:
         ring = self._detach(index)
