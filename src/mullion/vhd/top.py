@@ -316,6 +316,7 @@ class TopWriter:
         self._io.fdatasync(self.image.fd)
         yield
         with self._state:
+            assert self._taken is taken, "one flush at a time"
             self._taken = None
             if self._log is not None:
                 self._log.empty_other()

@@ -52,6 +52,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.boot = 0
         self.patch.setattr(mullion.vhd.pending, "boot_id", lambda: f"boot {self.boot:031}")
         self.patch.setattr(mullion.vhd.chain, "YOUNG_SECTORS", 6)
+        self.records = records
         self.patch.setattr(mullion.vhd.top, "RECORD_LIMIT", records)
         self.choose = random.Random(seed)
         self.fills_cells = seed % 2 == 1  # half of the disks are those of running machines
@@ -174,6 +175,7 @@ class DiskMachine(RuleBasedStateMachine):
         at_begin = bytes(self.model)
         act = {"write": self.write, "zero": self.write_zeroes, "discard": self.discard}
         steps = writer.flush_steps()
+        self.patch.setattr(mullion.vhd.top, "RECORD_LIMIT", 1000)  # who finds no room would wait for this flush
         try:
             for number, (what, place, length) in enumerate(between):
                 is_last = end and number == step
@@ -182,7 +184,7 @@ class DiskMachine(RuleBasedStateMachine):
                 self.io.fuse, self.io.fuse_kills = (fuse if is_last else None), end != "full"
                 next(steps)
                 self.io.fuse = None
-                if what and not writer.is_full:  # a request that finds no room would wait for this flush
+                if what:
                     act[what](place, length)
         except StopIteration:
             self.at_flush, self.since_flush = at_begin, self.since_step
@@ -192,6 +194,7 @@ class DiskMachine(RuleBasedStateMachine):
             self._come_back(range(0), bytearray(self.model), power=end == "power")
         finally:
             self.io.fuse = None
+            self.patch.setattr(mullion.vhd.top, "RECORD_LIMIT", self.records)
 
     @rule(place=OFFSETS, length=LENGTHS)
     def read(self, place: float, length: int) -> None:

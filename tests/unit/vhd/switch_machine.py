@@ -101,6 +101,7 @@ class SwitchMachine(DiskMachine):
             except OSError:
                 assert end == "full"
                 self.lacked_room = True
+                self._hear()
                 return False
             try:
                 switch.settle()
@@ -110,6 +111,7 @@ class SwitchMachine(DiskMachine):
                 self.lacked_room = True
                 with contextlib.suppress(OSError):  # nor was there room to undo it
                     switch.cancel()
+                self._hear()
                 return False
             exchanged()
             burning, self.io.fuse = self.io.fuse, (self.io.fuse if end != "full" else None)
@@ -122,7 +124,7 @@ class SwitchMachine(DiskMachine):
                 switch.finish()
             except OSError:
                 assert end == "full"
-                self.io.fuse = None
+                self._hear()
                 self.chain.flush()
                 self._flushed()
             else:
@@ -136,6 +138,12 @@ class SwitchMachine(DiskMachine):
             self.io.fuse = None
         self._check_promises()
         return True
+
+    def _hear(self) -> None:
+        """The next flush tells, once, of what an exchange met."""
+        self.io.fuse = None
+        with contextlib.suppress(OSError):
+            self.chain.flush()
 
     def _check_promises(self) -> None:
         for path, promised in self.promised.items():
