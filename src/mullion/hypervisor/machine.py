@@ -26,7 +26,7 @@ from mullion.hypervisor.cmdline import MachineSpec
 from mullion.hypervisor.errors import MachineGoneError, MonitorError, MonitorRefusedError, StartFailedError
 from mullion.hypervisor.launch import Launched, launch, log_excerpt, read_exit_status
 from mullion.hypervisor.qmp import COMMAND_S, GREETING_S, QmpSession
-from mullion.hypervisor.saved_state import Progress, load_state, write_state
+from mullion.hypervisor.saved_state import Gate, Progress, load_state, write_state
 from mullion.hypervisor.shutdown import shutdown_ladder
 from mullion.hypervisor.state_file import StateAbout, StateInfo
 from mullion.hypervisor.states import (
@@ -223,10 +223,16 @@ class Machine:
         await session.give_descriptor(name, fd)
 
     async def write_state(
-        self, path: str, about: StateAbout, *, live: bool = False, on_progress: Progress | None = None
+        self,
+        path: str,
+        about: StateAbout,
+        *,
+        live: bool = False,
+        gate: Gate | None = None,
+        on_progress: Progress | None = None,
     ) -> StateInfo:
         """Write memory and devices of a paused guest into a file (`saved_state.write_state`)."""
-        return await write_state(self, path, about, live=live, on_progress=on_progress)
+        return await write_state(self, path, about, live=live, gate=gate, on_progress=on_progress)
 
     async def load_state(self, path: str, seal: str, *, on_progress: Progress | None = None) -> None:
         """Load a state into a machine that was started for it, `loads_state` (`saved_state.load_state`)."""

@@ -23,12 +23,14 @@ import contextlib
 import fcntl
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from mullion.base.errors import DeadlineError, MullionError, OperationFailedError
+from mullion.base.units import KIB
 from mullion.hypervisor.errors import MachineGoneError, MonitorRefusedError, StateRefusedError
 from mullion.hypervisor.launch import log_excerpt
 from mullion.hypervisor.state_file import (
@@ -52,6 +54,8 @@ _STALL_S: Final = 60.0
 _CANCEL_S: Final = 10.0
 _POLL_S: Final = 0.02
 _PIPE_BYTES: Final = 1024 * 1024
+_GATE_BYTES: Final = 4 * KIB
+_TOUCH_PATIENCE_S: Final = 0.5
 _FD_NAME: Final = "state"
 _ENDED: Final = frozenset({"none", "completed", "failed", "cancelled"})
 """States of a migration in which nothing goes on."""
@@ -69,6 +73,69 @@ class _Work:
     part: Callable[[Mapping[str, Any]], float]
     """What part is done, 0 to 1, given QEMU's `query-migrate`."""
     on_progress: Progress | None
+
+
+class Gate:
+    """Holds a live writing at its beginning: the guest's memory is touched by then, which takes time, and nothing of
+    the instant is decided. `shut` asks, `open` lets it go on.
+
+    The pipe is full, so QEMU waits in the first write of its own; it stops the guest, writes its devices and protects
+    the memory only after that.
+    """
+
+    def __init__(self) -> None:
+        self._opened = threading.Event()
+
+    @property
+    def is_open(self) -> bool:
+        return self._opened.is_set()
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def fill(self, writing: int) -> int:
+        """Fill a pipe that is empty; how many bytes that were."""
+        count = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _GATE_BYTES)
+        os.write(writing, bytes(count))
+        return count
+
+    def pass_through(self, reading: int, count: int) -> None:
+        """Wait until it is open, then empty the pipe of what `fill` has put there."""
+        self._opened.wait()
+        while count:
+            count -= len(os.read(reading, count))
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+
+async def is_held(machine: Machine) -> bool:
+    """Whether a live writing waits at its gate. Raises: what `Machine.execute` raises."""
+    answer = await machine.execute("query-migrate")
+    return isinstance(answer, Mapping) and answer.get("status") == "setup"
+
+
+async def wait_touched(machine: Machine, memory_bytes: int) -> None:
+    """Return when QEMU has touched all of the guest's memory, or does not get on with it: then the pause is longer."""
+    touched, since_s = -1, time.monotonic()
+    while True:
+        found = _shared_bytes(machine.identity.pid)
+        now_s = time.monotonic()
+        if found >= memory_bytes:
+            return
+        if found != touched:
+            touched, since_s = found, now_s
+        elif now_s - since_s > _TOUCH_PATIENCE_S:
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def _shared_bytes(pid: int) -> int:
+    """How much shared memory a process has mapped and touched; the guest's memory is all that QEMU shares."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("RssShmem:"):
+                return int(line.split()[1]) * KIB
+    return 0
 
 
 async def live_obstacle(machine: Machine) -> str | None:
@@ -124,12 +191,19 @@ def host_cpu() -> str:
 
 
 async def write_state(
-    machine: Machine, path: str, about: StateAbout, *, live: bool = False, on_progress: Progress | None = None
+    machine: Machine,
+    path: str,
+    about: StateAbout,
+    *,
+    live: bool = False,
+    gate: Gate | None = None,
+    on_progress: Progress | None = None,
 ) -> StateInfo:
     """Write the state of a machine; the guest is paused. Durable when this returns.
 
     `live`: QEMU lets the guest go on, also one that was paused, as soon as its devices are written; ask
-    `live_obstacle` first. Otherwise it stays paused, and may be resumed afterwards.
+    `live_obstacle` first. With a `gate`, which is opened by somebody else, the guest may run until then; it is to be
+    paused before. Otherwise it stays paused, and may be resumed afterwards.
     Raises: NoSpaceError and other storage errors; MonitorRefusedError when a device forbids it; OperationFailedError
     with QEMU's reason; DeadlineError; MachineGoneError. Nothing is left behind then.
     """
@@ -139,16 +213,23 @@ async def write_state(
     try:
         reading, writing = _pipe()
         try:
+            held_bytes = 0 if gate is None else gate.fill(writing)
             await machine.give_descriptor(_FD_NAME, writing)
         except BaseException:
             os.close(reading)
             raise
         finally:
             os.close(writing)
+
+        def stop() -> None:
+            writer.stop()
+            if gate is not None:
+                gate.open()
+
         work = _Work(
-            copy=lambda: _consume(writer, reading),
-            stop=writer.stop,
-            moved=lambda: writer.plain_bytes,
+            copy=lambda: _consume(writer, reading, gate, held_bytes),
+            stop=stop,
+            moved=lambda: writer.plain_bytes if gate is None or gate.is_open else int(time.monotonic()),
             part=_part_of_memory,
             on_progress=on_progress,
         )
@@ -194,8 +275,10 @@ async def load_state(machine: Machine, path: str, seal: str, *, on_progress: Pro
             ) from error
 
 
-def _consume(writer: StateWriter, fd: int) -> None:
+def _consume(writer: StateWriter, fd: int, gate: Gate | None, held_bytes: int) -> None:
     try:
+        if gate is not None:
+            gate.pass_through(fd, held_bytes)
         writer.copy_from(fd)
     finally:
         os.close(fd)  # QEMU, should it still write, is told by EPIPE

@@ -477,8 +477,12 @@ class CheckpointController:
         self._keep(record, partition.revision)
         try:
             await make_children(children, heads)
+            if live is not None:
+                await live.prepare()
             begun_s = time.monotonic()
             async with held_still(partition, record, say, is_live=live is not None) as held:
+                if live is not None:
+                    await live.check_held()
                 say("freezing the disks")
                 stall_ms = await self._commit(partition, held, children, is_ready=live is None)
                 if live is not None:

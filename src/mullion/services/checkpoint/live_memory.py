@@ -1,7 +1,7 @@
 """Memory and devices of a guest that runs on while they are written; its disks are frozen at the same instant.
 
-    ready ─► pause ─► disks: new heads ─► begin: QEMU writes its devices, protects the memory and lets the guest go on
-          ─► finish: the memory, each page as it was at `begin`, is durable
+    ready ─► prepare: QEMU begins, touches all memory, and waits ─► pause ─► disks: new heads ─► begin: QEMU writes its
+    devices, protects the memory and lets the guest go on ─► finish: the memory, each page as it was then, is durable
 
 Between pause and `begin` no processor of the guest runs and no request is in flight (QEMU drains its disks when it
 stops), so memory, devices and disks are of one instant. The checkpoint is ready after `finish` only; one that is found
@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from mullion.base.errors import DeadlineError, MullionError
-from mullion.hypervisor.saved_state import live_obstacle
+from mullion.base.errors import DeadlineError, MullionError, OperationFailedError
+from mullion.hypervisor import Machine
+from mullion.hypervisor.saved_state import Gate, is_held, live_obstacle, wait_touched
 from mullion.hypervisor.state_file import StateAbout, StateInfo, remove_state
 from mullion.model.definition import PowerState
 from mullion.services.partition.partition import Partition
@@ -51,6 +52,7 @@ class LiveMemory:
         self._about = about
         self._say = say
         self._name = new_state_name()
+        self._gate = Gate()
         self._writing: asyncio.Task[StateInfo] | None = None
 
     @classmethod
@@ -58,20 +60,58 @@ class LiveMemory:
         """All that can be done while the guest runs. Raises: as `ready_to_write`."""
         return cls(partition, await ready_to_write(partition), say)
 
+    @property
+    def _machine(self) -> Machine:
+        machine = self._partition.runtime.machine
+        assert machine is not None, "the lock is held since it was made ready"
+        return machine
+
+    async def prepare(self) -> None:
+        """Begin to write, up to where the guest has to be paused; it runs meanwhile.
+
+        Raises: what `Machine.write_state` raises; no file is left then.
+        """
+        path = f"{self._partition.runtime.paths.data}/{self._name}"
+        self._say("touching the guest's memory")
+        self._writing = asyncio.create_task(
+            self._machine.write_state(path, self._about, live=True, gate=self._gate, on_progress=self._tell),
+            name=f"memory of {path}",
+        )
+        touching = asyncio.create_task(self._wait_held())
+        try:
+            await asyncio.wait((touching, self._writing), return_when=asyncio.FIRST_COMPLETED)
+            if self._writing.done():
+                await self._writing
+            await touching
+        finally:
+            touching.cancel()
+            await asyncio.gather(touching, return_exceptions=True)
+
+    async def _wait_held(self) -> None:
+        while not await is_held(self._machine):
+            await asyncio.sleep(_POLL_S)
+        await wait_touched(self._machine, self._about.definition.memory_bytes)
+
+    async def check_held(self) -> None:
+        """The guest is paused now: has QEMU done nothing yet that belongs to the instant?
+
+        Raises: OperationFailedError: its devices would be of another instant than the disks.
+        """
+        if not await is_held(self._machine):
+            raise OperationFailedError(
+                f"QEMU did not wait with the memory of {self._partition.name}", remedy="Make the checkpoint again."
+            )
+
     async def begin(self) -> None:
-        """Begin to write the memory of a guest that is paused; it runs when this returns.
+        """Write the memory of a guest that is paused; it runs when this returns.
 
         Raises: what `Machine.write_state` raises; DeadlineError. The guest is as it was then, and no file is left.
         """
-        machine = self._partition.runtime.machine
-        assert machine is not None, "the lock is held since it was made ready"
-        path = f"{self._partition.runtime.paths.data}/{self._name}"
-        self._writing = asyncio.create_task(
-            machine.write_state(path, self._about, live=True, on_progress=self._tell), name=f"memory of {path}"
-        )
+        assert self._writing is not None, "prepared before"
+        self._gate.open()
         begun_s = time.monotonic()
         while not self._writing.done():
-            if (await machine.state()).run_state == "running":
+            if (await self._machine.state()).run_state == "running":
                 return
             if time.monotonic() - begun_s > _RESUME_S:
                 await self.give_up()
