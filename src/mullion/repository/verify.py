@@ -153,9 +153,7 @@ def _check_keys(repository: Repository, names: Iterable[str], report: Report) ->
                     != repository.config.repository_id
                 ):
                     report.say(name, f"{location}: {name} is a key of another repository")
-            except ObjectMissingError:
-                continue  # the passphrase was changed since: another slot took its place
-            except RepositoryDamagedError as error:
+            except (RepositoryDamagedError, ObjectMissingError) as error:
                 report.add(error, name)
 
 
