@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mullion.vhd.storage import is_full
+
 if TYPE_CHECKING:
     from mullion.vhd.top import TopWriter
 
@@ -59,11 +61,15 @@ class SharedFlush:
 
     @contextlib.contextmanager
     def told_later(self) -> Iterator[None]:
-        """What is made durable in the block was promised to nobody yet: its error is the next promise's as well."""
+        """What is made durable in the block was promised to nobody yet: its error is the next promise's as well.
+
+        But for a lack of space: what met that is kept, and written when there is some (`top`).
+        """
         try:
             yield
         except OSError as error:
-            self._untold = error
+            if not is_full(error):
+                self._untold = error
             raise
 
     def _tell(self) -> None:

@@ -327,6 +327,15 @@ def test_what_a_flush_ahead_fails_with_is_told_by_the_next_that_is_a_promise(pat
         chain.flush()
 
 
+def test_a_flush_ahead_that_finds_no_space_stops_nobody(path: str, slow: SlowSync) -> None:
+    with opened(path, slow) as chain:
+        chain.pwrite(0, b"x" * 512)
+        slow.failure = OSError(errno.ENOSPC, "full")
+        with pytest.raises(OSError, match="full"):
+            chain.flush_ahead()
+        chain.flush()
+
+
 def test_what_settling_fails_with_is_told_by_the_next_flush(path: str, slow: SlowSync) -> None:
     with opened(path, slow) as chain:
         chain.pwrite(0, b"x" * 512)
