@@ -71,8 +71,7 @@ def exchange_chains(disks: Mapping[str, Exchangeable], command: Command) -> floa
             undone.pop_all()
             _exchange(wanted, prepared)
             stall_ms = (time.monotonic() - begun_s) * 1000
-        for switch in prepared:
-            switch.finish()
+        _finish(prepared)
     log.info("switched %s in %.1f ms", ", ".join(disk.id for disk, _ in wanted), stall_ms)
     return stall_ms
 
@@ -84,9 +83,15 @@ def _exchange(wanted: Sequence[tuple[Exchangeable, Exchange]], prepared: Sequenc
         except OSError:
             for (disk, _), other in zip(wanted[number:], prepared[number:], strict=True):
                 _cancel(disk, other)
-            for done in prepared[:number]:
-                done.finish()
+            _finish(prepared[:number])
             raise
+
+
+def _finish(switches: Sequence[Switch]) -> None:
+    """All of them, whatever one of them raises: files that are in no chain are to be closed. Raises: OSError."""
+    with contextlib.ExitStack() as left:
+        for switch in reversed(switches):
+            left.callback(switch.finish)
 
 
 def _cancel(disk: Exchangeable, switch: Switch) -> None:

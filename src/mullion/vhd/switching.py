@@ -187,8 +187,10 @@ class _Push(Switch):
         self._chain.exchange(self._images, self._writer, [_Frozen(old, self._chain.writer, child, self._io)])
 
     def finish(self) -> None:
-        self._chain.complete()
-        _close_images(self._gone)
+        try:
+            self._chain.complete()
+        finally:
+            _close_images(self._gone)
 
     def cancel(self) -> None:
         try:
