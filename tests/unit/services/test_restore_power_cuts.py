@@ -16,14 +16,17 @@ import pytest
 from tests.unit.repository.disks import PASSPHRASE, QUICK_SCRYPT, MemoryDisk, back_up, scattered
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
+from mullion.base.errors import AlreadyExistsError
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
+from mullion.model.definition import PartitionDefinition
+from mullion.model.views import BackupDiskView, BackupView
 from mullion.parent.events import Events
 from mullion.parent.operations import Operation, Operations
 from mullion.parent.store import MemoryStore
 from mullion.repository import Repository
 from mullion.repository.local import FolderBackend
-from mullion.services.backup import worker
+from mullion.services.backup import instant, worker
 from mullion.services.backup.controller import BackupController
 from mullion.services.backup.record import note_files, noted_files, unfinished, unfinished_in
 from mullion.services.checkpoint.controller import CheckpointController
@@ -192,3 +195,34 @@ async def _service(store: MemoryStore, paths: HostPaths) -> AsyncIterator[tuple[
     finally:
         for end in (operations.close(grace_s=0), partitions.close(), events.close()):
             await end
+
+
+def test_a_file_that_was_there_before_an_instant_restore_is_never_noted_as_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note is what a crash removes: a disk that was kept from an earlier partition must not come to be in one."""
+    paths = HostPaths(str(tmp_path / "data"), str(tmp_path / "run"))
+    os.makedirs(paths.disks)
+    kept = f"{paths.disks}/now-disk0.vhd"
+    create_dynamic(kept, SIZE_BYTES)
+    noted: list[str] = []
+    monkeypatch.setattr(instant, "note_files", lambda _disk, files: noted.extend(files))
+    view = BackupView(
+        id="ab" * 8,
+        repository="far",
+        partition="now",
+        begun_at="",
+        ended_at="",
+        host="",
+        new_bytes=0,
+        disks=(BackupDiskView("disk0", SIZE_BYTES, SIZE_BYTES, 0, 0),),
+    )
+
+    async def restore_instantly() -> None:
+        async with _service(MemoryStore(), paths) as (_, backups):
+            await backups.homecomings.create(PartitionDefinition("now"), view, {"disk0": kept})
+
+    with pytest.raises(AlreadyExistsError, match="exists already"):
+        asyncio.run(restore_instantly())
+    assert not noted
+    assert os.listdir(paths.disks) == ["now-disk0.vhd"]

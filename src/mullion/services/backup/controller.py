@@ -390,6 +390,7 @@ class BackupController:
             try:
                 result: dict[str, object] = {"partition": name, "disks": paths}
                 await self._bring_back(operation, repository, view, {} if instant else paths, blobs)
+                operation.point_of_no_return()  # files must not go while the store may have a partition of them
                 if instant:
                     result["homecoming"] = await self.homecomings.create(wanted, view, paths)
                 else:

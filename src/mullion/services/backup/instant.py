@@ -29,7 +29,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from mullion.base.errors import MullionError, OperationFailedError, UnavailableError
+from mullion.base.errors import AlreadyExistsError, MullionError, OperationFailedError, UnavailableError
 from mullion.base.paths import HostPaths
 from mullion.base.pidfd import wait_process
 from mullion.base.process import Spawned, read_identity
@@ -126,6 +126,7 @@ class Homecomings:
         try:
             for disk in view.disks:
                 base = disks[disk.id]
+                await asyncio.to_thread(_check_free, base)
                 head = f"{os.path.splitext(base)[0]}-{secrets.token_hex(4)}.avhd"
                 await asyncio.to_thread(note_files, base, (base, head))
                 await asyncio.to_thread(_make_files, base, head, disk, made)
@@ -206,18 +207,29 @@ class Homecomings:
 
     async def _serve_readers(self, partition: Partition) -> Mapping[str, str]:
         """Where they read what no file has, until none is left. Raises: as `_ensure_server`."""
+        self._keep(partition)  # first: when this fails, and all is home meanwhile, somebody must forget the backup
         await self._ensure_server(partition)
-        self._keep(partition)
         return {disk: partition.runtime.paths.backing(disk) for disk in partition.record.coming_home}
 
     def _keep(self, partition: Partition) -> None:
         if partition.name not in self._keeping:
             task = asyncio.create_task(self._keep_server(partition), name=f"readers of {partition.name}'s backup")
             self._keeping[partition.name] = task
-            task.add_done_callback(lambda _: self._keeping.pop(partition.name))
 
     async def _keep_server(self, partition: Partition) -> None:
         """Until nobody reads any more; then it ends, if the partition does not need it either."""
+        try:
+            while True:
+                await self._await_readers(partition)
+                if not partition.record.coming_home or not partition.has_processes():
+                    await self._let_go(partition)
+                if not self._checkpoints.backings.is_used(partition.name):  # else somebody came meanwhile
+                    return
+        finally:
+            del self._keeping[partition.name]  # at once: who comes from now on begins another
+
+    async def _await_readers(self, partition: Partition) -> None:
+        """Keep a server until nobody reads any more."""
         while self._checkpoints.backings.is_used(partition.name):
             try:
                 await self._ensure_server(partition)
@@ -225,8 +237,6 @@ class Homecomings:
                 log.warning("%s: its readers wait for backup: %s", partition.name, error)
                 await asyncio.sleep(_RETRY_S)
             await asyncio.sleep(_POLL_S)
-        if not partition.record.coming_home or not partition.has_processes():
-            await self._let_go(partition)
 
     async def _let_go(self, partition: Partition) -> None:
         """End the server when nobody reads there, and forget the backup when nobody ever will."""
@@ -300,6 +310,14 @@ def _say(operation: Operation, reading: Mapping[str, Mapping[str, Any]]) -> None
     done = sum(backing["done_bytes"] for backing in reading.values())
     what = f"waiting: {reasons[0]}" if reasons else f"{', '.join(reading)} coming home"
     operation.stage(what, done / total if total else None)
+
+
+def _check_free(base: str) -> None:
+    """Before a file is noted as ours, which a crash removes. Raises: AlreadyExistsError."""
+    if os.path.lexists(base):
+        raise AlreadyExistsError(
+            f"{base} exists already", remedy="Restore under another name (--as), or move that file away.", path=base
+        )
 
 
 def _make_files(base: str, head: str, disk: BackupDiskView, made: list[str]) -> None:
