@@ -277,6 +277,7 @@ class _Collapse(Switch):
         if identity_of(fd) != identity_of(self._old.fd):
             raise InvalidError(f"{path}: the descriptor is of another file", remedy="Open the file below the top.")
         self._check_limit()
+        chain.flush_ahead()  # what the system could not write is told, and not read back and taken for what was written
         unlock_file(self._old.fd)  # our own lock for reading would keep us from writing
         try:
             lock_file(fd, path, for_writing=True)

@@ -365,6 +365,23 @@ def test_what_freezing_a_top_fails_with_is_told_by_the_next_flush(child: str, tm
         chain.flush()
 
 
+def test_what_a_top_has_lost_is_told_before_it_is_merged_away(child: str, slow: SlowSync) -> None:
+    with opened(child, slow) as chain:
+        chain.pwrite(0, b"x" * 512)
+        base = chain.paths[1]
+        slow.failure = OSError(errno.EIO, "lost")
+        with pytest.raises(OSError, match="lost"):
+            prepare_switch(
+                chain,
+                Exchange((base,), {base: os.open(base, os.O_RDWR)}, collapse=True),
+                pending_path=None,
+                holder="",
+            )
+        with pytest.raises(OSError, match="lost"):
+            chain.flush()
+        chain.flush()
+
+
 def test_whoever_shares_a_flush_ahead_is_told_once(shared: SharedFlush) -> None:
     may_end, began = threading.Event(), threading.Semaphore(0)
     failures = [None, OSError(errno.EIO, "lost"), None]
