@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.framework.backup_servers import SftpServer, end_group, s3_server, sftp_server, start_sshd
-from tests.framework.service import Service
+from tests.framework.service import Command, Service
 from tests.interop.filesystem_images import make_ext
 
 from mullion.base.units import MIB
@@ -23,6 +23,7 @@ from mullion.vhd import inspect_chain
 pytestmark = pytest.mark.interop
 
 PASSPHRASE = f"correct-horse-battery-{os.urandom(8).hex()}"  # of this run alone: other processes are searched for it
+OTHER_PASSPHRASE = f"stapler-{os.urandom(8).hex()}"
 PATIENCE_S = 60.0
 BIG_BYTES = 96 * MIB
 """Several packs: between the first and the last there is time for accidents."""
@@ -49,6 +50,17 @@ def add_repository(service: Service, name: str, place: str, credentials: dict[st
         path.chmod(0o600)
         words += ["--credentials-file", str(path)]
     service.cli(*words)
+
+
+def change_passphrase(service: Service, name: str, passphrase: str) -> Command:
+    words = ("backup", "repository", "passphrase", name, "--passphrase-file", "-")
+    return service.cli(*words, stdin=f"{passphrase}\n".encode())
+
+
+def known_by(service: Service, place: str, name: str, passphrase: str) -> Command:
+    """What becomes of it when another host wants to know the repository with this passphrase."""
+    words = ("backup", "repository", "add", name, place, "--passphrase-file", "-")
+    return service.cli(*words, stdin=f"{passphrase}\n".encode(), check=False)
 
 
 def write(service: Service, partition: str, offset: int, content: bytes) -> None:
@@ -109,9 +121,13 @@ def test_the_whole_way_over_every_kind_of_storage(service: Service, tmp_path: Pa
         assert sorted(os.listdir(copies["shell"])) == sorted(os.listdir(tmp_path / "far/index"))
         assert not copies["near"].exists()
         assert stat_bits(copies["bucket"]) == "0o700"
+        for name in ("shell", "bucket"):
+            change_passphrase(service, name, OTHER_PASSPHRASE)
+            assert len(backups(service, name)) == 3
         service.cli("backup", "repository", "remove", "bucket")
         assert not copies["bucket"].exists()
         assert secret_places(service, PASSPHRASE) == [f"{service.home}/passphrase"]
+        assert secret_places(service, OTHER_PASSPHRASE) == []
         assert secret_places(service, keys["s3_secret_key"]) == [f"{service.home}/bucket.toml"]
     assert stat_bits(service.paths.secrets) == "0o700"
     for path in Path(service.paths.secrets).iterdir():
@@ -286,6 +302,47 @@ def test_a_damaged_repository_is_repaired_and_filled_again(service: Service) -> 
     assert content_hash(service, f"{service.paths.disks}/again-disk0.vhd") == content_hash(
         service, top_of(service, "web")
     )
+
+
+def test_a_passphrase_is_changed_whoever_is_killed(service: Service) -> None:
+    service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web,size=64M")
+    write(service, "web", 0, os.urandom(8 * MIB))
+    place = f"{service.home}/near"
+    add_repository(service, "near", place)
+    service.cli("backup", "create", "web")
+    words = ("backup", "repository", "passphrase", "near")
+    unasked = service.cli(*words, environ={"MULLION_REPOSITORY_PASSPHRASE": PASSPHRASE}, check=False)
+    assert unasked.status == 2, "what is in the environment is the present one"
+    assert "--passphrase-file" in unasked.stderr
+
+    with service.client() as client:
+        begun = client.change_repository_passphrase("near", OTHER_PASSPHRASE)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (found := workers(service)):
+        assert time.monotonic() < deadline_s, "nobody works on it"
+    for worker in found:
+        os.kill(worker, signal.SIGSTOP)
+    crash(service)
+    for worker in found:
+        os.kill(worker, signal.SIGCONT)
+    with service.client() as client:
+        client.wait(begun.id)
+    assert known_by(service, place, "old", PASSPHRASE).status == 12
+    assert known_by(service, place, "elsewhere", OTHER_PASSPHRASE).status == 0
+
+    third = f"{OTHER_PASSPHRASE}-and-more"
+    with service.client() as client:
+        backup = client.create_backup("web", repository="near", full=True)
+        assert "Tell other hosts" in change_passphrase(service, "near", third).stderr
+        client.wait(backup.id)
+    assert "\nwhole: 2 backups" in service.cli("backup", "verify", "--repository", "near").stderr
+    refused = service.cli("backup", "list", "--repository", "elsewhere", check=False)
+    assert refused.status == 12
+    assert "backup repository set NAME --passphrase-file" in refused.stderr
+    service.cli("backup", "repository", "set", "elsewhere", "--passphrase-file", "-", stdin=f"{third}\n".encode())
+    assert len(backups(service, "elsewhere")) == 2
+    assert secret_places(service, OTHER_PASSPHRASE) == []
+    assert stat_bits(f"{service.paths.secrets}/repository-near.json") == "0o600"
 
 
 def test_a_full_target_and_a_partition_that_goes(service: Service, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -101,18 +102,52 @@ def change_repository(
         face.note(f"repository {view.name}: {view.url}")
 
 
-def _read_passphrase(path: str | None, *, confirm: bool) -> str:
-    """From a file, the environment, or whoever sits at the terminal."""
+@repository.command("passphrase")
+@click.argument("name", shell_complete=complete.repositories)
+@click.option(
+    "--passphrase-file", metavar="FILE", help="A file whose first line is the new passphrase; `-` for standard input."
+)
+@wait_option
+@pass_face
+def change_passphrase(face: Face, name: str, *, passphrase_file: str | None, wait: bool) -> None:
+    """Change a repository's passphrase: the new one opens it, and no other does any more.
+
+    Without --passphrase-file it asks for the new one. Keep a copy of it elsewhere: nobody can read the backups without.
+    Backups go on meanwhile; interrupted, it is the old one or the new one that opens the repository, or both, and the
+    change goes on by itself. Other hosts that use the repository are told the new one with `mullion backup repository
+    set NAME --passphrase-file FILE`.
+
+    Who knew the old passphrase and has a copy of the repository from before, or took its secret out of it, reads what
+    they have, and what is added: make a new repository where that matters.
+
+    \b
+    Examples:
+      mullion backup repository passphrase nightly --passphrase-file /root/new-passphrase
+    """
+    passphrase = _read_passphrase(passphrase_file, confirm=True, is_new=True)
+    begun = face.client.change_repository_passphrase(name, passphrase)
+    conclude(face, begun, wait=wait, sentence=lambda _: _passphrase_changed(face, name))
+
+
+def _passphrase_changed(face: Face, name: str) -> str:
+    told = face.command("backup", "repository", "set", name, "--passphrase-file", "FILE")
+    return f"repository {name}: only the new passphrase opens it. Tell other hosts that use it, on each: {told}"
+
+
+def _read_passphrase(path: str | None, *, confirm: bool, is_new: bool = False) -> str:
+    """From a file, whoever sits at the terminal, or (unless it `is_new`: that has the present one) the environment."""
     from mullion.repository.credentials import PASSPHRASE_VARIABLE, find_passphrase
 
     if path == "-":
         return sys.stdin.readline().rstrip("\r\n")
-    found = find_passphrase(path)
+    found = find_passphrase(path, {} if is_new else os.environ)
     if found is not None:
         return found
     if not sys.stdin.isatty():
-        raise click.UsageError(f"without a terminal to ask on, give --passphrase-file, or set {PASSPHRASE_VARIABLE}")
-    return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
+        instead = "" if is_new else f", or set {PASSPHRASE_VARIABLE}"
+        raise click.UsageError(f"without a terminal to ask on, give --passphrase-file{instead}")
+    question = "New passphrase" if is_new else "Passphrase"
+    return str(click.prompt(question, hide_input=True, confirmation_prompt=confirm, err=True))
 
 
 def _read_credentials(path: str | None) -> dict[str, str]:

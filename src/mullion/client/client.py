@@ -301,6 +301,10 @@ class Client:
         given = {"url": url, "passphrase": passphrase, "credentials": credentials}
         return self._post(f"/repositories/{_part(name)}/access", given, RepositoryView)
 
+    def change_repository_passphrase(self, name: str, passphrase: str) -> OperationView:
+        """Let another passphrase open it, for everybody, in place of the one that it has."""
+        return self._post(f"/repositories/{_part(name)}/passphrase", {"passphrase": passphrase}, OperationView)
+
     def remove_repository(self, name: str) -> None:
         self._ask("DELETE", f"/repositories/{_part(name)}", None, {})
 

@@ -64,7 +64,10 @@ class WrongKeyError(DeniedError):
     """The passphrase opens none of the repository's keys."""
 
     code = "repository-wrong-key"
-    default_remedy = "Give the passphrase that the repository was made with; without it nothing in it can be read."
+    default_remedy = (
+        "Give the passphrase that opens it now; without it nothing in it can be read. Where it was changed on another "
+        "host, tell this one: mullion backup repository set NAME --passphrase-file FILE"
+    )
 
 
 class SecretFileError(DeniedError):

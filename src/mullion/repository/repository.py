@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from mullion.base.errors import InvalidError, MullionError, NotFoundError
+from mullion.base.errors import MullionError, NotFoundError
 from mullion.repository import sealing
 from mullion.repository.backend import Backend, ObjectMissingError, is_name
 from mullion.repository.chunks import CACHE_BYTES, ChunkReader
@@ -25,19 +25,17 @@ from mullion.repository.errors import (
     RepositoryDamagedError,
     RepositoryExistsError,
     RepositoryMissingError,
-    WrongKeyError,
 )
 from mullion.repository.index import Index, Segment
 from mullion.repository.index_cache import IndexCache
-from mullion.repository.keys import SCRYPT_LOG2_N, SECRET_BYTES, Config, Keys, KeySlot
+from mullion.repository.keys import SCRYPT_LOG2_N, SECRET_BYTES, Config, Keys
 from mullion.repository.lease import Lease
 from mullion.repository.manifest import FOLDER, Manifest, Stored, decode, is_backup_id, manifest_name
+from mullion.repository.slots import KEYS_FOLDER, passphrase_bytes, put_slot, slot_names, unlock
 
 log = logging.getLogger(__name__)
 
-PASSPHRASE_LIMIT_BYTES: Final = 1024
 _INDEX_FOLDER: Final = "index"
-_KEYS_FOLDER: Final = "keys"
 _LIST_TRIES: Final = 5
 SMALL_OBJECT_BYTES: Final = 4096
 
@@ -66,13 +64,13 @@ class Repository:
         secret = os.urandom(SECRET_BYTES)
         keys = Keys.of(secret)
         config = Config(uuid.uuid4().bytes, time.time_ns())
-        slot = KeySlot.wrap(secret, _passphrase_bytes(passphrase), config.repository_id, scrypt_log2_n)
+        passphrase_bytes(passphrase)
         found = [listed.name for listed in backend.list("")]
-        if not all(name.startswith(f"{_KEYS_FOLDER}/") and is_name(name) for name in found):
+        if not all(name.startswith(f"{KEYS_FOLDER}/") and is_name(name) for name in found):
             raise RepositoryExistsError(f"{backend.location} is not empty", repository=backend.location)
         for name in found:  # of a `create` that died: `config` is put last, and makes it a repository
             backend.delete(name)
-        backend.put(f"{_KEYS_FOLDER}/{uuid.uuid4().hex}", [slot.pack()])
+        put_slot(backend, config, secret, passphrase, scrypt_log2_n)
         backend.put(Config.NAME, [config.pack(keys)])
         return cls(backend, config, keys)
 
@@ -88,7 +86,7 @@ class Repository:
         except ObjectMissingError as error:
             raise RepositoryMissingError(f"{location} is no repository", repository=location) from error
         config = Config.unpack(found, location)
-        keys = Keys.of(_unlock(backend, config, _passphrase_bytes(passphrase)))
+        keys = Keys.of(unlock(backend, config, passphrase))
         config.check(found, keys, location)
         return cls(backend, config, keys, index_cache)
 
@@ -117,20 +115,30 @@ class Repository:
 
     # ------------------------------------------------------------------ keys
 
-    def add_passphrase(self, passphrase: str) -> str:
-        """Let another passphrase open it too; the slot's name, for `remove_slot`."""
-        slot = KeySlot.wrap(self.keys.secret, _passphrase_bytes(passphrase), self.config.repository_id)
-        name = f"{_KEYS_FOLDER}/{uuid.uuid4().hex}"
-        self.backend.put(name, [slot.pack()])
-        return name
+    def add_passphrase(self, passphrase: str, *, scrypt_log2_n: int = SCRYPT_LOG2_N) -> tuple[str, ...]:
+        """Let another passphrase open it too, durably; the slots that were there before, for `remove_slots`.
 
-    def remove_other_slots(self, kept: str) -> None:
-        """Let no passphrase open it but that of one slot. Raises: NotFoundError when that is not there."""
-        if self.backend.size(kept) is None:
-            raise NotFoundError(f"{self.location}: there is no {kept}", repository=self.location)
-        for name in self.object_names(_KEYS_FOLDER):
-            if name != kept:
-                self.backend.delete(name)
+        Raises: InvalidError; RepositoryDamagedError when the storage does not give back the slot; what it raises.
+        """
+        before = slot_names(self.backend)
+        name = put_slot(self.backend, self.config, self.keys.secret, passphrase, scrypt_log2_n)
+        self._check_slot(passphrase, {name})
+        return before
+
+    def remove_slots(self, names: Collection[str], passphrase: str) -> None:
+        """Let what `add_passphrase` found open it no more, durably; `passphrase` opens what stays.
+
+        Raises: WrongKeyError, RepositoryDamagedError when it does not: then all stay; what the storage raises.
+        """
+        self._check_slot(passphrase, set(slot_names(self.backend)) - set(names))
+        for name in names:
+            self.backend.delete(name, durable=True)
+
+    def _check_slot(self, passphrase: str, among: Collection[str]) -> None:
+        if unlock(self.backend, self.config, passphrase, only=among) != self.keys.secret:
+            raise RepositoryDamagedError(
+                f"{self.location}: the slot of the new passphrase has another secret", repository=self.location
+            )
 
     # ------------------------------------------------------------------ backups
 
@@ -284,39 +292,3 @@ class Repository:
 def mark_name(backup_id: str) -> str:
     """The empty object that says: chunks of this backup are lost, so nothing must be built on it."""
     return f"damaged/{backup_id}"
-
-
-def _unlock(backend: Backend, config: Config, passphrase: bytes) -> bytes:
-    """The secret. A damaged slot is told only when no other opens."""
-    damage: RepositoryDamagedError | None = None
-    tried = 0
-    for name in [listed.name for listed in backend.list(_KEYS_FOLDER) if is_name(listed.name)]:
-        try:
-            slot = KeySlot.unpack(backend.get(name, 0, SMALL_OBJECT_BYTES), backend.location, name)
-        except RepositoryDamagedError as error:
-            damage = error
-            continue
-        tried += 1
-        if slot.repository_id == config.repository_id and (secret := slot.unwrap(passphrase)) is not None:
-            return secret
-    if damage is not None:
-        raise damage
-    if not tried:
-        raise RepositoryDamagedError(
-            f"{backend.location}: all of its keys are missing",
-            repository=backend.location,
-            name=_KEYS_FOLDER,
-            remedy="Bring back the folder `keys` from a copy of the repository: nothing can be read without.",
-        )
-    raise WrongKeyError(
-        f"{backend.location}: the passphrase opens none of the repository's keys ({tried})", repository=backend.location
-    )
-
-
-def _passphrase_bytes(passphrase: str) -> bytes:
-    encoded = passphrase.encode()
-    if not encoded or len(encoded) > PASSPHRASE_LIMIT_BYTES:
-        raise InvalidError(
-            f"the passphrase has {len(encoded)} bytes", remedy=f"Choose one of 1 to {PASSPHRASE_LIMIT_BYTES} bytes."
-        )
-    return encoded

@@ -153,7 +153,9 @@ def _check_keys(repository: Repository, names: Iterable[str], report: Report) ->
                     != repository.config.repository_id
                 ):
                     report.say(name, f"{location}: {name} is a key of another repository")
-            except (RepositoryDamagedError, ObjectMissingError) as error:
+            except ObjectMissingError:
+                continue  # the passphrase was changed since: another slot took its place
+            except RepositoryDamagedError as error:
                 report.add(error, name)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from mullion.base.block import BlockDevice, Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.base.units import KIB
 from mullion.repository import Manifest, Repository, begin_backup
+from mullion.repository.errors import WrongKeyError
 from mullion.repository.fake import FakeBackend
 
 CHUNK = 64 * KIB
@@ -74,6 +75,15 @@ def scattered(size: int, seed: int, *, pieces: int = 6) -> bytearray:
 def new_repository(*, pack_bytes: int = 256 * KIB) -> tuple[Repository, FakeBackend]:
     backend = FakeBackend(pack_bytes)
     return Repository.create(backend, PASSPHRASE, scrypt_log2_n=QUICK_SCRYPT), backend
+
+
+def opens(backend: FakeBackend, passphrase: str) -> bool:
+    """Whether a passphrase is one of the repository's."""
+    try:
+        Repository.open(backend, passphrase)
+    except WrongKeyError:
+        return False
+    return True
 
 
 def back_up(

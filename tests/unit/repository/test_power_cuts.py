@@ -12,10 +12,12 @@ import pytest
 from tests.unit.repository.disks import (
     CHUNK,
     PASSPHRASE,
+    QUICK_SCRYPT,
     MemoryDisk,
     back_up,
     content_of,
     new_repository,
+    opens,
     scattered,
 )
 
@@ -141,6 +143,42 @@ def test_a_backup() -> None:
             assert content_of(repository.open_disk(manifest, "disk0")) == disk.content
 
     assert cut_everywhere(backend, operation, check) > 4
+
+
+def test_a_passphrase_that_takes_the_place_of_another() -> None:
+    """Old, both or new: never neither; and what is acknowledged is the new one alone."""
+    _, backend = new_repository()
+    fuse, is_over = 0, False
+    while not is_over:
+        here = of_objects(backend.objects, backend.pack_bytes)
+
+        def blow(number: int, fuse: int = fuse) -> None:
+            if number >= fuse:
+                raise CutError
+
+        here.before_change = blow
+        try:
+            take_place(here, PASSPHRASE)
+            is_over = True
+        except CutError:
+            pass
+        for seed in range(STATES):
+            left = here.after_cut(random.Random(f"{fuse} {seed}"))
+            opening = [words for words in (PASSPHRASE, "the new one") if opens(left, words)]
+            assert opening
+            assert opening == ["the new one"] or not is_over
+            take_place(left, opening[0])
+            assert opens(left, "the new one")
+            assert not opens(left, PASSPHRASE)
+            assert len(left.objects) == 2, "config and one slot"
+        fuse += 1
+    assert fuse > 2
+
+
+def take_place(backend: FakeBackend, present: str) -> None:
+    repository = Repository.open(backend, present)
+    replaced = repository.add_passphrase("the new one", scrypt_log2_n=QUICK_SCRYPT)
+    Repository.open(backend, "the new one").remove_slots(replaced, "the new one")
 
 
 def test_a_prune() -> None:

@@ -30,6 +30,7 @@ from mullion.parent.operations import InterruptedError as OperationInterruptedEr
 from mullion.parent.operations import Operation, Operations
 from mullion.parent.store import Condition, Delete, Put, Store
 from mullion.services.backup.instant import Homecomings
+from mullion.services.backup.passphrase import PassphraseChanges
 from mullion.services.backup.record import (
     BASES,
     MARK,
@@ -73,6 +74,7 @@ class BackupController:
         self._checkpoints = checkpoints
         self._disks = disks
         self.repositories = Repositories(store, events, paths)
+        self.passphrases = PassphraseChanges(operations, events, self.repositories)
         self.homecomings = Homecomings(
             operations=operations,
             events=events,
@@ -91,6 +93,7 @@ class BackupController:
             self._bases[base.key] = (base, entry.revision)
         self._partitions.on_deleted.append(self._forget_partition)
         self.homecomings.open()
+        self.passphrases.open()
         self._operations.register_resume("backup.create", self._give_up_backup)
         self._operations.register_resume("backup.restore", self._give_up_restore)
 

@@ -12,12 +12,13 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError, NotFoundError
+from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError, MullionError, NotFoundError
 from mullion.base.files import replace_file
 from mullion.base.paths import HostPaths
 from mullion.base.units import utc_now
@@ -42,6 +43,8 @@ CREDENTIALS: Final = frozenset(
     }
 )
 """The fields of `repository.credentials.Credentials`, which the service does not import."""
+WRONG_KEY: Final = "repository-wrong-key"
+"""The code of `repository.errors.WrongKeyError`, likewise."""
 
 
 class RepositorySource(NamedTuple):
@@ -60,6 +63,7 @@ class Repositories:
         self._events = events
         self._paths = paths
         self._known: dict[str, tuple[RepositoryRecord, int]] = {}
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def open(self) -> None:
         """Read what is known."""
@@ -95,7 +99,7 @@ class Repositories:
         secret = _secret(passphrase, credentials)
         said = await self.work({"action": "add", "url": url, "secret": secret, "create": create})
         record = RepositoryRecord(name, url, utc_now(), said["repository_id"])
-        await asyncio.to_thread(self._write_secret, name, secret)
+        await self.write_secret(name, secret)
         revision = await self._store.transact([Condition(record.key, 0)], [Put(record.key, record.encode())])
         self._known[name] = (record, revision)
         self._events.publish("backup.repository-added", f"repository/{name}", {"url": url})
@@ -109,6 +113,12 @@ class Repositories:
         What waits for it goes on by itself. A crash in between may leave the new secrets with the old place.
         Raises: NotFoundError; InvalidError; ConflictError when it is another repository; as `add`.
         """
+        async with self.turn(name):
+            return await self._change_access(name, url, passphrase, credentials)
+
+    async def _change_access(
+        self, name: str, url: str | None, passphrase: str | None, credentials: Mapping[str, str] | None
+    ) -> RepositoryView:
         record, revision = self._find(name)
         known = await asyncio.to_thread(self.source, name)
         secret = _secret(
@@ -123,7 +133,7 @@ class Repositories:
                 remedy="Add it under a name of its own: mullion backup repository add NAME PLACE",
             )
         changed = msgspec.structs.replace(record, url=place, repository_id=said["repository_id"])
-        await asyncio.to_thread(self._write_secret, name, secret)
+        await self.write_secret(name, secret)
         revision = await self._store.transact([Condition(record.key, revision)], [Put(record.key, changed.encode())])
         self._known[name] = (changed, revision)
         self._events.publish("backup.repository-changed", f"repository/{name}", {"url": place})
@@ -131,6 +141,10 @@ class Repositories:
 
     async def remove(self, name: str) -> None:
         """Forget a repository and its secrets; its files stay. Raises: NotFoundError."""
+        async with self.turn(name):
+            await self._remove(name)
+
+    async def _remove(self, name: str) -> None:
         record, revision = self._find(name)
         await self._store.transact([Condition(record.key, revision)], [Delete(record.key)])
         del self._known[name]
@@ -165,15 +179,25 @@ class Repositories:
     def source(self, repository: str | None) -> RepositorySource:
         """What a process needs to open a repository. Raises: as `choose`."""
         record, _ = self._find(self.choose(repository))
-        with open(self._secret_path(record.name), "rb") as file:
-            secret: dict[str, Any] = json.loads(file.read())
+        kept = self._read_secret(record.name)
+        secret = {field: kept[field] for field in ("passphrase", "credentials")}
         return RepositorySource(record.url, secret, self._paths.index_cache(record.name))
 
     async def ask(
         self, repository: str, action: str, operation: Operation | None = None, **arguments: object
     ) -> Mapping[str, Any]:
-        """Have a worker act on a repository. Raises: what it ends with."""
-        return await self.work({"action": action, **self.source(repository)._asdict(), **arguments}, operation)
+        """Have a worker act on a repository, and again when its passphrase was changed just then.
+
+        Raises: what it ends with.
+        """
+        source = self.source(repository)
+        try:
+            return await self.work({"action": action, **source._asdict(), **arguments}, operation)
+        except MullionError as error:
+            changed = self.source(repository)
+            if error.code != WRONG_KEY or changed.secret == source.secret:
+                raise
+        return await self.work({"action": action, **changed._asdict(), **arguments}, operation)
 
     async def work(self, request: Mapping[str, object], operation: Operation | None = None) -> Mapping[str, Any]:
         """Have a worker carry out a request, and the operation say how far it is. Raises: what it ends with."""
@@ -186,6 +210,23 @@ class Repositories:
 
     def _secret_path(self, name: str) -> str:
         return f"{self._paths.secrets}/repository-{name}.json"
+
+    def turn(self, name: str) -> asyncio.Lock:
+        """Who holds it may read a repository's secret file and write it again; others read what is there."""
+        return self._turns[name]
+
+    async def read_secret(self, name: str) -> dict[str, Any]:
+        """All that a known repository's secret file says. Raises: NotFoundError."""
+        return await asyncio.to_thread(self._read_secret, self._find(name)[0].name)
+
+    async def write_secret(self, name: str, secret: Mapping[str, object]) -> None:
+        """Durably: a crash leaves what was there or this."""
+        await asyncio.to_thread(self._write_secret, name, secret)
+
+    def _read_secret(self, name: str) -> dict[str, Any]:
+        with open(self._secret_path(name), "rb") as file:
+            secret: dict[str, Any] = json.loads(file.read())
+        return secret
 
     def _write_secret(self, name: str, secret: Mapping[str, object]) -> None:
         os.makedirs(self._paths.secrets, mode=0o700, exist_ok=True)

@@ -39,6 +39,12 @@ class Access(Struct, frozen=True, forbid_unknown_fields=True):
     credentials: dict[str, str] | None = None
 
 
+class NewPassphrase(Struct, frozen=True, forbid_unknown_fields=True):
+    """What opens a repository from now on, in place of what did."""
+
+    passphrase: Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
 class NewBackup(Struct, frozen=True, forbid_unknown_fields=True):
     """`consistent` freezes the guest's filesystems for an instant; `full` reads everything again."""
 
@@ -128,6 +134,14 @@ async def change_access(
     return Response(view, status_code=200)
 
 
+@post("/1.0/repositories/{name:str}/passphrase", tags=_TAGS, status_code=202)
+async def change_passphrase(
+    name: PathName, backups: Service[BackupController], data: JSONBody[NewPassphrase]
+) -> Response[OperationView]:
+    """Let another passphrase open a repository, for everybody; the one that it had does so no more."""
+    return accepted(await backups.passphrases.begin(name, data.passphrase))
+
+
 @delete("/1.0/repositories/{name:str}", tags=_TAGS)
 async def remove_repository(backups: Service[BackupController], name: PathName) -> None:
     """Forget a repository; what is in it stays."""
@@ -212,6 +226,7 @@ ROUTES: Final = (
     list_repositories,
     add_repository,
     change_access,
+    change_passphrase,
     remove_repository,
     list_backups,
     create_backup,

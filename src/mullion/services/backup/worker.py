@@ -136,6 +136,19 @@ def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
         }
 
 
+def _add_passphrase(request: Request, _tell: Tell) -> Mapping[str, Any]:
+    """Let another passphrase open the repository too; the slots that it is to replace."""
+    with _open(request) as repository:
+        return {"replaced": list(repository.add_passphrase(request["new_passphrase"]))}
+
+
+def _remove_slots(request: Request, _tell: Tell) -> Mapping[str, Any]:
+    """Let only the present passphrase open the repository, which is in another slot than these."""
+    with _open(request) as repository:
+        repository.remove_slots(request["slots"], request["secret"]["passphrase"])
+        return {}
+
+
 def _backup(request: Request, tell: Tell) -> Mapping[str, Any]:
     """Back up frozen chains. Where a disk says since which file, only what the layers above it hold is read."""
     with _open_nearer(request) as repository:
@@ -351,6 +364,8 @@ def _described(manifest: Manifest) -> Mapping[str, Any]:
 
 _ACTIONS: Final[Mapping[str, Callable[[Request, Tell], Mapping[str, Any]]]] = {
     "add": _add,
+    "add-passphrase": _add_passphrase,
+    "remove-slots": _remove_slots,
     "backup": _backup,
     "list": _list,
     "show": _show,

@@ -89,7 +89,8 @@ def _coming_home(record: PartitionRecord, origin: BackupOrigin, runtime: Runtime
         reason = f"reads of blocks that are only in backup {origin.backup} wait: {runtime.waits_for_backup}"
         remedy = (
             "Mend the way to the repository, or say where it is now: "
-            f"mullion backup repository set {origin.repository} PLACE. Then the partition goes on, nothing is lost."
+            f"mullion backup repository set {origin.repository} PLACE; where its passphrase was changed, with "
+            "--passphrase-file FILE in place of PLACE. Then the partition goes on, nothing is lost."
         )
         return reason, remedy
     disks = ", ".join(record.coming_home)
