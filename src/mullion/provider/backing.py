@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 _DURABLE_BYTES: Final = 64 * MIB
 """After so much what came home is made durable: the most that a kill has to bring again."""
+_QUIET_S: Final = 0.02
+_LONGEST_S: Final = 0.25
+"""A block waits until nobody has asked the backup for so long, but not longer than that: guests' reads come first."""
 _TROUBLE_S: Final = 5.0
 """Until what could not be written or read is tried again."""
 _NICE: Final = 10
@@ -133,6 +136,7 @@ class Homecoming:
                 return False
             count = sum(length for _, length in pieces)
             if filling.lacks(block):
+                self._give_way()
                 begun_s = time.monotonic()
                 filling.fill(block, [self._read(block, *piece) for piece in pieces])
                 waiting_bytes += count
@@ -144,6 +148,13 @@ class Homecoming:
             self._done_bytes += count
             self._trouble = None
         return True
+
+    def _give_way(self) -> None:
+        """Let whoever reads blocks that are not home have the server and the processor to himself."""
+        until_s = time.monotonic() + _LONGEST_S
+        while (now_s := time.monotonic()) < until_s and now_s - self._backing.asked_s < _QUIET_S:
+            if self._stopped.wait(_QUIET_S):
+                return
 
     def _read(self, block: int, offset: int, length: int) -> tuple[int, bytearray]:
         """A piece of the backup, and where in its block it is."""

@@ -54,6 +54,8 @@ class SteadyReader:
         self._closed = threading.Event()
         self._callers = 0
         self._callers_lock = threading.Lock()
+        self.asked_s = float("-inf")
+        """When somebody asked last, by `time.monotonic`."""
         self.reason: str | None = None
         """Why requests wait; None when they do not."""
 
@@ -98,6 +100,7 @@ class SteadyReader:
 
     def _persist(self, ask: Callable[[NbdClient], _T]) -> _T:
         """Ask until the server answers."""
+        self.asked_s = time.monotonic()
         with self._callers_lock:
             self._callers += 1
         try:
