@@ -71,7 +71,8 @@ def repair(
 ) -> Repair:
     """Make the index again, durable before the old one goes, and leave damaged packs behind.
 
-    `read_data=False` reads the packs' directories only: enough for a lost index, while damaged chunks stay unseen.
+    `read_data=False` reads the packs' directories only: enough for a lost index, while damaged chunks stay unseen. What
+    an earlier repair has left behind stays so, for nobody looks whether it is whole.
     Raises: RepositoryBusyError while anybody else works on the repository; LeaseLostError; what the storage raises.
     """
     done = Repair()
@@ -81,7 +82,7 @@ def repair(
         old = list(repository.object_names("index"))
         packs = _sort(repository, _known(repository, old, before), before, read_data=read_data, progress=progress)
         done.found = before.findings
-        _rescue(repository, packs, done, progress)
+        _rescue(repository, packs, done, are_read=read_data, progress=progress)
         lease.check()
         # Named with nothing in them, or the next backup would take damaged packs for those of an interrupted one.
         put_segment(backend, keys, build_segment({**packs.whole, **dict.fromkeys(packs.damaged, ())}))
@@ -129,8 +130,12 @@ def _sort(
             report.add(error, name)
         if scanned.errors:
             packs.damaged[pack_id] = known.get(pack_id, []) if scanned.entries is None else scanned.entries
+            continue
+        assert scanned.entries is not None
+        if not read_data and scanned.entries and known.get(pack_id) == []:
+            report.say(name, f"{repository.location}: {name} was left behind by an earlier repair, and is not read now")
+            packs.damaged[pack_id] = scanned.entries
         else:
-            assert scanned.entries is not None
             packs.whole[pack_id] = scanned.entries
     gone = known.keys() - packs.whole.keys() - packs.damaged.keys()
     packs.missing = {pack_id: known[pack_id] for pack_id in gone if known[pack_id]}
@@ -139,8 +144,11 @@ def _sort(
     return packs
 
 
-def _rescue(repository: Repository, packs: _Sorted, done: Repair, progress: Progress) -> None:
-    """Copy what is whole in damaged packs, and nowhere else, into new packs and a segment of their own; durable."""
+def _rescue(repository: Repository, packs: _Sorted, done: Repair, *, are_read: bool, progress: Progress) -> None:
+    """Copy what is whole in damaged packs, and nowhere else, into new packs and a segment of their own; durable.
+
+    Where packs were not read, nobody knows whether a copy in one of them is whole: then that does not count.
+    """
     stored = Index()
     for pack_id, entries in packs.whole.items():
         stored.add(pack_id, entries)
@@ -149,7 +157,11 @@ def _rescue(repository: Repository, packs: _Sorted, done: Repair, progress: Prog
     try:
         for number, (pack_id, entries) in enumerate(packs.damaged.items()):
             progress("rescuing", number, len(packs.damaged))
-            wanted = [entry for entry in entries if entry.chunk_id not in stored and entry.chunk_id not in rescued]
+            wanted = [
+                entry
+                for entry in entries
+                if entry.chunk_id not in rescued and not (are_read and entry.chunk_id in stored)
+            ]
             for chunk_id, content in _readable(repository, pack_id, wanted):
                 if chunk_id not in rescued:
                     writer.add_chunk(chunk_id, content)

@@ -98,6 +98,44 @@ def test_a_quick_repair_reads_directories_only() -> None:
     assert [finding.name for finding in repair(repository).found] == [name]
 
 
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_quick_repair_does_not_take_up_what_an_earlier_one_has_left_behind(discard: bool) -> None:
+    """Its directory is whole, and its damaged chunk would be taken for stored by the next backup."""
+    repository, backend = new_repository()
+    disk = MemoryDisk(scattered(2 * MIB, 7))
+    back_up(repository, disk)
+    (name,) = packs(backend)
+    flip(backend, name, 1000)
+    assert repair(repository).left == [name]
+    done = repair(repository, read_data=False, discard=discard)
+    assert (done.left, done.discarded) == (([], [name]) if discard else ([name], []))
+    manifest = back_up(repository, disk)
+    assert content_of(repository.open_disk(manifest, "disk0")) == disk.content
+    assert not verify(repository).damaged
+
+
+def test_a_copy_that_nobody_has_read_is_no_reason_to_discard_another() -> None:
+    """A chunk is in two packs: damaged in the one with a directory, whole in the one without."""
+    repository, backend = new_repository()
+    manifest = back_up(repository, MemoryDisk(scattered(3 * MIB, 1)))
+    (first,) = packs(backend)
+    segments = {name: backend.objects.pop(name) for name in list(backend.objects) if name.startswith("index/")}
+    kept = backend.objects.pop(first)
+    repository.reload_index()
+    back_up(repository, MemoryDisk(scattered(3 * MIB, 1)))
+    (second,) = packs(backend)
+    backend.objects |= {first: kept, **segments}
+    repository.reload_index()
+    flip(backend, first, 1000)
+    flip(backend, second, -20)  # within the directory
+    repair(repository, read_data=False, discard=True)
+    assert second not in backend.objects
+    done = repair(repository)
+    assert done.lost_chunks == 0
+    assert not done.after.damaged
+    assert content_of(repository.open_disk(manifest, "disk0")) == scattered(3 * MIB, 1)
+
+
 def test_nothing_is_touched_while_another_works_on_the_repository() -> None:
     repository, backend = new_repository()
     back_up(repository, MemoryDisk(scattered(MIB, 6)))
