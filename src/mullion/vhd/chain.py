@@ -563,16 +563,16 @@ class Chain:
                 if not self._unfinished:
                     top, writer = self._top, self._writer
                     break
+        self._sync(top, writer)
+
+    def _flush(self) -> None:
+        self._sync(self._top, self._writer)
+
+    def _sync(self, top: Image, writer: TopWriter | None) -> None:
         if writer is not None:
             writer.flush()
         else:
             self._io.fdatasync(top.fd)
-
-    def _flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
-        else:
-            self._io.fdatasync(self._top.fd)
 
     def discard(self, offset: int, length: int) -> None:
         """Punch holes where the top alone holds the data; elsewhere nothing changes. Reads zeros or as before."""

@@ -80,13 +80,14 @@ class Filling:
         """
         if not self.lacks(block):
             return
+        pieces = [(within, (content,)) for within, content in runs]
         if block in self._doubtful:
-            self._writer.write_runs_again(block, runs)
+            self._writer.write_runs_again(block, pieces)
             self._doubtful.discard(block)
             return
         if self._writer.is_full:
             self.flush()
-        self._writer.write_runs(block, runs)
+        self._writer.write_runs(block, pieces)
         self._unflushed.add(block)
         self._chain.look_again(block * self.block_bytes, self.block_bytes)
 

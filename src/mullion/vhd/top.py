@@ -55,6 +55,10 @@ _RECORDS_PER_WRITE: Final = 2
 _BLANK_ENTRY: Final = bat_table.UNALLOCATED.to_bytes(bat_table.ENTRY_BYTES, "big")
 
 
+Run = tuple[int, Sequence[Buffer]]
+"""Offset in a block, content."""
+
+
 @dataclass(slots=True)
 class _Changes:
     """Metadata that waits for a flush, or is being flushed."""
@@ -87,6 +91,8 @@ class TopWriter:
         self.sectors = self.block_bytes // SECTOR_BYTES
         """Of a block."""
         self._bitmap_bytes = image.bitmap_bytes
+        self._full_bitmap = b"\xff" * self._bitmap_bytes
+        """Of a dynamic disk's block."""
         self._next = image.footer_offset
         self._has_grown = False
         self._flush_lock = threading.Lock()
@@ -166,21 +172,13 @@ class TopWriter:
 
         Raises: OSError, with nothing changed that can be seen; VhdUnsupportedError at the format's limit.
         """
-        start = self._take_slot()
         first, count = within // SECTOR_BYTES, length // SECTOR_BYTES
         if self.is_child:
             bits = bitmap.mask(first, count, self.sectors)
             raw = bitmap.to_raw(bits, self.sectors, self._bitmap_bytes)
         else:
-            bits, raw = 0, b"\xff" * self._bitmap_bytes
-        fd = self.image.fd
-        try:
-            self._io.write_all(fd, [raw], start)
-            self._io.write_all(fd, buffers, start + self._bitmap_bytes + within)
-        except OSError:
-            self._give_back(start)
-            raise
-        entry = start // SECTOR_BYTES
+            bits, raw = 0, self._full_bitmap
+        entry = self._write_slot(raw, [(within, buffers)])
         records = [Record(RecordKind.ALLOC, block, entry, 0)]
         if self.is_child and count:
             records.append(Record(RecordKind.BITS, block, first, count))
@@ -190,31 +188,34 @@ class TopWriter:
             if self.is_child:
                 self._waiting.bits[block] = bits
 
-    def write_runs(self, block: int, runs: Sequence[tuple[int, Buffer]]) -> None:
-        """Allocate a dynamic disk's block that has data in some runs (offset in the block, content), zeros elsewhere.
-
-        Raises: as `write_new`.
-        """
-        start = self._take_slot()
-        try:
-            self._io.write_all(self.image.fd, [b"\xff" * self._bitmap_bytes], start)
-            for within, content in runs:
-                self._io.write_all(self.image.fd, [content], start + self._bitmap_bytes + within)
-        except OSError:
-            self._give_back(start)
-            raise
-        entry = start // SECTOR_BYTES
+    def write_runs(self, block: int, runs: Sequence[Run]) -> None:
+        """Allocate a dynamic disk's block that has data in some runs, and zeros elsewhere. Raises: as `write_new`."""
+        entry = self._write_slot(self._full_bitmap, runs)
         with self._state:
             self._record([Record(RecordKind.ALLOC, block, entry, 0)])
             self._allocate(block, entry)
 
-    def write_runs_again(self, block: int, runs: Sequence[tuple[int, Buffer]]) -> None:
+    def write_runs_again(self, block: int, runs: Sequence[Run]) -> None:
         """Write the same runs of a block that has them, or lost them in a flush that failed. Raises: OSError."""
         start = self.image.block_start(block)
         assert start is not None
-        self._io.write_all(self.image.fd, [b"\xff" * self._bitmap_bytes], start)
-        for within, content in runs:
-            self._io.write_all(self.image.fd, [content], start + self._bitmap_bytes + within)
+        self._write_block(start, self._full_bitmap, runs)
+
+    def _write_slot(self, raw: bytes, runs: Sequence[Run]) -> int:
+        """Write a block into room of its own: the BAT entry that it is to have. Raises: as `write_new`."""
+        start = self._take_slot()
+        try:
+            self._write_block(start, raw, runs)
+        except OSError:
+            self._give_back(start)
+            raise
+        return start // SECTOR_BYTES
+
+    def _write_block(self, start: int, raw: bytes, runs: Sequence[Run]) -> None:
+        """Write the bitmap of a block, and data."""
+        self._io.write_all(self.image.fd, [raw], start)
+        for within, buffers in runs:
+            self._io.write_all(self.image.fd, buffers, start + self._bitmap_bytes + within)
 
     def write_empty(self, block: int) -> int:
         """Allocate a block without content, and return where its data begins. Raises: as `write_new`."""
