@@ -7,11 +7,11 @@ The descriptors that came with the messages are kept for that as long as the con
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mullion.provider.control import close_all
 from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, Session
 from mullion.wire.vhost_user.messages import (
     U64,
@@ -41,18 +41,8 @@ class FrontEnd:
 
     @property
     def fds(self) -> list[int]:
-        """All descriptors, in the order of `with_fds`."""
+        """All descriptors, in the order that `handover` sends them."""
         return [self.connection, *(fd for message in self.messages for fd in message.fds)]
-
-    def with_fds(self, fds: Sequence[int]) -> FrontEnd:
-        """The same, with other numbers for the same descriptors. Raises: ValueError when there are too few."""
-        left = iter(fds)
-        try:
-            connection = next(left)
-            messages = [message._replace(fds=tuple(next(left) for _ in message.fds)) for message in self.messages]
-        except (StopIteration, RuntimeError) as error:
-            raise ValueError("descriptors are missing") from error
-        return FrontEnd(connection, messages)
 
 
 class KeptSetup:
@@ -78,8 +68,8 @@ class KeptSetup:
     def drop(self, request: Request) -> None:
         """What came with such a message is not used any more."""
         old = self._kept.pop(request, None)
-        for fd in () if old is None else old.fds:
-            os.close(fd)
+        if old is not None:
+            close_all(old.fds)
 
     def close(self) -> None:
         """The connection has ended."""
@@ -140,9 +130,7 @@ def say_again(session: Session, messages: Sequence[SetupMessage]) -> None:
                 replies += session.receive(message.payload, ())
         except BaseException:
             for later in messages[number + 1 :]:
-                for fd in later.fds:
-                    os.close(fd)
+                close_all(later.fds)
             raise
         for reply in replies:  # the front-end has had its answer
-            for fd in reply.fds:
-                os.close(fd)
+            close_all(reply.fds)
