@@ -34,6 +34,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from mullion.base.errors import ConflictError, InvalidError, MullionError, OperationFailedError
+from mullion.base.peer import peer_of
+from mullion.provider.control import close_all
 from mullion.provider.control_client import FDS_LIMIT, LineDecoder, descriptors_of, encode
 from mullion.provider.front_end import FrontEnd, SetupMessage
 
@@ -45,7 +47,6 @@ OFFER_S: Final = 100.0
 TAKE_S: Final = 10.0
 """The guest waits."""
 _HEAD: Final = struct.Struct("<II")
-_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _JSON_LIMIT_BYTES: Final = 16 * 1024 * 1024
 _FDS_LIMIT: Final = 64 * 1024
 
@@ -81,8 +82,7 @@ class Offer:
 
     def close(self) -> None:
         """Whoever has taken it has descriptors of his own."""
-        for fd in self.fds():
-            os.close(fd)
+        close_all(self.fds())
 
     def fds(self) -> list[int]:
         """In the order of `to_wire`."""
@@ -175,8 +175,7 @@ def _is_taken(channel: socket.socket, offer: Offer) -> bool:
         answer, fds = _receive(channel)
     except (OSError, HandOverError):  # too slow, or gone
         return False
-    for fd in fds:
-        os.close(fd)
+    close_all(fds)
     return answer.get("take") is True
 
 
@@ -188,7 +187,7 @@ def _end_other(channel: socket.socket) -> None:
     poller.register(channel, 0)  # nothing but the hang-up
     if poller.poll(0):
         return
-    pid = _CREDENTIALS.unpack(channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+    pid = peer_of(channel).pid
     with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours to end: then it ends by itself
         pidfd = os.pidfd_open(pid)
         try:
@@ -230,8 +229,7 @@ class TakeOver:
         try:
             return Offer.from_wire(fields, fds)
         except HandOverError:
-            for fd in fds:
-                os.close(fd)
+            close_all(fds)
             raise
 
     def _refusal(self) -> MullionError:
@@ -297,8 +295,7 @@ def _receive(channel: socket.socket) -> tuple[Mapping[str, object], list[int]]:
         if not isinstance(message, dict):
             raise HandOverError("what came is not an object")
     except BaseException:
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
         raise
     return message, fds
 

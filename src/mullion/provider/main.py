@@ -472,8 +472,7 @@ def _socket_paths(spec: ProviderSpec) -> list[str]:
 
 def _close_files(files: Sequence[Sequence[int]]) -> None:
     for fds in files:
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
 
 
 def _close_sockets(sockets: Mapping[str, socket.socket]) -> None:
