@@ -42,11 +42,10 @@ from mullion.provider.startup import (
     drop_privileges,
     give_file,
     open_chain_files,
-    report,
-    set_process_name,
 )
 from mullion.provider.turnstile import HeldDevice, Turnstile, holding
 from mullion.provider.vhost_export import VhostExport
+from mullion.provider.working import begin_work
 from mullion.vhd.pending import log_path
 from mullion.wire.nbd import NbdExport
 
@@ -76,6 +75,16 @@ class Provider:
 
     def open(self) -> None:
         """Open, bind, drop privileges, load the chains and start to serve. Raises: MullionError, OSError."""
+        try:
+            self._begin()
+        except OSError as error:
+            if not is_no_space(error):
+                raise
+            folders = " or ".join(sorted({os.path.dirname(disk.chain[0]) for disk in self._spec.disks}))
+            what = f"no space left in {folders}: the provider cannot finish what it left unwritten"
+            raise NoSpaceError(what) from error
+
+    def _begin(self) -> None:
         offer = None
         if self._spec.takes_over:
             offer = self._take_over()
@@ -241,10 +250,8 @@ class Provider:
             served.start()
 
     def ready(self) -> Mapping[str, object]:
-        """What is told to whoever waits for the start."""
+        """What is told to whoever waits for the start, beside that."""
         return {
-            "ready": True,
-            "pid": os.getpid(),
             "disks": [
                 {
                     "id": served.spec.id,
@@ -421,28 +428,12 @@ class Provider:
 
 def run(spec: ProviderSpec, report_fd: int) -> int:
     """Be a provider until the end; the exit status. `report_fd` gets the line that says ready or why not."""
-    set_process_name(PROCESS_NAME)
     threading.stack_size(_THREAD_STACK_BYTES)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     provider = Provider(spec)
-    # The interpreter writes the byte itself, at once: a handler in Python may run only when epoll has returned.
-    signal.set_wakeup_fd(provider.quit_fd, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    try:
-        provider.open()
-    except MullionError as error:
-        log.error("%s: %s", spec.partition, error)
-        report(report_fd, {"error": error.to_wire(), "pid": os.getpid()})
+    if not begin_work(
+        provider, spec, what="provider", process_name=PROCESS_NAME, report_fd=report_fd, about=provider.ready
+    ):
         return 1
-    except OSError as error:
-        failure: MullionError = OperationFailedError(f"the provider cannot start: {error}", remedy=f"See {spec.log}.")
-        if is_no_space(error):
-            folders = " or ".join(sorted({os.path.dirname(disk.chain[0]) for disk in spec.disks}))
-            failure = NoSpaceError(f"no space left in {folders}: the provider cannot finish what it left unwritten")
-        log.error("%s: %s", spec.partition, failure)
-        report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
-        return 1
-    report(report_fd, provider.ready())
     provider.run()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)

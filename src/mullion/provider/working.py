@@ -1,8 +1,8 @@
-"""What the processes beside a provider have in common: a merge worker's and an exporter's start, end and manners.
+"""What a provider and the processes beside it, merge workers and exporters, have in common: start, end and manners.
 
-A zygote forks them as it forks providers. Each opens what it needs with the rights it was given, says that it is ready
-in one JSON line (`{"ready": true, "pid": n}`, or `{"error": {…}, "pid": n}`), and ends on SIGTERM or `quit`, which both
-write to its `quit_fd`. ^C at the parent's terminal is not for them.
+A zygote forks them. Each opens what it needs with the rights it was given, says that it is ready in one JSON line
+(`{"ready": true, "pid": n}` and more, or `{"error": {…}, "pid": n}`), and ends on SIGTERM or `quit`, which both write
+to its `quit_fd`. ^C at the parent's terminal is not for them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from mullion.base.errors import MullionError, OperationFailedError
@@ -46,10 +47,19 @@ class WorkSpec(Protocol):
     def log(self) -> str: ...
 
 
-def begin_work(work: Work, spec: WorkSpec, *, what: str, process_name: str, report_fd: int) -> bool:
-    """Begin, and say so on `report_fd`; False, when that has said why it is impossible."""
+def begin_work(
+    work: Work,
+    spec: WorkSpec,
+    *,
+    what: str,
+    process_name: str,
+    report_fd: int,
+    about: Callable[[], Mapping[str, object]] = dict,
+) -> bool:
+    """Begin, and say so on `report_fd`, with what `about` adds; False, when that has said why it is impossible."""
     set_process_name(process_name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The interpreter writes the byte itself, at once: a handler in Python may run only when epoll has returned.
     signal.set_wakeup_fd(work.quit_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     try:
@@ -61,7 +71,7 @@ def begin_work(work: Work, spec: WorkSpec, *, what: str, process_name: str, repo
         log.error("%s: %s", spec.partition, failure)
         report(report_fd, {"error": failure.to_wire(), "pid": os.getpid()})
         return False
-    report(report_fd, {"ready": True, "pid": os.getpid()})
+    report(report_fd, {"ready": True, "pid": os.getpid(), **about()})
     return True
 
 
