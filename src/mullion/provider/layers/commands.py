@@ -48,7 +48,7 @@ class LayerControl:
 
     def limits(self, disk_id: str | None) -> Limits:
         """The caps in force for a disk, or (None) for all together."""
-        return Limits.from_fields(self._throttle.status(disk_id)["limits"], "limits")
+        return self._throttle.limits(disk_id)
 
     def add_waker(self, waker: Callable[[], None]) -> None:
         self._throttle.add_waker(waker)

@@ -212,13 +212,18 @@ class Throttle:
         for waker in self._wakers:
             waker()
 
+    def limits(self, disk_id: str | None) -> Limits:
+        """The caps in force for a disk, or (None) for all together."""
+        return (self.group if disk_id is None else self.lane(disk_id).buckets).limits
+
     def status(self, disk_id: str | None) -> Mapping[str, object]:
         """The caps of a disk and how long its requests waited; of the partition, the caps only."""
+        limits = self.limits(disk_id).to_fields()
         if disk_id is None:
-            return {"limits": self.group.limits.to_fields()}
+            return {"limits": limits}
         lane = self.lane(disk_id)
         return {
-            "limits": lane.buckets.limits.to_fields(),
+            "limits": limits,
             "waits": lane.waits,
             "waited_s": round(lane.waited_s, 3),
             "waiting": lane.waiting,
