@@ -44,7 +44,7 @@ class ExportedDisk:
             raise InvalidError(f"{where}: since and bitmap go together")
         backing = fields.get("backing")
         if backing is not None:
-            _socket(_path(backing, f"{where}.backing"), f"{where}.backing")
+            _socket(backing, f"{where}.backing")
         chain = _chain(fields.get("chain"), f"{where}.chain")
         return cls(_name(fields.get("id"), f"{where}.id"), chain, since, bitmap, backing)
 
