@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from mullion.base.block import BlockDevice, Buffer, Extent, ExtentKind, WritableBuffer
 from mullion.base.units import KIB
 from mullion.repository import Manifest, Repository, begin_backup
+from mullion.repository.backend import Backend
 from mullion.repository.errors import WrongKeyError
 from mullion.repository.fake import FakeBackend
+from mullion.repository.verify import verify
 
 CHUNK = 64 * KIB
 PASSPHRASE = "correct horse"
@@ -77,7 +79,30 @@ def new_repository(*, pack_bytes: int = 256 * KIB) -> tuple[Repository, FakeBack
     return Repository.create(backend, PASSPHRASE, scrypt_log2_n=QUICK_SCRYPT), backend
 
 
-def opens(backend: FakeBackend, passphrase: str) -> bool:
+class EndedError(BaseException):
+    """Nothing is done any more."""
+
+
+def end_at(backend: FakeBackend, fuse: int) -> None:
+    """From this change on nothing works any more."""
+
+    def blow(number: int) -> None:
+        if number >= fuse:
+            raise EndedError
+
+    backend.changes = 0
+    backend.before_change = blow
+
+
+def check_whole(repository: Repository, expected: dict[str, bytes]) -> None:
+    """The repository is whole, and these backups of a disk, by their ids, have this content."""
+    report = verify(repository)
+    assert report.is_whole, report
+    for backup_id, content in expected.items():
+        assert content_of(repository.open_disk(repository.backup(backup_id), "disk0")) == content
+
+
+def opens(backend: Backend, passphrase: str) -> bool:
     """Whether a passphrase is one of the repository's."""
     try:
         Repository.open(backend, passphrase)

@@ -9,9 +9,12 @@ from tests.unit.repository.disks import (
     CHUNK,
     PASSPHRASE,
     QUICK_SCRYPT,
+    EndedError,
     MemoryDisk,
     back_up,
+    check_whole,
     content_of,
+    end_at,
     new_repository,
     scattered,
 )
@@ -29,25 +32,10 @@ from mullion.repository.verify import verify
 pytestmark = pytest.mark.unit
 
 
-class KilledError(BaseException):
-    """The process ended here."""
-
-
 @pytest.fixture(autouse=True)
 def others_are_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was killed cannot be told from this process by its pid, so every other lease counts as dead."""
     monkeypatch.setattr(Holder, "is_dead", property(lambda self: True))
-
-
-def end_at(backend: FakeBackend, fuse: int) -> None:
-    """From this change on nothing works any more."""
-
-    def blow(number: int) -> None:
-        if number >= fuse:
-            raise KilledError
-
-    backend.changes = 0
-    backend.before_change = blow
 
 
 def ended_everywhere(
@@ -61,7 +49,7 @@ def ended_everywhere(
         end_at(copy, fuse)
         try:
             operation(repository)
-        except KilledError:
+        except EndedError:
             is_over = False
         else:
             is_over = True
@@ -74,13 +62,6 @@ def ended_everywhere(
         check(repository, True)
         assert not [name for name in survivor.objects if name.startswith("leases/")]
         fuse += 1
-
-
-def all_right(repository: Repository, expected: dict[str, bytes]) -> None:
-    report = verify(repository)
-    assert report.is_whole, report
-    for backup_id, content in expected.items():
-        assert content_of(repository.open_disk(repository.backup(backup_id), "disk0")) == content
 
 
 def test_a_backup_ends_anywhere() -> None:
@@ -97,7 +78,7 @@ def test_a_backup_ends_anywhere() -> None:
         return manifest
 
     def check(repository: Repository, is_over: bool) -> None:
-        all_right(repository, {first.id: before})
+        check_whole(repository, {first.id: before})
         others = [manifest for manifest in repository.backups() if manifest.id != first.id]
         assert bool(others) or not is_over
         for manifest in others:
@@ -111,7 +92,7 @@ def test_what_an_interrupted_backup_stored_is_used() -> None:
     repository, backend = new_repository(pack_bytes=CHUNK)
     disk = MemoryDisk(scattered(4 * MIB, 7, pieces=30))
     end_at(backend, 6)
-    with pytest.raises(KilledError):
+    with pytest.raises(EndedError):
         back_up(repository, disk)
     packs = {name for name in backend.objects if name.startswith("packs/")}
     assert len(packs) == 5
@@ -137,7 +118,7 @@ def test_a_prune_ends_anywhere() -> None:
     kept = {manifests[1].id: contents[1], manifests[3].id: contents[3]}
 
     def check(repository: Repository, is_over: bool) -> None:
-        all_right(repository, kept)
+        check_whole(repository, kept)
         if is_over:
             assert set(repository.backup_ids()) == set(kept)
             assert prune(repository).freed_bytes == 0
@@ -153,7 +134,7 @@ def test_a_repair_of_the_index_ends_anywhere() -> None:
     ended_everywhere(
         backend,
         repair,
-        lambda repository, is_over: all_right(repository, {manifest.id: bytes(disk.content)}),
+        lambda repository, is_over: check_whole(repository, {manifest.id: bytes(disk.content)}),
     )
 
 
@@ -161,7 +142,7 @@ def test_making_a_repository_ends_anywhere() -> None:
     for fuse in range(2):
         backend = FakeBackend()
         end_at(backend, fuse)
-        with pytest.raises(KilledError):
+        with pytest.raises(EndedError):
             Repository.create(backend, PASSPHRASE, scrypt_log2_n=QUICK_SCRYPT)
         survivor = backend.copy()
         with pytest.raises(RepositoryMissingError):

@@ -5,6 +5,7 @@ What a cut may leave (`local`): every object that was put durably; of the others
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable
 
@@ -13,9 +14,12 @@ from tests.unit.repository.disks import (
     CHUNK,
     PASSPHRASE,
     QUICK_SCRYPT,
+    EndedError,
     MemoryDisk,
     back_up,
+    check_whole,
     content_of,
+    end_at,
     new_repository,
     opens,
     scattered,
@@ -27,16 +31,11 @@ from mullion.repository import Manifest, Repository
 from mullion.repository.fake import FakeBackend
 from mullion.repository.lease import Holder
 from mullion.repository.prune import prune
-from mullion.repository.verify import verify
 
 pytestmark = pytest.mark.unit
 
 STATES = 4
 """Of those that one cut may leave, how many are looked at."""
-
-
-class CutError(BaseException):
-    """Nothing is done any more."""
 
 
 class ForgetfulBackend(FakeBackend):
@@ -87,42 +86,37 @@ def others_are_dead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut_everywhere(
-    backend: FakeBackend, operation: Callable[[Repository], object], check: Callable[[Repository, bool], None]
+    backend: FakeBackend, operation: Callable[[FakeBackend], object], look: Callable[[FakeBackend, bool], None]
 ) -> int:
-    """Cut the power before each change; look at what may be left, do it again there, and look again."""
-    fuse = 0
-    while True:
+    """Cut the power before each change and look at what may be left; how many changes there are."""
+    for fuse in itertools.count():
         here = of_objects(backend.objects, backend.pack_bytes)
-        repository = Repository.open(here, PASSPHRASE)
-        here.changes = 0
-
-        def blow(number: int, fuse: int = fuse) -> None:
-            if number >= fuse:
-                raise CutError
-
-        here.before_change = blow
+        end_at(here, fuse)
         try:
-            operation(repository)
-        except CutError:
+            operation(here)
+        except EndedError:
             is_over = False
         else:
             is_over = True
         for seed in range(STATES):
-            left = here.after_cut(random.Random(f"{fuse} {seed}"))
-            repository = Repository.open(left, PASSPHRASE)
-            check(repository, is_over)
-            operation(repository)
-            check(repository, True)
+            look(here.after_cut(random.Random(f"{fuse} {seed}")), is_over)
         if is_over:
-            return fuse
-        fuse += 1
+            break
+    return fuse
 
 
-def all_whole(repository: Repository, expected: dict[str, bytes]) -> None:
-    report = verify(repository)
-    assert report.is_whole, report
-    for backup_id, content in expected.items():
-        assert content_of(repository.open_disk(repository.backup(backup_id), "disk0")) == content
+def cut_and_repeated(
+    backend: FakeBackend, operation: Callable[[Repository], object], check: Callable[[Repository, bool], None]
+) -> int:
+    """The same; what was cut off is done again on what is left, and that is looked at too."""
+
+    def look(left: FakeBackend, is_over: bool) -> None:
+        repository = Repository.open(left, PASSPHRASE)
+        check(repository, is_over)
+        operation(repository)
+        check(repository, True)
+
+    return cut_everywhere(backend, lambda here: operation(Repository.open(here, PASSPHRASE)), look)
 
 
 def test_a_backup() -> None:
@@ -136,43 +130,29 @@ def test_a_backup() -> None:
         return back_up(repository, disk, base=first, changed=[(0, 6 * CHUNK)])
 
     def check(repository: Repository, is_over: bool) -> None:
-        all_whole(repository, {first.id: before})
+        check_whole(repository, {first.id: before})
         others = [manifest for manifest in repository.backups() if manifest.id != first.id]
         assert bool(others) or not is_over, "an acknowledged backup is there"
         for manifest in others:
             assert content_of(repository.open_disk(manifest, "disk0")) == disk.content
 
-    assert cut_everywhere(backend, operation, check) > 4
+    assert cut_and_repeated(backend, operation, check) > 4
 
 
 def test_a_passphrase_that_takes_the_place_of_another() -> None:
     """Old, both or new: never neither; and what is acknowledged is the new one alone."""
     _, backend = new_repository()
-    fuse, is_over = 0, False
-    while not is_over:
-        here = of_objects(backend.objects, backend.pack_bytes)
 
-        def blow(number: int, fuse: int = fuse) -> None:
-            if number >= fuse:
-                raise CutError
+    def look(left: FakeBackend, is_over: bool) -> None:
+        opening = [words for words in (PASSPHRASE, "the new one") if opens(left, words)]
+        assert opening
+        assert opening == ["the new one"] or not is_over
+        take_place(left, opening[0])
+        assert opens(left, "the new one")
+        assert not opens(left, PASSPHRASE)
+        assert len(left.objects) == 2, "config and one slot"
 
-        here.before_change = blow
-        try:
-            take_place(here, PASSPHRASE)
-            is_over = True
-        except CutError:
-            pass
-        for seed in range(STATES):
-            left = here.after_cut(random.Random(f"{fuse} {seed}"))
-            opening = [words for words in (PASSPHRASE, "the new one") if opens(left, words)]
-            assert opening
-            assert opening == ["the new one"] or not is_over
-            take_place(left, opening[0])
-            assert opens(left, "the new one")
-            assert not opens(left, PASSPHRASE)
-            assert len(left.objects) == 2, "config and one slot"
-        fuse += 1
-    assert fuse > 2
+    assert cut_everywhere(backend, lambda here: take_place(here, PASSPHRASE), look) > 1
 
 
 def take_place(backend: FakeBackend, present: str) -> None:
@@ -196,8 +176,8 @@ def test_a_prune() -> None:
         return prune(repository, [one for one in doomed if one in repository.backup_ids()])
 
     def check(repository: Repository, _is_over: bool) -> None:
-        all_whole(repository, kept)
+        check_whole(repository, kept)
         for backup_id in repository.backup_ids():  # one that came back is whole, or it would be told
             content_of(repository.open_disk(repository.backup(backup_id), "disk0"))
 
-    assert cut_everywhere(backend, operation, check) > 4
+    assert cut_and_repeated(backend, operation, check) > 4

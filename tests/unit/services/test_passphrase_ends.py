@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.repository.disks import PASSPHRASE, QUICK_SCRYPT
+from tests.unit.repository.disks import PASSPHRASE, QUICK_SCRYPT, opens
 
 from mullion.base.errors import ConflictError, MullionError, OperationFailedError
 from mullion.base.paths import HostPaths
 from mullion.model.states import OperationState
+from mullion.model.views import OperationView
 from mullion.parent.events import Events
 from mullion.parent.operations import InterruptedError as OperationInterruptedError
 from mullion.parent.operations import Operation, Operations
 from mullion.parent.store import MemoryStore
 from mullion.repository import Repository
-from mullion.repository.errors import TargetDeniedError, WrongKeyError
+from mullion.repository.errors import TargetDeniedError
 from mullion.repository.local import FolderBackend
 from mullion.services.backup import worker
 from mullion.services.backup.passphrase import PassphraseChanges
@@ -91,11 +92,7 @@ class Host:
         return True
 
     def opens(self, passphrase: str) -> bool:
-        try:
-            Repository.open(FolderBackend(self.place), passphrase)
-        except WrongKeyError:
-            return False
-        return True
+        return opens(FolderBackend(self.place), passphrase)
 
 
 async def new_host(home: Path) -> Host:
@@ -142,8 +139,6 @@ def test_an_end_at_any_step(tmp_path: Path) -> None:
 
 
 def view_of(host: Host) -> Any:
-    from mullion.model.views import OperationView
-
     now = host.operations.clock()
     return OperationView(
         "op", "backup.passphrase", "repository/near", OperationState.RUNNING, created_at=now, updated_at=now
