@@ -20,23 +20,18 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from tests.framework.controllers import Controllers
 
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
 from mullion.model.definition import DiskAttachment, PartitionDefinition
-from mullion.parent.events import Events
-from mullion.parent.operations import Operations
 from mullion.parent.store import Condition, MemoryStore
 from mullion.parent.store.protocol import Write
 from mullion.services.checkpoint import branching, keeper
 from mullion.services.checkpoint.controller import CheckpointController
-from mullion.services.checkpoint.keeper import MergeSlots
 from mullion.services.checkpoint.layers import Merge
 from mullion.services.checkpoint.merging import MergeStatus
-from mullion.services.disk.controller import DiskController
-from mullion.services.partition.controller import PartitionController
-from mullion.services.partition.partition import Partition, Surroundings
-from mullion.services.partition.preparation import Preparer
+from mullion.services.partition.partition import Partition
 from mullion.services.partition.record import BackupOrigin, DiskLayers
 from mullion.vhd import create_differencing, create_dynamic, open_chain
 from mullion.vhd.layer_merge import LayerFiles, merge_layer
@@ -101,48 +96,13 @@ class World:
     async def running(self, power: Power | None = None) -> AsyncIterator[CheckpointController]:
         self.store.power = power
         self._patch(power)
-        events = Events(self.store)
-        await events.open()
-        operations = Operations(self.store, events)
-        await operations.open()
-        disks = DiskController(
-            self.paths,
-            self.store,
-            lambda name: name,
-            holders=dict,
-            attached=lambda: partitions.attached(),  # noqa: PLW0108 - made below
-        )
-        surroundings = Surroundings(
-            preparer=Preparer(disks, dict),
-            fleet=None,  # type: ignore[arg-type]  # nothing is started here
-            boot_slots=asyncio.Semaphore(1),
-            choose_accelerator=lambda _: pytest.fail("nothing is started here"),
-        )
-        partitions = PartitionController(
-            store=self.store,
-            events=events,
-            operations=operations,
-            paths=self.paths,
-            disks=disks,
-            surroundings=surroundings,
-            allocate_uid=None,
-        )
-        await partitions.open()
-        checkpoints = CheckpointController(
-            store=self.store,
-            events=events,
-            operations=operations,
-            partitions=partitions,
-            slots=MergeSlots(asyncio.Semaphore(1), 0),
-        )
+        made = await Controllers.open(self.store, self.paths)
         try:
-            await checkpoints.open()
-            self.partitions, self.operations = partitions, operations
-            yield checkpoints
+            await made.checkpoints.open()
+            self.partitions, self.operations = made.partitions, made.operations
+            yield made.checkpoints
         finally:
-            for end in (checkpoints.close(), operations.close(grace_s=0), partitions.close(), events.close()):
-                with contextlib.suppress(PowerCut):
-                    await end
+            await made.close(PowerCut)
 
     def _patch(self, power: Power | None) -> None:
         """The changes to files are steps as well."""

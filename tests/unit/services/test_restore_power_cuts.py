@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.framework.controllers import Controllers
 from tests.unit.repository.disks import PASSPHRASE, QUICK_SCRYPT, MemoryDisk, back_up, scattered
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
@@ -21,7 +22,6 @@ from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
 from mullion.model.definition import PartitionDefinition
 from mullion.model.views import BackupDiskView, BackupView
-from mullion.parent.events import Events
 from mullion.parent.operations import Operation, Operations
 from mullion.parent.store import MemoryStore
 from mullion.repository import Repository
@@ -29,12 +29,6 @@ from mullion.repository.local import FolderBackend
 from mullion.services.backup import instant, worker
 from mullion.services.backup.controller import BackupController
 from mullion.services.backup.record import note_files, noted_files, unfinished, unfinished_in
-from mullion.services.checkpoint.controller import CheckpointController
-from mullion.services.checkpoint.keeper import MergeSlots
-from mullion.services.disk.controller import DiskController
-from mullion.services.partition.controller import PartitionController
-from mullion.services.partition.partition import Surroundings
-from mullion.services.partition.preparation import Preparer
 from mullion.vhd import create_dynamic, open_chain
 
 pytestmark = pytest.mark.unit
@@ -153,48 +147,20 @@ async def _restart_after_crash(store: MemoryStore, paths: HostPaths) -> None:
 
 @contextlib.asynccontextmanager
 async def _service(store: MemoryStore, paths: HostPaths) -> AsyncIterator[tuple[Operations, BackupController]]:
-    events = Events(store)
-    await events.open()
-    operations = Operations(store, events)
-    await operations.open()
-    disks = DiskController(paths, store, lambda name: name, holders=dict, attached=dict)
-    surroundings = Surroundings(
-        preparer=Preparer(disks, dict),
-        fleet=None,  # type: ignore[arg-type]  # nothing is started here
-        boot_slots=asyncio.Semaphore(1),
-        choose_accelerator=lambda _: pytest.fail("nothing is started here"),
-    )
-    partitions = PartitionController(
-        store=store,
-        events=events,
-        operations=operations,
-        paths=paths,
-        disks=disks,
-        surroundings=surroundings,
-        allocate_uid=None,
-    )
-    await partitions.open()
-    checkpoints = CheckpointController(
-        store=store,
-        events=events,
-        operations=operations,
-        partitions=partitions,
-        slots=MergeSlots(asyncio.Semaphore(1), 0),
-    )
+    made = await Controllers.open(store, paths)
     backups = BackupController(
         store=store,
-        events=events,
-        operations=operations,
+        events=made.events,
+        operations=made.operations,
         paths=paths,
-        partitions=partitions,
-        checkpoints=checkpoints,
-        disks=disks,
+        partitions=made.partitions,
+        checkpoints=made.checkpoints,
+        disks=made.disks,
     )
     try:
-        yield operations, backups
+        yield made.operations, backups
     finally:
-        for end in (operations.close(grace_s=0), partitions.close(), events.close()):
-            await end
+        await made.close()
 
 
 def test_a_file_that_was_there_before_an_instant_restore_is_never_noted_as_its_own(
