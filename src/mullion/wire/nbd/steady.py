@@ -76,10 +76,7 @@ class SteadyReader:
         patience.
         """
         for buffer in buffers:
-            here = max(0, min(len(buffer), self.size_bytes - offset))
-            if here:
-                self._persist(partial(_read, offset, buffer[:here]))
-            buffer[here:] = bytes(len(buffer) - here)
+            self._persist(partial(_read, offset, buffer))
             offset += len(buffer)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
@@ -147,4 +144,7 @@ class SteadyReader:
 
 
 def _read(offset: int, buffer: memoryview, client: NbdClient) -> None:
-    client.pread(offset, buffer)
+    here = max(0, min(len(buffer), client.size_bytes - offset))
+    if here:
+        client.pread(offset, buffer[:here])
+    buffer[here:] = bytes(len(buffer) - here)
