@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from tests.unit.vhd.freezing import freeze
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 
 from mullion.base.block import Buffer, Extent, ExtentKind
@@ -150,7 +151,7 @@ def test_any_order_of_writes_and_homecoming_is_right(top: str, content: bytes) -
         fill(filling, block, bytes(len(content)))  # again: nothing changes
         if number % 3 == 0:
             frozen[chain.paths[0]] = bytes(wanted)
-            push(chain, f"{top}-{number}")
+            freeze(chain, f"{top}-{number}")
         if number % 5 == 0:
             filling.flush()
             check_readers(frozen, content)
@@ -163,16 +164,6 @@ def test_any_order_of_writes_and_homecoming_is_right(top: str, content: bytes) -
     for path, then in {**frozen, chain.paths[0]: bytes(wanted)}.items():
         with open_chain(path, read_only=True) as again:
             assert read(again) == then, path
-
-
-def push(chain: Chain, child: str) -> None:
-    """Freeze the top, while blocks come home below it."""
-    create_differencing(child, chain.paths[0], lock_parent=False)
-    exchange = Exchange((child, *chain.paths), {child: os.open(child, os.O_RDWR)})
-    switch = prepare_switch(chain, exchange, pending_path=None, holder="")
-    switch.settle()
-    switch.exchange()
-    switch.finish()
 
 
 def check_readers(frozen: dict[str, bytes], content: bytes) -> None:
@@ -342,5 +333,5 @@ class Life:
     def _freeze(self) -> None:
         old, then = self.tops[-1], read(self.chain)
         self.tops.append(f"{self.tops[0]}-{len(self.tops)}")
-        push(self.chain, self.tops[-1])
+        freeze(self.chain, self.tops[-1])
         self.frozen[old] = then

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.contract.block_device import all_of, read
+from tests.unit.vhd.freezing import freeze
 
 import mullion.vhd.chain
 from mullion.base.units import KIB, MIB, SECTOR_BYTES
 from mullion.vhd import Chain, create_differencing, create_dynamic, open_chain
 from mullion.vhd.cells import CELL_BYTES, widened
-from mullion.vhd.switching import Exchange, held_bytes, prepare_switch
+from mullion.vhd.switching import held_bytes
 
 pytestmark = pytest.mark.unit
 
@@ -152,12 +153,7 @@ def test_a_new_top_of_a_running_disk_is_young_for_a_while(
     top = str(tmp_path / "top.vhd")
     wanted = bytearray(content)
     with open_chain(path, fills_cells=True) as chain:
-        create_differencing(top, path, lock_parent=False)
-        exchange = Exchange((top, *chain.paths), {top: os.open(top, os.O_RDWR)})
-        switch = prepare_switch(chain, exchange, pending_path=None, holder="")
-        switch.settle()
-        switch.exchange()
-        switch.finish()
+        freeze(chain, top)
         for number, held in ((1, 1), (33, 2), (65, 3), (97, 3 + 16), (129, 3 + 2 * 16)):
             chain.pwrite(number * PAGE, b"t" * PAGE)
             wanted[number * PAGE : (number + 1) * PAGE] = b"t" * PAGE

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.contract.block_device import read
+from tests.unit.vhd.freezing import prepare_freeze
 
 import mullion.vhd.top
 from mullion.base.units import KIB, MIB
@@ -83,12 +85,6 @@ def child(tmp_path: Path) -> str:
 
 def opened(path: str, io: FileIO) -> Chain:
     return open_chain(path, pending_path=f"{path}.pending", file_io=io)
-
-
-def read(chain: Chain, offset: int, length: int) -> bytes:
-    buffer = bytearray(length)
-    chain.pread(offset, buffer)
-    return bytes(buffer)
 
 
 class Caller:
@@ -315,13 +311,16 @@ def test_killed_while_both_areas_of_the_log_hold_something(child: str, slow: Slo
             assert read(chain, round_number * 16 * KIB + 1024, 5) == b"later"
 
 
-def test_what_a_flush_ahead_fails_with_is_told_by_the_next_that_is_a_promise(path: str, slow: SlowSync) -> None:
+@pytest.mark.parametrize("flush_unasked", [Chain.flush_ahead, Chain.settle])
+def test_what_a_flush_fails_with_that_no_guest_asked_for_is_told_by_the_next_that_is_a_promise(
+    path: str, slow: SlowSync, flush_unasked: Callable[[Chain], None]
+) -> None:
     with opened(path, slow) as chain:
         chain.pwrite(0, b"x" * 512)
         slow.failure = OSError(errno.EIO, "lost")
         with pytest.raises(OSError, match="lost"):
-            chain.flush_ahead()
-        chain.flush_ahead()  # all seems well, and the guest knows nothing
+            flush_unasked(chain)
+        flush_unasked(chain)  # all seems well, and the guest knows nothing
         with pytest.raises(OSError, match="lost"):
             chain.flush()
         chain.flush()
@@ -336,24 +335,9 @@ def test_a_flush_ahead_that_finds_no_space_stops_nobody(path: str, slow: SlowSyn
         chain.flush()
 
 
-def test_what_settling_fails_with_is_told_by_the_next_flush(path: str, slow: SlowSync) -> None:
-    with opened(path, slow) as chain:
-        chain.pwrite(0, b"x" * 512)
-        slow.failure = OSError(errno.EIO, "lost")
-        with pytest.raises(OSError, match="lost"):
-            chain.settle()
-        chain.settle()
-        with pytest.raises(OSError, match="lost"):
-            chain.flush()
-        chain.flush()
-
-
 def test_what_freezing_a_top_fails_with_is_told_by_the_next_flush(child: str, tmp_path: Path, slow: SlowSync) -> None:
-    newer = str(tmp_path / "newer.vhd")
-    create_differencing(newer, child)
     with opened(child, slow) as chain:
-        wanted = Exchange((newer, *chain.paths), {newer: os.open(newer, os.O_RDWR)})
-        switch = prepare_switch(chain, wanted, pending_path=None, holder="")
+        switch = prepare_freeze(chain, str(tmp_path / "newer.vhd"))
         chain.pwrite(0, b"x" * 512)
         switch.settle()
         switch.exchange()
