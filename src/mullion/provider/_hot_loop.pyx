@@ -1,5 +1,5 @@
 # cython: language_level=3, wraparound=False, cdivision=True, embedsignature=False
-"""The compiled twin of `hot_loop`: the same names, and by the same tests the same behaviour (ADR 0014).
+"""The compiled twin of `hot_loop`: the same names, and by the same tests the same behaviour (ADR 0015).
 
 What Python leaves to `serve` or to the device for being slow in a loop, it does itself: data in many segments, and reads
 of a granule that several files share.
