@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from tests.framework.providers import WANTED, Control, LoneProvider, make_spec
+from tests.framework.ring_load import RingLoad, pattern
 
 from mullion.base.units import MIB
 from mullion.provider.handover import HandOverError, Offer, TakeOver, give
@@ -23,8 +24,7 @@ from mullion.provider.spec import ProviderSpec
 from mullion.vhd import create_differencing, create_dynamic, open_chain
 from mullion.wire.nbd import NbdClient
 from mullion.wire.vhost_user.client import FrontEnd
-from mullion.wire.vhost_user.driver import Answer, VirtqueueDriver, attach
-from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
+from mullion.wire.vhost_user.driver import VirtqueueDriver, attach
 
 pytestmark = pytest.mark.contract
 
@@ -51,47 +51,8 @@ def successor(spec: ProviderSpec) -> LoneProvider:
     return LoneProvider(dataclasses.replace(spec, takes_over=True))
 
 
-def pattern(number: int) -> bytes:
-    return struct.pack("<Q", number) * 512
-
-
-class Load:
-    """Writes and flushes that are in flight all the time, and what must be on the disk."""
-
-    def __init__(self, driver: VirtqueueDriver) -> None:
-        self._driver = driver
-        self._random = random.Random(7)
-        self._free = list(range(20))
-        self._in_flight: dict[int, tuple[int, int] | None] = {}
-        self._generation = 0
-        self.written: dict[int, int] = {}
-
-    def begin(self, count: int) -> None:
-        for _ in range(count):
-            if not self._free:
-                self._take(self._driver.wait())
-            slot = self._free.pop()
-            sector = self._random.randrange(DISK_BYTES // 4096) * 8
-            if self._random.random() < 0.3 or sector in [what[0] for what in self._in_flight.values() if what]:
-                self._in_flight[slot] = None
-                self._driver.submit(slot, BlkRequest.FLUSH)
-            else:
-                self._generation += 1
-                self._in_flight[slot] = sector, self._generation
-                self._driver.submit(slot, BlkRequest.OUT, sector, payload=pattern(self._generation))
-            self._driver.kick()
-
-    def end(self) -> None:
-        self._take(self._driver.wait(len(self._in_flight)))
-        assert self._in_flight == {}
-
-    def _take(self, answers: list[Answer]) -> None:
-        for answer in answers:
-            assert answer.status == BlkStatus.OK
-            what = self._in_flight.pop(answer.slot)
-            if what is not None:
-                self.written[what[0]] = what[1]
-            self._free.append(answer.slot)
+def load_on(driver: VirtqueueDriver) -> RingLoad:
+    return RingLoad(driver, random.Random(7), DISK_BYTES)
 
 
 @pytest.mark.parametrize("has_inflight", [True, False])
@@ -101,7 +62,7 @@ def test_a_front_end_notices_nothing(spec: ProviderSpec, started: ExitStack, has
     if has_inflight:
         front_end.set_inflight(*front_end.get_inflight(1, 64))
     driver = attach(front_end, wanted=WANTED)
-    load = Load(driver)
+    load = load_on(driver)
     for _ in range(ROUNDS):
         load.begin(50)
         newer = started.enter_context(successor(spec))
@@ -118,8 +79,7 @@ def test_a_front_end_notices_nothing(spec: ProviderSpec, started: ExitStack, has
         control.close()
         with NbdClient(str(spec.disks[1].nbd)) as nbd:
             nbd.pwrite(0, pattern(1))
-    for sector, number in load.written.items():
-        assert driver.read(sector, 4096) == pattern(number)
+    load.check()
     driver.release()
     assert provider.terminate() == 0
     assert not Path(spec.control).exists()
@@ -137,7 +97,7 @@ def test_when_the_newer_one_fails_the_present_one_goes_on(
     provider = started.enter_context(LoneProvider(spec))
     front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
     front_end.set_inflight(*front_end.get_inflight(1, 64))
-    load = Load(attach(front_end, wanted=WANTED))
+    load = load_on(attach(front_end, wanted=WANTED))
     control = Control(spec.control)
     limits = control.ask("throttle", disk="d1", limits={"iops": 100_000})["limits"]
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 from tests.framework.leftovers import processes_naming
 from tests.framework.providers import DEADLINE_S, WANTED, Control, LoneProvider, ZygotePeer, make_spec, wait_for_end
+from tests.framework.ring_load import RingLoad, pattern
 
 from mullion.base.units import MIB
 from mullion.vhd import create_differencing, create_dynamic, create_fixed, open_chain
 from mullion.wire.nbd import NbdClient
 from mullion.wire.vhost_user.client import GUEST_BASE, FrontEnd
-from mullion.wire.vhost_user.driver import Answer, Segment, VirtqueueDriver, attach
+from mullion.wire.vhost_user.driver import Segment, VirtqueueDriver, attach
 from mullion.wire.vhost_user.messages import U64, ProtocolError, Request
 from mullion.wire.vhost_user.virtio_blk import BlkFeature, BlkRequest, BlkStatus
 
@@ -63,10 +64,6 @@ def started() -> Iterator[ExitStack]:
     """Ends what a test has started, however the test ends."""
     with ExitStack() as stack:
         yield stack
-
-
-def pattern(number: int) -> bytes:
-    return struct.pack("<Q", number) * 512
 
 
 def test_disk_through_a_ring(folder: Path, chain: list[Path]) -> None:
@@ -122,38 +119,11 @@ def test_killed_provider_loses_nothing(
     inflight, inflight_fd = front_end.get_inflight(1, 64)
     front_end.set_inflight(inflight, inflight_fd)
     driver = attach(front_end, wanted=wanted)
-    written: dict[int, int] = {}
-    slots = list(range(20))
-    in_flight: dict[int, tuple[int, int] | None] = {}
-    generation = 0
-
-    def take(answers: list[Answer]) -> None:
-        for answer in answers:
-            assert answer.status == BlkStatus.OK
-            what = in_flight.pop(answer.slot)
-            if what is not None:
-                written[what[0]] = what[1]
-            slots.append(answer.slot)
-
+    load = RingLoad(driver, rng, DISK_BYTES)
     for _kill in range(5):
         for _request in range(rng.randrange(30, 400)):
-            if not slots:
-                take(driver.wait())
-            slot = slots.pop()
-            if rng.random() < 0.3:
-                in_flight[slot] = None
-                driver.submit(slot, BlkRequest.FLUSH)
-                driver.kick()
-                continue
-            sector = rng.randrange(DISK_BYTES // 4096) * 8
-            if sector in {what[0] for what in in_flight.values() if what is not None}:
-                slots.append(slot)
-                continue
-            generation += 1
-            in_flight[slot] = (sector, generation)
-            driver.submit(slot, BlkRequest.OUT, sector, payload=pattern(generation))
-            driver.kick()
-            take(driver.collect())
+            load.begin(1)
+            load.collect()
         provider.kill()
         front_end.socket.close()
         provider = started.enter_context(LoneProvider(spec))
@@ -162,10 +132,8 @@ def test_killed_provider_loses_nothing(
         front_end.set_inflight(inflight, inflight_fd)
         used_idx = struct.unpack_from("<H", front_end.memory, driver.place.used + 2)[0]
         front_end.start_vring(driver.place, base=used_idx)
-        take(driver.wait(len(in_flight)))
-        assert in_flight == {}
-    for sector, number in written.items():
-        assert driver.read(sector, 4096) == pattern(number), sector
+        load.end()
+    load.check()
     driver.release()
     front_end.close()
     os.close(inflight_fd)
