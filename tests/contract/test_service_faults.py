@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from tests.framework.leftovers import Leftovers, checked_home
 from tests.framework.service import READY_S, Command, Service
+from tests.framework.small_filesystem import small_filesystem
 
 from mullion.base.errors import (
     AlreadyExistsError,
@@ -378,15 +379,12 @@ def test_a_request_that_is_too_large(shared: Service, listener: str) -> None:
 
 @pytest.fixture
 def small_data(service: Service) -> Iterator[str]:
-    """The data folder on a tmpfs of 4 MiB. Needs root."""
-    folder = service.paths.data_dir
-    os.makedirs(folder)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M,mode=711", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        service.destroy()
-        subprocess.run(["umount", folder], check=True)
+    """The data folder, on a filesystem of its own."""
+    with small_filesystem(service.paths.data_dir, 4 * MIB, 0o711) as folder:
+        try:
+            yield folder
+        finally:
+            service.destroy()
 
 
 def fill(folder: str) -> Path:
@@ -457,14 +455,8 @@ def test_a_data_folder_that_cannot_be_written(service: Service, small_data: str)
 
 @pytest.fixture
 def small_folder(shared: Service) -> Iterator[str]:
-    """A filesystem of 24 MiB; needs root, as `make test` has it."""
-    folder = f"{shared.home}/small"
-    os.makedirs(folder)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={24 * MIB},mode=755", "tmpfs", folder], check=True)
-    try:
+    with small_filesystem(f"{shared.home}/small", 24 * MIB, 0o755) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_merge_waits_for_room_and_says_so(shared: Service, small_folder: str) -> None:
@@ -475,9 +467,7 @@ def test_a_merge_waits_for_room_and_says_so(shared: Service, small_folder: str) 
         shared.cli("checkpoint", "create", "full", "one")
         (head,) = Path(small_folder).glob("*.avhd")
         shared.cli("vhd", "write", str(head), "--offset", "0", stdin=content)
-        status = os.statvfs(small_folder)
-        with open(f"{small_folder}/filler", "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize)
+        filler = fill(small_folder)
         operation = shared.cli("checkpoint", "delete", "full", "one", "--no-wait").stdout.strip()
         stage = ""
         for event in client.events(follow=True):
@@ -486,7 +476,7 @@ def test_a_merge_waits_for_room_and_says_so(shared: Service, small_folder: str) 
                 break
         assert "no space left" in stage.lower()
         assert small_folder in stage
-        os.unlink(f"{small_folder}/filler")
+        filler.unlink()
         client.wait(client.operation(operation))
         client.delete_partition("full")
     assert [path.name for path in Path(small_folder).iterdir()] == ["full.vhd"]

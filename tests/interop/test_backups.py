@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests.framework.backup_servers import SftpServer, end_group, s3_server, sftp_server, start_sshd
 from tests.framework.service import Command, Service
+from tests.framework.small_filesystem import small_filesystem
 from tests.interop.filesystem_images import make_ext
 
 from mullion.base.units import MIB
@@ -348,10 +349,7 @@ def test_a_passphrase_is_changed_whoever_is_killed(service: Service) -> None:
 def test_a_full_target_and_a_partition_that_goes(service: Service, tmp_path: Path) -> None:
     service.cli("partition", "create", "big", "--memory", "128M", "--disk", "big,size=128M")
     write(service, "big", 0, os.urandom(BIG_BYTES))
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48M", "tmpfs", str(small)], check=True)
-    try:
+    with small_filesystem(tmp_path / "small", 48 * MIB) as small:
         add_repository(service, "small", f"{small}/repository")
         full = service.cli("backup", "create", "big", "--repository", "small", check=False)
         assert full.status == 9
@@ -360,8 +358,6 @@ def test_a_full_target_and_a_partition_that_goes(service: Service, tmp_path: Pat
         subprocess.run(["mount", "-o", "remount,size=160M", str(small)], check=True)
         resumed(service, "small", small / "repository/packs")
         service.cli("backup", "repository", "remove", "small")
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
     add_repository(service, "near", f"{service.home}/near")
     interrupted(

@@ -7,13 +7,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.framework.providers import Control, ZygotePeer, wait_for_end
+from tests.framework.small_filesystem import small_filesystem
 
 from mullion.base.errors import ConflictError, InvalidError, MullionError, NoSpaceError, OperationFailedError
 from mullion.base.paths import PartitionPaths
@@ -223,10 +223,7 @@ def test_refused_with_nothing_left_behind(short_tmp: Path, zygote: ZygotePeer) -
 
 
 def test_a_full_file_system_and_room_again(short_tmp: Path, zygote: ZygotePeer) -> None:
-    small = short_tmp / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", str(small)], check=True)
-    try:
+    with small_filesystem(short_tmp / "small", 24 * MIB) as small:
         lower, upper, top = (str(small / f"{name}.vhd") for name in ("lower", "upper", "top"))
         create_dynamic(lower, 64 * MIB)
         create_differencing(upper, lower)
@@ -246,8 +243,6 @@ def test_a_full_file_system_and_room_again(short_tmp: Path, zygote: ZygotePeer) 
         start(zygote, spec)
         assert zygote.receive()["status"] == 0
         assert content(lower) == content(top) == expected
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 # ---------------------------------------------------------------------- the parent's end

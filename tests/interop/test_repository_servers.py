@@ -23,6 +23,7 @@ from tests.framework.backup_servers import (
     start_sshd,
 )
 from tests.framework.cut_line import CutLine, cut_line
+from tests.framework.small_filesystem import small_filesystem
 from tests.unit.repository.disks import MemoryDisk, back_up, content_of, scattered
 
 from mullion.base.units import KIB, MIB
@@ -63,12 +64,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 4 MiB. Needs root, as the whole suite of this level does."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM_BYTES}", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_filesystem(tmp_path / "small", ROOM_BYTES) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.framework.small_filesystem import small_filesystem
 
 from mullion.base.units import KIB, MIB
 from mullion.vhd import create_differencing, create_dynamic, open_chain
@@ -161,12 +162,8 @@ def test_a_copy_that_is_ended_in_the_middle_leaves_nothing(
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 8 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_filesystem(tmp_path / "small", 8 * MIB) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("words", [("convert",), ("convert", "--to", "fixed"), ("convert", "--to", "raw"), ("clone",)])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.contract.block_device import all_of
+from tests.framework.small_filesystem import small_filesystem
 
 from mullion.base.units import KIB, MIB
 from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, inspect_chain, open_chain
@@ -23,12 +23,8 @@ ROOM_BYTES = 4 * MIB
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 4 MiB. Needs root, as the whole suite of this level does."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM_BYTES}", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_filesystem(tmp_path / "small", ROOM_BYTES) as folder:
+        yield folder
 
 
 def is_refused(chain: Chain, offset: int, content: bytes) -> bool:

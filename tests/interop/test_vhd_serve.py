@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.framework.small_filesystem import small_filesystem
 from tests.framework.vhd_command import serving, vhd
 
 from mullion.base.units import MIB
@@ -183,12 +184,8 @@ def test_too_many_clients_are_hung_up_on(home: Path) -> None:
 
 @pytest.fixture
 def small(home: Path) -> Iterator[Path]:
-    """A tmpfs of 4 MiB. Needs root, as the whole suite of this level does."""
-    folder = home / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_filesystem(home / "small", 4 * MIB) as folder:
+        yield folder
 
 
 def test_a_full_storage_is_said_to_the_client_and_hurts_nobody(home: Path, small: Path) -> None:
