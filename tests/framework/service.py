@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from tests.framework.leftovers import end_processes, processes_naming, sockets_under
@@ -19,6 +20,7 @@ from mullion.base.paths import HostPaths
 from mullion.base.process import ProcessIdentity, read_identity
 from mullion.client import Client
 from mullion.model.views import PartitionView
+from mullion.vhd import inspect_chain
 
 READY_S: Final = 60.0
 GUEST_S: Final = 180.0
@@ -147,6 +149,15 @@ class Service:
 
     def qemu(self, name: str) -> ProcessIdentity | None:
         return read_identity(self.paths.partition(name).qemu_identity)
+
+    def head_of(self, name: str) -> str:
+        """The file that a partition with one disk writes to, which is named after it."""
+        files = [str(path) for path in Path(self.paths.disks).glob(f"{name}*.*vhd")]
+        return max(files, key=lambda path: len(inspect_chain(path).paths))
+
+    def write(self, name: str, offset: int, content: bytes) -> None:
+        """What the guest would do: write into the disk's head."""
+        self.cli("vhd", "write", self.head_of(name), "--offset", str(offset), stdin=content)
 
     def console(self, name: str) -> str:
         return self.tail(f"data/partitions/{name}/console.log")

@@ -19,7 +19,6 @@ from tests.interop.filesystem_images import make_ext
 
 from mullion.base.units import MIB
 from mullion.model.states import OperationState
-from mullion.vhd import inspect_chain
 
 pytestmark = pytest.mark.interop
 
@@ -64,13 +63,6 @@ def known_by(service: Service, place: str, name: str, passphrase: str) -> Comman
     return service.cli(*words, stdin=f"{passphrase}\n".encode(), check=False)
 
 
-def write(service: Service, partition: str, offset: int, content: bytes) -> None:
-    """What the guest would do: write into the disk's head."""
-    files = [str(path) for path in Path(service.paths.disks).glob(f"{partition}*.*vhd")]
-    head = max(files, key=lambda path: len(inspect_chain(path).paths))
-    service.cli("vhd", "write", head, "--offset", str(offset), stdin=content)
-
-
 def content_hash(service: Service, path: str) -> str:
     (found,) = service.cli("vhd", "hash", path, "--format", "json").json
     return str(found["sha256"])
@@ -104,7 +96,7 @@ def secret_places(service: Service, secret: str) -> list[str]:
 
 def test_the_whole_way_over_every_kind_of_storage(service: Service, tmp_path: Path) -> None:
     service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web,size=64M")
-    write(service, "web", MIB, os.urandom(3 * MIB))
+    service.write("web", MIB, os.urandom(3 * MIB))
     (tmp_path / "tree/etc").mkdir(parents=True)
     (tmp_path / "tree/etc/hostname").write_text("from-the-backup\n")
     image = make_ext(tmp_path / "image", tmp_path / "tree")
@@ -158,7 +150,7 @@ def sftp_credentials(server: SftpServer) -> dict[str, str]:
 
 def there_and_back(service: Service, repository: str) -> None:
     service.cli("backup", "create", "web", "--repository", repository)
-    write(service, "web", 8 * MIB, os.urandom(MIB))
+    service.write("web", 8 * MIB, os.urandom(MIB))
     service.cli("backup", "create", "web", "--repository", repository)
     first, second = backups(service, repository)
     assert second["base"] == first["id"]
@@ -167,7 +159,7 @@ def there_and_back(service: Service, repository: str) -> None:
     assert "\nwhole: 2 backups" in service.cli("backup", "verify", "--repository", repository).stderr
     service.cli("backup", "restore", second["id"], "--as", f"from-{repository}", "--repository", repository)
     assert content_hash(service, f"{service.paths.disks}/from-{repository}-disk0.vhd") == content_hash(
-        service, top_of(service, "web")
+        service, service.head_of("web")
     )
 
 
@@ -184,11 +176,6 @@ def files_out_of_it(service: Service, repository: str, folder: Path) -> None:
     assert [volume["filesystem"] for volume in volumes] == ["ext4"]
     missing = service.cli("backup", "cat", f"{where[0]}s", *where[1:], check=False)
     assert missing.status == 3
-
-
-def top_of(service: Service, partition: str) -> str:
-    files = [str(path) for path in Path(service.paths.disks).glob(f"{partition}*.*vhd")]
-    return max(files, key=lambda path: len(inspect_chain(path).paths))
 
 
 # ------------------------------------------------------------------------------------------------------------- accidents
@@ -239,7 +226,7 @@ def resumed(service: Service, repository: str, packs: Path) -> None:
 
 def test_accidents_cost_nothing_that_was_stored(service: Service, tmp_path: Path) -> None:
     service.cli("partition", "create", "big", "--memory", "128M", "--disk", "big,size=128M")
-    write(service, "big", 0, os.urandom(BIG_BYTES))
+    service.write("big", 0, os.urandom(BIG_BYTES))
 
     with sftp_server(tmp_path / "sshd") as sftp:
         add_repository(service, "shell", sftp_place(sftp, tmp_path / "far"), sftp_credentials(sftp))
@@ -278,7 +265,7 @@ def crash(service: Service) -> None:
 
 def test_a_damaged_repository_is_repaired_and_filled_again(service: Service) -> None:
     service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web,size=64M")
-    write(service, "web", 0, os.urandom(8 * MIB))
+    service.write("web", 0, os.urandom(8 * MIB))
     add_repository(service, "near", f"{service.home}/near")
     service.cli("backup", "create", "web")
     (pack,) = [path for path in Path(service.home, "near/packs").rglob("*") if path.is_file()]
@@ -301,13 +288,13 @@ def test_a_damaged_repository_is_repaired_and_filled_again(service: Service) -> 
     newest = backups(service, "near")[-1]
     service.cli("backup", "restore", newest["id"], "--as", "again")
     assert content_hash(service, f"{service.paths.disks}/again-disk0.vhd") == content_hash(
-        service, top_of(service, "web")
+        service, service.head_of("web")
     )
 
 
 def test_a_passphrase_is_changed_whoever_is_killed(service: Service) -> None:
     service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web,size=64M")
-    write(service, "web", 0, os.urandom(8 * MIB))
+    service.write("web", 0, os.urandom(8 * MIB))
     place = f"{service.home}/near"
     add_repository(service, "near", place)
     service.cli("backup", "create", "web")
@@ -348,7 +335,7 @@ def test_a_passphrase_is_changed_whoever_is_killed(service: Service) -> None:
 
 def test_a_full_target_and_a_partition_that_goes(service: Service, tmp_path: Path) -> None:
     service.cli("partition", "create", "big", "--memory", "128M", "--disk", "big,size=128M")
-    write(service, "big", 0, os.urandom(BIG_BYTES))
+    service.write("big", 0, os.urandom(BIG_BYTES))
     with small_filesystem(tmp_path / "small", 48 * MIB) as small:
         add_repository(service, "small", f"{small}/repository")
         full = service.cli("backup", "create", "big", "--repository", "small", check=False)

@@ -10,8 +10,6 @@ import pytest
 from tests.framework.missed_runs import miss_runs, outcome, rewrite
 from tests.framework.service import Service
 
-from mullion.vhd import inspect_chain
-
 pytestmark = pytest.mark.interop
 
 
@@ -33,17 +31,10 @@ def checkpoints(service: Service) -> list[tuple[str, str]]:
         return [(view.name, view.schedule) for view in client.checkpoints("web").checkpoints]
 
 
-def write(service: Service, text: bytes) -> None:
-    """What the guest would do: write into the disk's head."""
-    files = [str(path) for path in Path(service.paths.disks).glob("web*.*vhd")]
-    head = max(files, key=lambda path: len(inspect_chain(path).paths))
-    service.cli("vhd", "write", head, "--offset", "0", stdin=text.ljust(512, b"."))
-
-
 def test_missed_runs_are_one_and_only_what_the_schedule_made_goes(service: Service) -> None:
     service.cli("checkpoint", "create", "web", "by-hand")
     service.cli("checkpoint", "schedule", "set", "web", "--every", "1h", "--keep", "1")
-    write(service, b"one")
+    service.write("web", 0, b"one".ljust(512, b"."))
     miss_runs(service)
     assert outcome(service, "checkpoint").startswith("made ")
     ((_, _), (first, schedule)) = checkpoints(service)
@@ -52,7 +43,7 @@ def test_missed_runs_are_one_and_only_what_the_schedule_made_goes(service: Servi
     miss_runs(service)  # and nothing was written
     assert outcome(service, "checkpoint") == f"nothing was written since {first}"
 
-    write(service, b"two")
+    service.write("web", 0, b"two".ljust(512, b"."))
     miss_runs(service)
     made = outcome(service, "checkpoint")
     assert made.endswith(f", deleted {first}"), made

@@ -31,12 +31,6 @@ def service(short_tmp: Path) -> Iterator[Service]:
     made.end()
 
 
-def write(service: Service, offset: int, content: bytes) -> None:
-    files = [str(path) for path in Path(service.paths.disks).glob("web*.*vhd")]
-    head = max(files, key=lambda path: len(inspect_chain(path).paths))
-    service.cli("vhd", "write", head, "--offset", str(offset), stdin=content)
-
-
 def merge_of(service: Service) -> MergeView:
     """The merge, when its worker says its rate."""
     while True:
@@ -51,7 +45,7 @@ def test_a_merge_keeps_another_rate_at_once(service: Service) -> None:
     service.cli("partition", "create", "web", "--memory", "128M", "--disk", "web,size=64M")
     service.cli("checkpoint", "create", "web", "first")
     content = os.urandom(HELD)
-    write(service, 0, content)
+    service.write("web", 0, content)
     service.cli("checkpoint", "create", "web", "second")
     begun = service.cli("checkpoint", "delete", "web", "first", "--no-wait").stdout.strip()
 
