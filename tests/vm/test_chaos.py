@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ import pytest
 from tests.framework.guest_console import INTERRUPT, GuestConsole
 from tests.framework.iocheck import IocheckProgress, IocheckReport
 from tests.framework.service import GUEST_S, Service
+from tests.framework.small_filesystem import small_filesystem
 
 from mullion.base.units import MIB
 from mullion.model.definition import DiskAttachment, PartitionDefinition, Transport
@@ -218,15 +218,12 @@ class Chaos:
 
 @pytest.fixture
 def folder(service: Service) -> Iterator[str]:
-    """A filesystem of its own for the disks. Needs root, as the whole suite of this level does."""
-    path = f"{service.home}/small"
-    os.makedirs(path)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM_BYTES},mode=755", "tmpfs", path], check=True)
-    try:
-        yield path
-    finally:
-        service.destroy()
-        subprocess.run(["umount", path], check=True)
+    """A filesystem of its own for the disks."""
+    with small_filesystem(f"{service.home}/small", ROOM_BYTES, 0o755) as path:
+        try:
+            yield path
+        finally:
+            service.destroy()
 
 
 def test_chaos_loses_nothing(service: Service, folder: str, iocheck_image: BuiltImage) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import pytest
 from tests.framework.guest_console import INTERRUPT, GuestConsole, logged_in
 from tests.framework.iocheck import IocheckReport
 from tests.framework.service import Service
+from tests.framework.small_filesystem import small_filesystem
 
 from mullion.base.units import MIB
 from mullion.model.definition import DiskAttachment, PartitionDefinition, Transport
@@ -48,15 +48,11 @@ class SmallFilesystem:
 
 @pytest.fixture
 def small(service: Service) -> Iterator[SmallFilesystem]:
-    """Needs root, as the whole suite of this level does."""
-    folder = f"{service.home}/small"
-    os.makedirs(folder)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM_BYTES},mode=755", "tmpfs", folder], check=True)
-    try:
-        yield SmallFilesystem(folder)
-    finally:
-        service.destroy()
-        subprocess.run(["umount", folder], check=True)
+    with small_filesystem(f"{service.home}/small", ROOM_BYTES, 0o755) as folder:
+        try:
+            yield SmallFilesystem(folder)
+        finally:
+            service.destroy()
 
 
 def begin(console: GuestConsole, *, seed: int, range_bytes: int) -> None:
