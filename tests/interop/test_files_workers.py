@@ -32,11 +32,10 @@ def workers_of_ours() -> set[int]:
     return found
 
 
-async def until(count: int) -> set[int]:
+async def until(count: int) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while len(found := workers_of_ours()) != count:
+        while len(workers_of_ours()) != count:
             await asyncio.sleep(0.02)
-    return found
 
 
 @pytest.fixture

@@ -35,11 +35,7 @@ def exchangeable(name: str, chain: Chain) -> Exchangeable:
 
 
 def is_open(path: Path) -> bool:
-    return str(path) in {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _exists(fd)}
-
-
-def _exists(fd: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{fd}")
+    return str(path) in {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
 
 
 def test_a_disk_that_fails_in_the_end_leaves_no_files_of_the_others_open(
