@@ -83,6 +83,7 @@ class ChunkWriter:
         self._pending: set[bytes] = set()
         self._puts: deque[tuple[FillingPack, Future[None]]] = deque()
         self._unindexed: dict[bytes, list[PackEntry]] = {}
+        """Durable packs that no segment names yet."""
         self.new_bytes = 0
 
     def adopt(self, pack_id: bytes, entries: list[PackEntry]) -> None:
@@ -133,11 +134,6 @@ class ChunkWriter:
             self._pack.drop()
         self._workers.shutdown(cancel_futures=True)
         self._putter.shutdown(cancel_futures=True)
-
-    @property
-    def unindexed(self) -> dict[bytes, list[PackEntry]]:
-        """Durable packs that no segment names yet."""
-        return self._unindexed
 
     # ------------------------------------------------------------------ in the worker threads
 
