@@ -55,6 +55,8 @@ CHUNK_BYTES: Final = 65536
 NODE_IDS: Final = 256
 ID_BYTES: Final = 32
 SECRET_BYTES: Final = 32
+SMALL_OBJECT_BYTES: Final = 4096
+"""More than this is not read of `config` or a key slot."""
 SCRYPT_LOG2_N: Final = 15
 SCRYPT_R: Final = 8
 SCRYPT_P: Final = 1

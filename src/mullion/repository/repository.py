@@ -28,7 +28,7 @@ from mullion.repository.errors import (
 )
 from mullion.repository.index import Index, Segment
 from mullion.repository.index_cache import IndexCache
-from mullion.repository.keys import SCRYPT_LOG2_N, SECRET_BYTES, Config, Keys
+from mullion.repository.keys import SCRYPT_LOG2_N, SECRET_BYTES, SMALL_OBJECT_BYTES, Config, Keys
 from mullion.repository.lease import Lease
 from mullion.repository.manifest import FOLDER, Manifest, Stored, decode, is_backup_id, manifest_name
 from mullion.repository.slots import KEYS_FOLDER, passphrase_bytes, put_slot, slot_names, unlock
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 _INDEX_FOLDER: Final = "index"
 _LIST_TRIES: Final = 5
-SMALL_OBJECT_BYTES: Final = 4096
 
 
 class Repository:

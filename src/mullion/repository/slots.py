@@ -15,11 +15,10 @@ from typing import Final
 from mullion.base.errors import InvalidError
 from mullion.repository.backend import Backend, ObjectMissingError, is_name
 from mullion.repository.errors import RepositoryDamagedError, WrongKeyError
-from mullion.repository.keys import Config, KeySlot
+from mullion.repository.keys import SMALL_OBJECT_BYTES, Config, KeySlot
 
 KEYS_FOLDER: Final = "keys"
 PASSPHRASE_LIMIT_BYTES: Final = 1024
-SLOT_LIMIT_BYTES: Final = 4096
 _LIST_TRIES: Final = 5
 
 
@@ -53,7 +52,7 @@ def unlock(backend: Backend, config: Config, passphrase: str, *, only: Collectio
             if name in refused or (only is not None and name not in only):
                 continue
             try:
-                slot = KeySlot.unpack(backend.get(name, 0, SLOT_LIMIT_BYTES), backend.location, name)
+                slot = KeySlot.unpack(backend.get(name, 0, SMALL_OBJECT_BYTES), backend.location, name)
             except ObjectMissingError:  # the passphrase is being changed: another slot took its place
                 has_vanished = True
                 continue

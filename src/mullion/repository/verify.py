@@ -21,7 +21,7 @@ from mullion.repository.chunks import ChunkReader, id_key_of
 from mullion.repository.directories import load_directory
 from mullion.repository.errors import RepositoryDamagedError
 from mullion.repository.index import Index, Segment, collect
-from mullion.repository.keys import Config, KeySlot
+from mullion.repository.keys import SMALL_OBJECT_BYTES, Config, KeySlot
 from mullion.repository.lease import FOLDER as LEASES
 from mullion.repository.lease import Holder, Lease
 from mullion.repository.manifest import FOLDER as BACKUPS
@@ -39,7 +39,7 @@ from mullion.repository.pack import (
     pack_name,
     read_directory,
 )
-from mullion.repository.repository import SMALL_OBJECT_BYTES, Repository, mark_name
+from mullion.repository.repository import Repository, mark_name
 from mullion.repository.tree import ZERO_ID, Tree, node_ids
 
 _THREADS: Final = 2
