@@ -73,9 +73,9 @@ def repaired(result: Mapping[str, Any]) -> str:
         f"{'whole' if result['is_whole'] else 'still hurt'}: index of {result['indexed_chunks']} chunks in "
         f"{result['indexed_packs']} packs; {result['rescued_chunks']} chunks copied out of damaged packs, "
         f"{result['lost_chunks']} lost",
-        *(f"  was: {line.strip()}" for line in _listed(result["found"])),
+        *_listed(result["found"], "was: "),
         *_hurt(result["damaged"]),
-        *(f"  {line.strip()}" for line in _listed(result["findings"])),
+        *_listed(result["findings"]),
         *(f"  {name} is left: nothing whole is only in it" for name in result["left"]),
         *(f"  {name} is deleted" for name in result["discarded"]),
     ]
@@ -96,12 +96,12 @@ def _hurt(damaged: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"  backup {name} is hurt: {', '.join(map(printable, what))}" for name, what in damaged.items()]
 
 
-def _listed(findings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each."""
+def _listed(findings: Sequence[Mapping[str, Any]], lead: str = "") -> list[str]:
+    """A line for each, which begins with `lead`."""
     lines = []
     for finding in findings:
         offset = "" if finding["offset"] is None else f" at byte {finding['offset']}"
-        lines.append(f"  {printable(finding['name'])}{offset}: {printable(finding['message'])}")
+        lines.append(f"  {lead}{printable(finding['name'])}{offset}: {printable(finding['message'])}")
     return lines
 
 
