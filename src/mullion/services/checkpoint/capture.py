@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import uuid
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
@@ -26,7 +25,7 @@ from mullion.model.definition import Firmware, PowerState
 from mullion.services.checkpoint.record import CheckpointRecord, Consistency
 from mullion.services.partition.partition import Partition
 from mullion.services.partition.record import SavedState
-from mullion.services.partition.saving import state_path, write_saved
+from mullion.services.partition.saving import new_state_name, state_path, write_saved
 
 Say = Callable[[str], None]
 
@@ -117,7 +116,7 @@ def put_back(partition: Partition, record: CheckpointRecord) -> SavedState | Non
         restore_firmware_state(paths, record.firmware, partition.record.run_as)
     if record.saved is None:
         return None
-    name = f"saved-{uuid.uuid4().hex[:8]}.state"
+    name = new_state_name()
     os.link(f"{paths.data}/{record.saved.file}", f"{paths.data}/{name}")
     sync_folder(paths.data)
     return msgspec.structs.replace(record.saved, file=name, disks=None)
