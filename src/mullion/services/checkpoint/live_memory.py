@@ -140,8 +140,3 @@ class LiveMemory:
         with contextlib.suppress(asyncio.CancelledError, MullionError, OSError):
             info = await self._writing
             await asyncio.to_thread(remove_state, info.path)
-
-    @property
-    def path(self) -> str:
-        """The file, once it is finished."""
-        return f"{self._partition.runtime.paths.data}/{self._name}"
