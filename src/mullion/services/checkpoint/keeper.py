@@ -308,8 +308,7 @@ class LayerKeeper:
             await unstamp(self.partition)
         held = await asyncio.to_thread(_held_bytes, layers.head)
         limit = self._limit_for(disk_id, held)
-        is_growth = is_served(self.partition) and await asyncio.to_thread(grows_fixed, layers.head, act.lower)
-        if held > limit or is_growth:  # a fixed disk grows beneath a frozen layer, by the worker, not in the pause
+        if held > limit or await self._outgrows(layers.head):
             await put_on_top(self.partition, disk_id)
             return
         if not is_served(self.partition):
@@ -322,6 +321,12 @@ class LayerKeeper:
             [Exchange(disk_id, chain[1:], (act.lower,), collapse=True, limit_bytes=max(limit, held))],
         )
         await self._save(disk_id, msgspec.structs.replace(layers, head=act.lower))
+
+    async def _outgrows(self, head: str) -> bool:
+        """Must a fixed disk grow for a head that is served? It does beneath a frozen layer, not in the pause."""
+        if not is_served(self.partition):
+            return False
+        return grows_fixed(await asyncio.to_thread(self.partition.surroundings.preparer.disks.inspect, head))
 
     @property
     def _pending_dir(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +17,7 @@ from mullion.services.checkpoint.layers import Merge
 from mullion.services.checkpoint.merge_link import MergeWorker, check_complete
 from mullion.services.partition.partition import Partition
 from mullion.vhd.fileio import SYSTEM
-from mullion.vhd.image import load_image, open_file
+from mullion.vhd.inspection import ChainInfo
 from mullion.vhd.layer_journal import forget_layer_merge
 from mullion.vhd.layout import DiskType
 from mullion.vhd.merge import merge
@@ -112,17 +111,10 @@ def merge_now(upper: str, lower: str, pending_dir: str) -> None:
     merge(upper, into_path=lower, keep=True)
 
 
-def grows_fixed(upper: str, lower: str) -> bool:
-    """Would a merge make a fixed disk larger? Raises: VhdError; OSError."""
-    sizes = []
-    for path in (upper, lower):
-        fd = open_file(path)
-        try:
-            image = load_image(fd, path)
-        finally:
-            os.close(fd)
-        sizes.append(image.size_bytes)
-    return image.kind is DiskType.FIXED and sizes[0] > sizes[1]
+def grows_fixed(chain: ChainInfo) -> bool:
+    """Would the merge of a head into its parent make a fixed disk larger?"""
+    head, parent = chain.files[:2]
+    return parent.type is DiskType.FIXED and head.size_bytes > parent.size_bytes
 
 
 def forget_merge(lower: str) -> None:
