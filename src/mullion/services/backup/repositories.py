@@ -150,8 +150,8 @@ class Repositories:
         del self._known[name]
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._secret_path(name))
-        with contextlib.suppress(FileNotFoundError):
-            await asyncio.to_thread(shutil.rmtree, self._paths.index_cache(name))
+        # What a worker puts there meanwhile stays: nobody can read it, and another repository of that name drops it.
+        await asyncio.to_thread(shutil.rmtree, self._paths.index_cache(name), ignore_errors=True)
         self._events.publish("backup.repository-removed", f"repository/{name}")
 
     def _find(self, name: str) -> tuple[RepositoryRecord, int]:
