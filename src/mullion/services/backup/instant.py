@@ -290,6 +290,8 @@ class Homecomings:
     async def _end_server(self, partition: Partition) -> None:
         """End it, if there is one, and remove what leads to it."""
         async with self._turns[partition.name]:
+            if partition.name not in self._servers and not os.path.exists(partition.runtime.paths.backing_dir):
+                return
             identity = read_identity(partition.runtime.paths.backup_server_identity)
             if identity is not None and identity.send_signal(signal.SIGTERM):
                 try:
