@@ -92,16 +92,27 @@ async def follow_rate(status: MergeStatus, rate: int) -> None:
 
 async def _follow(worker: MergeWorker, status: MergeStatus, rate: Callable[[], int]) -> None:
     """Keep the status up to date, and the worker's rate, which may have changed while it was started."""
+    told = ""
     while True:
-        progress = await worker.status()
-        if progress is not None:
-            status.limit_bytes_per_s = progress.bytes_per_s
-            if progress.bytes_per_s != rate():
-                await follow_rate(status, rate())
-            status.state = progress.state
-            status.done_bytes, status.total_bytes = progress.done_bytes, progress.total_bytes
-            status.bytes_per_s = progress.speed_bytes_per_s
+        try:
+            await _look(worker, status, rate)
+        except Exception as error:  # the root of this task: it must go on for as long as the merge does
+            if repr(error) != told:
+                log.exception("a merge is not followed, and looked at again")
+            told = repr(error)
         await asyncio.sleep(_LOOK_S)
+
+
+async def _look(worker: MergeWorker, status: MergeStatus, rate: Callable[[], int]) -> None:
+    progress = await worker.status()
+    if progress is None:
+        return
+    status.limit_bytes_per_s = progress.bytes_per_s
+    if progress.bytes_per_s != rate():
+        await follow_rate(status, rate())
+    status.state = progress.state
+    status.done_bytes, status.total_bytes = progress.done_bytes, progress.total_bytes
+    status.bytes_per_s = progress.speed_bytes_per_s
 
 
 def merge_now(upper: str, lower: str, pending_dir: str) -> None:
