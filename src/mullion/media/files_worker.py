@@ -125,14 +125,14 @@ def _openers(command: FilesCommand, stack: contextlib.ExitStack) -> Mapping[str,
     """For each disk that there is, how it is opened. Raises: what opening the repository raises."""
     if command.backup is None:
         return {disk: partial(_open_chain, disk, command, stack) for disk in command.chains}
-    from mullion.repository import Repository
     from mullion.repository.credentials import Credentials
-    from mullion.repository.location import index_cache_of, open_backend
+    from mullion.repository.location import open_repository
 
     source = command.backup
-    backend = open_backend(source.url, Credentials(**source.secret["credentials"]))
-    cache = index_cache_of(source.url, source.index_cache)
-    repository = stack.enter_context(Repository.open(backend, source.secret["passphrase"], index_cache=cache))
+    credentials = Credentials(**source.secret["credentials"])
+    repository = stack.enter_context(
+        open_repository(source.url, source.secret["passphrase"], credentials, index_folder=source.index_cache)
+    )
     manifest = repository.backup(source.backup)
     return {disk: partial(repository.open_disk, manifest, disk) for disk in manifest.disks}
 

@@ -22,6 +22,7 @@ from mullion.repository.backend import Backend, Persistent
 from mullion.repository.credentials import Credentials
 from mullion.repository.index_cache import IndexCache
 from mullion.repository.local import FolderBackend
+from mullion.repository.repository import Repository
 
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
@@ -61,6 +62,17 @@ def open_backend(text: str, credentials: Credentials | None = None, *, create: b
         case "s3" | "s3+https" | "s3+http" if url.hostname:
             return Persistent(_bucket(text, url, credentials))
     raise InvalidError(f"{text!r} is not a place for a repository", remedy=_FORMS)
+
+
+def open_repository(
+    text: str, passphrase: str, credentials: Credentials, *, index_folder: str | None = None
+) -> Repository:
+    """The repository that is at a place; a far one's index is copied into a folder, and not fetched again each time.
+
+    Raises: as `open_backend` and `Repository.open`.
+    """
+    index_cache = None if index_folder is None else index_cache_of(text, index_folder)
+    return Repository.open(open_backend(text, credentials), passphrase, index_cache=index_cache)
 
 
 def index_cache_of(text: str, folder: str) -> IndexCache | None:

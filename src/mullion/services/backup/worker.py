@@ -38,8 +38,7 @@ from mullion.base.errors import (
 from mullion.base.units import format_time
 from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.credentials import Credentials
-from mullion.repository.index_cache import IndexCache
-from mullion.repository.location import index_cache_of, open_backend
+from mullion.repository.location import open_backend, open_repository
 from mullion.repository.prune import prune
 from mullion.repository.repair import repair
 from mullion.repository.retention import Retention, plan_retention
@@ -108,19 +107,15 @@ class _Line:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _open(request: Request) -> Repository:
-    return _open_with(request, None)
+def _open(request: Request, *, index_folder: str | None = None) -> Repository:
+    secret = request["secret"]
+    credentials = Credentials(**secret["credentials"])
+    return open_repository(request["url"], secret["passphrase"], credentials, index_folder=index_folder)
 
 
 def _open_nearer(request: Request) -> Repository:
     """With copies of its index on this host: for what does not judge or change what the storage has."""
-    return _open_with(request, index_cache_of(request["url"], request["index_cache"]))
-
-
-def _open_with(request: Request, index_cache: IndexCache | None) -> Repository:
-    secret = request["secret"]
-    backend = open_backend(request["url"], Credentials(**secret["credentials"]))
-    return Repository.open(backend, secret["passphrase"], index_cache=index_cache)
+    return _open(request, index_folder=request["index_cache"])
 
 
 def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
