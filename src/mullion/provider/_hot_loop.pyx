@@ -14,12 +14,13 @@ that were found good are in `_pieces`; files are read and written through these,
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from mullion.base.errors import MullionError
 from mullion.provider.hot_loop import ANNOUNCE_BYTES, ANNOUNCE_REQUESTS, BUDGET_REQUESTS, UNANSWERED
 from mullion.provider.hot_loop import EVENTS as _EVENTS
+from mullion.vhd.fileio import DATA_PIECE_BYTES
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, DescriptorFlag
 
 cdef extern from *:
@@ -91,6 +92,9 @@ cdef extern from "<sys/epoll.h>":
 
     int epoll_wait(int epoll_fd, epoll_event *events, int count, int timeout_ms) noexcept nogil
 
+cdef extern from "<sys/eventfd.h>":
+    int eventfd_write(int fd, uint64_t value) noexcept nogil
+
 cdef extern from *:
     """
     #ifndef SOURCE_DIGEST
@@ -115,9 +119,30 @@ cdef uint32_t IN = BlkRequest.IN
 cdef uint32_t OUT = BlkRequest.OUT
 cdef int64_t UNANSWERED_NOW = UNANSWERED
 cdef uint64_t BATCH_BYTES = ANNOUNCE_BYTES
+cdef uint64_t PIECE_BYTES = DATA_PIECE_BYTES
 cdef uint32_t BATCH_REQUESTS = ANNOUNCE_REQUESTS
 cdef int64_t BUDGET = BUDGET_REQUESTS
 assert EVENTS == _EVENTS
+
+
+cdef class Call:
+    """As of `hot_loop.Call`."""
+
+    cdef int _fd
+
+    def __cinit__(self, int fd):
+        self._fd = fd
+
+    def __call__(self):
+        self.signal()
+
+    cdef int signal(self) except -1:
+        cdef int failure
+        with nogil:
+            failure = eventfd_write(self._fd, 1)
+        if failure and errno != EAGAIN:
+            PyErr_SetFromErrno(OSError)
+        return 0
 
 
 @cython.no_gc  # views of memory lead to no object of ours; and the collector would clear them without releasing them
@@ -126,6 +151,7 @@ cdef class HotLoop:
 
     cdef public uint16_t available_index
     cdef public uint16_t used_index
+    cdef readonly uint64_t answered
     cdef readonly uint64_t moved_bytes
     cdef Py_buffer _descriptors
     cdef Py_buffer _available
@@ -192,19 +218,19 @@ cdef class HotLoop:
 
     def announce(self, uint16_t used_index, notify):
         """As of `hot_loop.HotLoop`."""
-        if self._is_wanted(used_index):
-            notify()
+        self._announce(used_index, notify)
 
     def sweep(
         self, device, serve, notify, holder, uint16_t available_index, uint16_t used_index, int64_t budget
     ):
         """As of `hot_loop.HotLoop`."""
-        cdef Disk disk = Disk(device)
-        cdef uint16_t unanswered = available_index - used_index
+        self.available_index, self.used_index = available_index, used_index
+        return self._sweep(Disk(device), serve, notify, holder, budget)
+
+    cdef bint _sweep(self, Disk disk, serve, notify, holder, int64_t budget) except -1:
+        cdef uint16_t unanswered = self.available_index - self.used_index
         cdef uint32_t count
         cdef uint16_t first
-        self.moved_bytes = 0
-        self.available_index, self.used_index = available_index, used_index
         try:
             while True:
                 first = self.available_index
@@ -212,16 +238,16 @@ cdef class HotLoop:
                 if not count:
                     if self._arm(first):
                         return True
-                    self.announce(self.used_index, notify)
+                    self._announce(self.used_index, notify)
                     continue
                 if count > self._size or budget <= 0 or <uint16_t>(first - self.used_index) != unanswered or holder.is_held:
                     return False
                 self._take(disk, serve, min(count, self._size - (first & (self._size - 1)), BATCH_REQUESTS))
                 budget -= <uint16_t>(self.available_index - first)
                 if self._pending(self.available_index):
-                    self.announce(self.used_index, notify)
+                    self._announce(self.used_index, notify)
         finally:
-            self.announce(self.used_index, notify)
+            self._announce(self.used_index, notify)
 
     def attend(self, owner, notify, holder, seat, epoll, int kick):
         """As of `hot_loop.HotLoop`."""
@@ -229,30 +255,27 @@ cdef class HotLoop:
         cdef int epoll_fd = epoll.fileno()
         cdef int count, number
         cdef bint is_idle = False
-        serve, keep = owner.serve, owner.keep
-        while True:
-            with nogil:
-                count = epoll_wait(epoll_fd, events, EVENTS, -1)
-            if count < 0:
-                if errno != EINTR:
-                    PyErr_SetFromErrno(OSError)
-                PyErr_CheckSignals()
-                continue
-            if count == 1 and events[0].data.fd == kick and not holder.is_held and not owner.is_capped:
-                with seat:
-                    try:
-                        is_idle = self.sweep(
-                            owner.device, serve, notify, holder, self.available_index, self.used_index, BUDGET
-                        )
-                    finally:
-                        keep()
-                if is_idle:
+        serve, blk, lane = owner.serve, owner.blk, owner.lane
+        try:
+            while True:
+                with nogil:
+                    count = epoll_wait(epoll_fd, events, EVENTS, -1)
+                if count < 0:
+                    if errno != EINTR:
+                        PyErr_SetFromErrno(OSError)
+                    PyErr_CheckSignals()
                     continue
-            return [(events[number].data.fd, events[number].events) for number in range(count)]
+                if count == 1 and events[0].data.fd == kick and not holder.is_held and not lane.is_limited:
+                    with seat:
+                        is_idle = self._sweep(Disk(blk.device), serve, notify, holder, BUDGET)
+                    if is_idle:
+                        continue
+                return [(events[number].data.fd, events[number].events) for number in range(count)]
+        finally:
+            owner.keep()
 
     def run(self, device, serve, uint16_t available_index, uint16_t used_index, uint32_t count):
         """As of `hot_loop.HotLoop`."""
-        self.moved_bytes = 0
         self.available_index, self.used_index = available_index, used_index
         self._take(Disk(device), serve, count)
 
@@ -266,6 +289,14 @@ cdef class HotLoop:
             publish(<char *>self._used.buf, 0)
         barrier()
         return not self._pending(available_index)
+
+    cdef int _announce(self, uint16_t used_index, notify) except -1:
+        if self._is_wanted(used_index):
+            if type(notify) is Call:
+                (<Call>notify).signal()
+            else:
+                notify()
+        return 0
 
     cdef bint _is_wanted(self, uint16_t used_index) noexcept:
         """Whether the driver wants to hear of what was answered since the last time (2.7.7.2, 2.7.10)."""
@@ -306,6 +337,7 @@ cdef class HotLoop:
             store(element, head)
             store(element + 4, <uint32_t>written)
             self.used_index += 1
+            self.answered += 1
             publish(used + 2, self.used_index)
             if self.moved_bytes >= limit:
                 break
@@ -407,7 +439,7 @@ cdef class HotLoop:
                     disk.mixed_used(granule)
                 else:
                     place = None
-        if place is not None:
+        if place is not None and self._length <= PIECE_BYTES:
             return self._move(place, inside, self._pieces, self._count, self._length)
         try:
             disk.pwritev(self._header.sector << SECTOR_SHIFT, self._views())

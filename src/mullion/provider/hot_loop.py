@@ -27,6 +27,7 @@ from typing import Final, Protocol
 
 from mullion.base.errors import MullionError
 from mullion.provider.device import DirectDevice
+from mullion.vhd.fileio import DATA_PIECE_BYTES
 from mullion.wire.vhost_user.virtio_blk import DescriptorFlag
 
 ANNOUNCE_BYTES: Final = 512 * 1024
@@ -64,26 +65,54 @@ class Holder(Protocol):
     def is_held(self) -> bool: ...
 
 
-class Owner(Protocol):
-    """The ring whose loop it is, for the time that the loop waits for kicks by itself."""
+class Served(Protocol):
+    """What has the disk."""
 
     @property
     def device(self) -> DirectDevice:
         """The disk as it is now."""
         ...
 
+
+class Limited(Protocol):
+    """What knows of caps."""
+
     @property
-    def is_capped(self) -> bool:
+    def is_limited(self) -> bool:
         """Whether requests have to be asked for their cost."""
         ...
+
+
+class Owner(Protocol):
+    """The ring whose loop it is, for the time that the loop waits for kicks by itself."""
+
+    @property
+    def blk(self) -> Served: ...
+
+    @property
+    def lane(self) -> Limited: ...
 
     def serve(self, head: int) -> int:
         """As `run` needs it."""
         ...
 
     def keep(self) -> None:
-        """A sweep is over: the loop's attributes say how far it came."""
+        """Sweeps are over: the loop's attributes say how far it came."""
         ...
+
+
+class Call:
+    """Notifies a driver, by an eventfd of whoever has it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self) -> None:
+        """Raises: OSError."""
+        try:
+            os.eventfd_write(self._fd, 1)
+        except BlockingIOError:
+            return  # a full counter is a notification that was not taken yet
 
 
 class HotLoop:
@@ -110,8 +139,10 @@ class HotLoop:
         """Of the next request to take, mod 2¹⁶."""
         self.used_index = 0
         """Of the next answer, mod 2¹⁶: it stands in the used ring."""
+        self.answered = 0
+        """Requests since the beginning. Any thread may read it, and the next."""
         self.moved_bytes = 0
-        """Data of the last run or sweep, without what `serve` moved."""
+        """Their data, without what `serve` moved."""
         self._size = size
         self._descriptors = descriptors
         self._available = available.cast("H")
@@ -172,7 +203,6 @@ class HotLoop:
         """
         self.available_index, self.used_index = available_index, used_index
         unanswered = (available_index - used_index) & 0xFFFF
-        moved = 0
         try:
             while True:
                 first = self.available_index
@@ -187,15 +217,11 @@ class HotLoop:
                 if (first - self.used_index) & 0xFFFF != unanswered:
                     return False
                 count = min(count, self._size - (first & (self._size - 1)), ANNOUNCE_REQUESTS)
-                try:
-                    self.run(device, serve, first, self.used_index, count)
-                finally:
-                    moved += self.moved_bytes
+                self.run(device, serve, first, self.used_index, count)
                 budget -= (self.available_index - first) & 0xFFFF
                 if self.pending(self.available_index):
                     self.announce(self.used_index, notify)
         finally:
-            self.moved_bytes = moved
             self.announce(self.used_index, notify)
 
     def attend(  # noqa: PLR0917 - as sweep
@@ -212,20 +238,20 @@ class HotLoop:
         Goes on from where the attributes stand. Returns the first events that are anything else, or a kick after which
         a sweep did not come to its end. Raises: what `serve` raises; the ring is kept as far as it came.
         """
-        while True:
-            events = epoll.poll(-1, EVENTS)
-            if len(events) != 1 or events[0][0] != kick or holder.is_held or owner.is_capped:
-                return events
-            with seat:
-                try:
+        try:
+            while True:
+                events = epoll.poll(-1, EVENTS)
+                if len(events) != 1 or events[0][0] != kick or holder.is_held or owner.lane.is_limited:
+                    return events
+                with seat:
                     is_idle = self.sweep(
-                        *(owner.device, owner.serve, notify, holder),
+                        *(owner.blk.device, owner.serve, notify, holder),
                         *(self.available_index, self.used_index, BUDGET_REQUESTS),
                     )
-                finally:
-                    owner.keep()
-            if not is_idle:
-                return events
+                if not is_idle:
+                    return events
+        finally:
+            owner.keep()
 
     def run(
         self, device: DirectDevice, serve: Callable[[int], int], available_index: int, used_index: int, count: int
@@ -252,6 +278,7 @@ class HotLoop:
         descriptor, three_descriptors, two_words = _DESCRIPTOR, _THREE_DESCRIPTORS, _TWO_WORDS
         slot_mask = self._size - 1
         slot = available_index & slot_mask
+        self.used_index = used_index
         moved = taken = 0
         try:
             for head in self._available[2 + slot : 2 + slot + count].tolist():
@@ -316,7 +343,7 @@ class HotLoop:
                                         if shared is not None and shared[0] == mixed_write_fd:
                                             mixed_used(granule)
                                             place = shared
-                                if place is not None:
+                                if place is not None and length <= DATA_PIECE_BYTES:
                                     fd, start = place
                                     if pwritev(fd, (piece,), start + inside) == length:
                                         memory[status - base] = 0
@@ -343,5 +370,6 @@ class HotLoop:
                     break
         finally:
             self.available_index = (available_index + taken) & 0xFFFF
+            self.answered += (used_index - self.used_index) & 0xFFFF
             self.used_index = used_index
-            self.moved_bytes = moved
+            self.moved_bytes += moved

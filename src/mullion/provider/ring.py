@@ -8,7 +8,8 @@ What it leaves over goes through `serve`, which takes everything that the specif
 
 A FLUSH goes to the disk's `Flusher`, and the requests behind it are served and answered while it runs. That needs the
 in-flight region, which then says what was taken and not answered. Without one, and while the guest's memory is copied,
-a flush is a request like any other.
+a flush is a request like any other. So it is where nobody would gain: on a disk with one ring, whose driver has waited
+for its last flushes with nothing else to do, and not for long; two threads less to wake.
 
 Invariants: requests are taken strictly in order, and each but a flush is finished before the next is taken: after a
 crash the ring goes on from `used.idx` plus the flushes that are marked in flight (`inflight`). Everything read from
@@ -23,6 +24,7 @@ import enum
 import select
 import struct
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
@@ -30,9 +32,9 @@ from typing import Final
 from mullion.base.flusher import Flusher, Outcomes
 from mullion.base.implementation import implementation_of
 from mullion.provider.blk import BlkDevice, OutOfSpace, Segments, cost_of, room_of_flush
-from mullion.provider.device import DirectDevice
 from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.hot_loop import ANNOUNCE_REQUESTS, BUDGET_REQUESTS, EVENTS, UNANSWERED
+from mullion.provider.hot_loop import Call as PythonCall
 from mullion.provider.hot_loop import HotLoop as PythonHotLoop
 from mullion.provider.inflight import InflightQueue
 from mullion.provider.layers.throttle import Turn
@@ -41,10 +43,17 @@ from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user.messages import VRING_LOG, DeviceFeature, VringAddress
 from mullion.wire.vhost_user.virtio_blk import BlkStatus, DescriptorFlag
 
-HotLoop: type[PythonHotLoop] = implementation_of("mullion.provider.hot_loop").HotLoop
+_IMPLEMENTATION: Final = implementation_of("mullion.provider.hot_loop")
+HotLoop: type[PythonHotLoop] = _IMPLEMENTATION.HotLoop
+Call: type[PythonCall] = _IMPLEMENTATION.Call
 
 CHAIN_LIMIT: Final = 1024
 """Descriptors of one request, direct and indirect together."""
+
+_LONELY_FLUSHES: Final = 4
+"""After so many flushes in a row behind which nothing came until they were done, the next is done on the spot."""
+_LONELY_S: Final = 0.05
+"""One that takes longer is not done on the spot: whoever wants to hold the disk has to wait for it."""
 
 _EVENT_IDX: Final = int(DeviceFeature.RING_EVENT_IDX)
 _ENTRY_BYTES: Final = 16
@@ -86,15 +95,15 @@ class Ring:
         flusher: Flusher[FlushOutcome] | None = None,
     ) -> None:
         """Attach to a ring in guest memory. Raises: GuestFault when it does not lie there."""
-        self.requests = 0
-        self.bytes = 0
         self.stall: OSError | None = None
         self.wait_s = 0.0
-        self._blk = blk
+        self.blk = blk
         self._memory = memory
         self._size = size
         self._turn = turn
-        self._lane = turn.lane  # one look at a flag a batch is all that a disk without caps pays
+        self.lane = turn.lane  # one look at a flag a batch is all that a disk without caps pays
+        self._answered = 0  # beside the hot loop
+        self._moved_bytes = 0
         self._admitted = 0  # requests that may be served without asking the turn again
         self._paid_bytes = 0  # of `bytes`, while a cap is on
         self._paid_requests = 0
@@ -128,6 +137,9 @@ class Ring:
         self.next_index = (self._used_index + len(self._resubmit)) & 0xFFFF
         self._flusher = flusher if inflight is not None and log is None else None
         self._flushes: dict[int, tuple[memoryview, int]] = {}  # heads that are being flushed, and where to answer
+        self._flush_behind = -1  # the driver's index when the last of these began, if nothing was available behind it
+        self._lonely_flushes = 0
+        self._is_attended = False
         self._outcomes: Outcomes[FlushOutcome] = SimpleQueue()
         self._unsynced: list[int] = []  # of the flushes, those that found no space
 
@@ -147,7 +159,7 @@ class Ring:
                 first = self.next_index
                 if self._flushes:
                     self._answer_flushes()
-                if not (self._lane.is_limited or self._admitted or self._log is not None):
+                if not (self.lane.is_limited or self._admitted or self._log is not None):
                     if self._sweep(notify, BUDGET_REQUESTS - spent):
                         return Drained.IDLE
                     spent += (self.next_index - first) & 0xFFFF
@@ -162,7 +174,7 @@ class Ring:
                 if spent >= BUDGET_REQUESTS or self._turnstile.is_held:
                     return Drained.BUSY
                 count = min(count, size - (first & (size - 1)), ANNOUNCE_REQUESTS)
-                if self._lane.is_limited or self._admitted:
+                if self.lane.is_limited or self._admitted:
                     count = self._admit(count)
                     if not count:
                         return Drained.CAPPED
@@ -188,7 +200,7 @@ class Ring:
         hot = self._hot
         try:
             return hot.sweep(
-                *(self._blk.device, self.serve, notify, self._turnstile, self.next_index, self._used_index, budget)
+                *(self.blk.device, self.serve, notify, self._turnstile, self.next_index, self._used_index, budget)
             )
         finally:
             self.keep()
@@ -203,20 +215,23 @@ class Ring:
         if self._resubmit or self._unsynced or self._admitted or self._log is not None:
             return epoll.poll(-1, EVENTS)
         self._hot.available_index, self._hot.used_index = self.next_index, self._used_index
+        self._is_attended = True
         try:
             return self._hot.attend(self, notify, self._turnstile, seat, epoll, kick)
         except OutOfSpace:
             return [(kick, select.EPOLLIN)]  # and is met again by whoever drains the ring
+        finally:
+            self._is_attended = False
 
     @property
-    def device(self) -> DirectDevice:
-        """The disk as it is now."""
-        return self._blk.device
+    def requests(self) -> int:
+        """Answered since the ring began."""
+        return self._answered + self._hot.answered
 
     @property
-    def is_capped(self) -> bool:
-        """Whether requests have to be asked for their cost."""
-        return self._lane.is_limited
+    def bytes(self) -> int:
+        """Of data, in these."""
+        return self._moved_bytes + self._hot.moved_bytes
 
     def _run(self, count: int) -> None:
         """Serve up to so many requests, which are available and do not wrap around the ring's end."""
@@ -224,16 +239,14 @@ class Ring:
             self._run_logged(count)
             return
         try:
-            self._hot.run(self._blk.device, self.serve, self.next_index, self._used_index, count)
+            self._hot.run(self.blk.device, self.serve, self.next_index, self._used_index, count)
         finally:
             self.keep()
 
     def keep(self) -> None:
         """Take over how far the hot loop came."""
         hot = self._hot
-        self.requests += (hot.used_index - self._used_index) & 0xFFFF
         self.next_index, self._used_index = hot.available_index, hot.used_index
-        self.bytes += hot.moved_bytes
 
     def _admit(self, count: int) -> int:
         """How many of the next requests may go ahead now; with none, `wait_s` says when to ask. Raises: GuestFault."""
@@ -283,7 +296,7 @@ class Ring:
         self._used_words[element + 1] = written
         self._used_index = (self._used_index + 1) & 0xFFFF
         self._used[1] = self._used_index
-        self.requests += 1
+        self._answered += 1
 
     def _publish_marked(self, head: int, written: int) -> None:
         """Answer a request that the in-flight region says to be taken."""
@@ -309,7 +322,20 @@ class Ring:
             return False
         self._inflight.mark(head)
         self._flushes[head] = status, written
+        self._flush_behind = self._available[1] if self._is_last(head) else -1
         return True
+
+    def _is_last(self, head: int) -> bool:
+        """Whether nothing is available behind a request."""
+        return self._available[2 + ((self._available[1] - 1) & (self._size - 1))] == head
+
+    def _flush_on_the_spot(self, readable: Segments, writable: Segments) -> int:
+        """Raises: GuestFault, OutOfSpace."""
+        index, begun_s = self._available[1], time.monotonic()
+        written = self._finish(readable, writable)
+        if self._available[1] != index or time.monotonic() - begun_s > _LONELY_S:
+            self._lonely_flushes = 0
+        return written
 
     def _answer_flushes(self) -> None:
         """Answer those that are done. Raises: OutOfSpace when there was none for some of them."""
@@ -330,13 +356,14 @@ class Ring:
 
     def _answer_flush(self, head: int, outcome: BlkStatus) -> None:
         status, written = self._flushes.pop(head)
+        self._lonely_flushes = self._lonely_flushes + 1 if self._available[1] == self._flush_behind else 0
         status[0] = outcome
         self._publish_marked(head, written if outcome is BlkStatus.OK else 1)
         self._paid_requests += 1  # that it was not asked for its cost forgives nobody anything
 
     def _flush_again(self) -> None:
         """Try once more what found no space, before anything else. Raises: OutOfSpace."""
-        outcome = self._blk.flush()
+        outcome = self.blk.flush()
         while self._unsynced:
             self._answer_flush(self._unsynced.pop(), outcome)
 
@@ -373,8 +400,11 @@ class Ring:
         readable, writable = self._walk(head)
         if self._flusher is not None:
             room = room_of_flush(readable, writable)
-            if room is not None and self._begin_flush(head, *room):
-                return UNANSWERED
+            if room is not None:
+                if self._is_attended and self._lonely_flushes >= _LONELY_FLUSHES and self._is_last(head):
+                    return self._flush_on_the_spot(readable, writable)
+                if self._begin_flush(head, *room):
+                    return UNANSWERED
         return self._finish(readable, writable)
 
     def _serve_now(self, head: int) -> int:
@@ -383,11 +413,11 @@ class Ring:
         return self._finish(*self._walk(head))
 
     def _finish(self, readable: Segments, writable: Segments) -> int:
-        written = self._blk.serve(readable, writable)
+        written = self.blk.serve(readable, writable)
         if self._log is not None:
             for address, length in self._marks:
                 self._log.mark(address, length)
-        self.bytes += sum(map(len, readable)) + sum(map(len, writable)) - _FRAME_BYTES
+        self._moved_bytes += sum(map(len, readable)) + sum(map(len, writable)) - _FRAME_BYTES
         return written
 
     def _walk(self, head: int) -> tuple[Segments, Segments]:

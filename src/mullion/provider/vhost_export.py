@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import array
 import enum
-import functools
 import logging
 import os
 import select
@@ -37,7 +36,7 @@ from mullion.provider.hot_loop import EVENTS
 from mullion.provider.inflight import InflightRegion, create_inflight
 from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
-from mullion.provider.ring import Drained, Ring
+from mullion.provider.ring import Call, Drained, Ring
 from mullion.provider.space import RETRY_INTERVAL_S, SpaceGate
 from mullion.provider.turnstile import Turnstile
 from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, ProtocolError, Session, Vring
@@ -321,7 +320,7 @@ class VhostExport:
         ring = self._detach(index)
         self._last_index[index] = 0 if ring is None else ring.next_index
         if (error_fd := self._errors.get(index)) is not None:
-            _signal(error_fd)
+            Call(error_fd)()
         self._notify("broken", self._blk.disk_id, reason)
 
     def _accept(self) -> None:
@@ -463,7 +462,7 @@ class VhostExport:
 
     def set_call_fd(self, index: int, fd: int | None) -> None:
         _replace_fd(self._calls, index, fd)
-        self._notifiers[index] = _no_call if fd is None else functools.partial(_signal, fd)
+        self._notifiers[index] = _no_call if fd is None else Call(fd)
         if index in self._rings:
             self._call_anyway(index)
 
@@ -511,13 +510,6 @@ class VhostExport:
 
 def _no_call() -> None:
     """The driver polls."""
-
-
-def _signal(fd: int) -> None:
-    try:
-        os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        return  # a full counter is a signal that was not taken yet
 
 
 def _replace_fd(table: dict[int, int], index: int, fd: int | None) -> None:

@@ -28,7 +28,7 @@ from mullion.base.units import SECTOR_BYTES
 from mullion.vhd import bitmap
 from mullion.vhd.cells import CELL_BYTES, YOUNG_SECTORS, widened
 from mullion.vhd.errors import DiskReadOnlyError, ParentNotFoundError, VhdDamagedError, VhdError
-from mullion.vhd.fileio import IOV_LIMIT, PAGED_RUN_BYTES, SYSTEM, ZEROS, FileIO
+from mullion.vhd.fileio import IOV_LIMIT, PAGED_RUN_BYTES, SYSTEM, ZEROS, FileIO, split_buffers
 from mullion.vhd.flushing import FlushBehind, SharedFlush
 from mullion.vhd.geometry import SizeFrom
 from mullion.vhd.image import Image, load_image, open_file
@@ -304,7 +304,7 @@ class Chain:
         if len(segments) == 1:
             self._read_segment(segments[0], buffers, offset)
             return
-        for segment, part in zip(segments, _split(buffers, segments), strict=True):
+        for segment, part in zip(segments, split_buffers(buffers, (length for _, _, length in segments)), strict=True):
             self._read_segment(segment, part, offset)
             offset += segment[2]
 
@@ -396,7 +396,7 @@ class Chain:
             self._write_piece(offset, buffers, length)
             return
         pieces = list(self._pieces(offset, length))
-        for (at, count), part in zip(pieces, _split(buffers, [(0, 0, count) for _, count in pieces]), strict=True):
+        for (at, count), part in zip(pieces, split_buffers(buffers, (count for _, count in pieces)), strict=True):
             self._write_piece(at, part, count)
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -445,7 +445,7 @@ class Chain:
         if buffers is None:
             self._io.write_zeros(self._top.fd, at, length)
         else:
-            self._io.write_all(self._top.fd, buffers, at)
+            self._io.write_data(self._top.fd, buffers, at, length)
 
     def _write_child(
         self, writer: TopWriter, granule: int, offset: int, buffers: Sequence[Buffer] | None, length: int
@@ -789,21 +789,3 @@ def open_chain(
             image.close()
         os.close(fd)
         raise
-
-
-def _split(buffers: Sequence[memoryview], segments: Sequence[Segment]) -> Iterator[list[memoryview]]:
-    """Cut a list of buffers into one list for each segment, without copying."""
-    index, start = 0, 0
-    for _, _, length in segments:
-        part: list[memoryview] = []
-        left = length
-        while left:
-            buffer = buffers[index]
-            step = min(left, len(buffer) - start)
-            if step:
-                part.append(buffer[start : start + step])
-            start += step
-            left -= step
-            if start == len(buffer):
-                index, start = index + 1, 0
-        yield part

@@ -215,7 +215,7 @@ class TopWriter:
         """Write the bitmap of a block, and data."""
         self._io.write_all(self.image.fd, [raw], start)
         for within, buffers in runs:
-            self._io.write_all(self.image.fd, buffers, start + self._bitmap_bytes + within)
+            self._io.write_data(self.image.fd, buffers, start + self._bitmap_bytes + within, sum(map(len, buffers)))
 
     def write_empty(self, block: int) -> int:
         """Allocate a block without content, and return where its data begins. Raises: as `write_new`."""
