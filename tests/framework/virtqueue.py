@@ -110,10 +110,12 @@ class FlusherByHand(Flusher[FlushOutcome]):
     def __init__(self) -> None:
         self.asked: list[tuple[Outcomes[FlushOutcome], int]] = []
         self.has_thread = True
+        self.on_ask: Callable[[], None] = lambda: None
 
     def ask(self, outcomes: Outcomes[FlushOutcome], head: int) -> bool:
         if self.has_thread:
             self.asked.append((outcomes, head))
+            self.on_ask()
         return self.has_thread
 
     def end(self, outcome: BlkStatus | OutOfSpace = BlkStatus.OK, count: int = 1000) -> None:

@@ -439,7 +439,9 @@ cdef class HotLoop:
                     disk.mixed_used(granule)
                 else:
                     place = None
-        if place is not None and self._length <= PIECE_BYTES:
+        if place is not None:
+            if self._length > PIECE_BYTES:
+                return self._write_in_pieces(place, inside)
             return self._move(place, inside, self._pieces, self._count, self._length)
         try:
             disk.pwritev(self._header.sector << SECTOR_SHIFT, self._views())
@@ -459,6 +461,25 @@ cdef class HotLoop:
             else:
                 moved = pwritev(fd, pieces, count, offset)
         return moved >= 0 and <uint64_t>moved == length
+
+    cdef bint _write_in_pieces(self, tuple place, uint64_t inside) except -1:
+        """As `vhd.fileio.FileIO.write_data`; whether all was written."""
+        cdef int fd = place[0]
+        cdef int64_t offset = <int64_t>place[1] + <int64_t>inside
+        cdef uint64_t left = self._length
+        cdef uint64_t step = PIECE_BYTES - <uint64_t>offset % PIECE_BYTES
+        cdef int first = 0
+        cdef size_t skip = 0
+        with nogil:
+            while left:
+                if step > left:
+                    step = left
+                if pwritev(fd, self._part, self._cut(&first, &skip, step), offset) != <ssize_t>step:
+                    break
+                offset += <int64_t>step
+                left -= step
+                step = PIECE_BYTES
+        return not left
 
     cdef object _shared_place(self, tuple level, uint64_t inside):
         """Where the granule would begin in the one file that all of the request lies in, if there is one."""

@@ -279,6 +279,33 @@ def test_data_in_many_pieces(guest: GuestSide) -> None:
     assert bytes(guest.memory[at + 8192 : at + 8193]) + bytes(guest.memory[at + 9000 : at + 13095]) == data
 
 
+@pytest.mark.parametrize("segments", [[(0, 300 * 1024)], [(0, 100), (4096, 70_000), (80_000, 3), (90_000, 237_097)]])
+@pytest.mark.parametrize("sector", [0, 1, 127])
+def test_a_long_write_in_a_large_granule(
+    segments: list[tuple[int, int]], sector: int, each_implementation: str
+) -> None:
+    """Aligned pieces of it go into the file one by one (`vhd.fileio`)."""
+    disk = GranuleDisk(1 << 21)
+    disk.block_shift = 21
+    disk.direct_read = disk.direct_write = {0: (disk.fd, 0)}
+    side = GuestSide(disk)
+    at = 0x40000
+    data = os.urandom(300 * 1024)
+    given = 0
+    for offset, length in segments:
+        side.memory[at + offset : at + offset + length] = data[given : given + length]
+        given += length
+    assert given == len(data)
+    side.driver.submit(
+        0, BlkRequest.OUT, sector, segments=[Segment(at + offset, length) for offset, length in segments]
+    )
+    assert side.drain() is Drained.IDLE
+    assert [answer.status for answer in side.driver.collect()] == [BlkStatus.OK]
+    assert disk.content(0, 1 << 21) == (bytes(sector * 512) + data).ljust(1 << 21, b"\0")
+    assert (disk.calls == []) == (each_implementation == "compiled")
+    side.close()
+
+
 def test_any_framing_of_header_and_status(plain_guest: GuestSide) -> None:
     """The header in two pieces, and the status in one piece with the data (2.7.4.1)."""
     driver, memory = plain_guest.driver, plain_guest.memory

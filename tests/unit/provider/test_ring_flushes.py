@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
+import select
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -320,3 +322,120 @@ def test_what_a_ring_makes_available_again_is_in_the_dirty_log(guest: GuestSide,
     assert os.pread(log_fd, 1, place) == b"\xff"
     assert guest.ring.next_index == 0
     os.close(log_fd)
+
+
+class Attended:
+    """The ring as a disk with one ring is served: woken by its kick, and asked for nothing else."""
+
+    def __init__(self, guest: GuestSide, flusher: FlusherByHand) -> None:
+        self._guest, self._flusher = guest, flusher
+        self._kick, self._other = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
+        self._epoll = select.epoll()
+        self._epoll.register(self._kick, select.EPOLLIN | select.EPOLLET)
+        self._epoll.register(self._other, select.EPOLLIN)
+
+    def flush_alone(self) -> bool:
+        """Whether a flush with nothing behind it was done on the spot; else it is ended."""
+        self._guest.driver.submit(0, BlkRequest.FLUSH)
+        self.turn()
+        (status,) = [status for slot, status in answers(self._guest) if slot == 0] or [None]
+        if status is None:
+            self._flusher.end()
+            assert self._guest.drain() is Drained.IDLE
+            assert answers(self._guest) == [(0, 0)]
+        return status == BlkStatus.OK
+
+    def turn(self) -> None:
+        """Serve what is available, until that is all, or a flush is under way."""
+        memory, place = self._guest.memory, self._guest.driver.place
+        memory[place.available + 4 + 2 * 16 :][:2] = memory[place.used + 2 :][
+            :2
+        ]  # the driver wants to hear of the next
+        os.eventfd_write(self._kick, 1)
+
+        def leave() -> None:
+            os.eventfd_write(self._other, 1)
+
+        self._flusher.on_ask = leave
+        self._guest.ring.attend(leave, threading.Lock(), self._epoll, self._kick)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._other)
+
+    def close(self) -> None:
+        self._epoll.close()
+        os.close(self._kick)
+        os.close(self._other)
+
+
+@pytest.fixture
+def attended(guest: GuestSide, flusher: FlusherByHand) -> Iterator[Attended]:
+    made = Attended(guest, flusher)
+    yield made
+    made.close()
+
+
+def test_after_some_lonely_flushes_the_next_are_done_on_the_spot(guest: GuestSide, attended: Attended) -> None:
+    assert [attended.flush_alone() for _ in range(6)] == [False] * 4 + [True] * 2
+    assert guest.disk.calls == [("flush", 0, 0)] * 2
+    assert marked(guest) == []
+    assert guest.ring.next_index == 6
+
+
+def test_behind_what_is_done_on_the_spot_nothing_else_waits(
+    guest: GuestSide, flusher: FlusherByHand, attended: Attended
+) -> None:
+    for _ in range(4):
+        attended.flush_alone()
+    guest.driver.submit(1, BlkRequest.FLUSH)
+    write(guest, 2)
+    attended.turn()
+    assert answers(guest) == [(2, 0)]
+    flusher.end()
+    guest.drain()
+    assert answers(guest) == [(1, 0)]
+    assert not attended.flush_alone()
+
+
+def test_what_comes_during_a_flush_ends_its_loneliness(
+    guest: GuestSide, attended: Attended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(4):
+        attended.flush_alone()
+    monkeypatch.setattr(guest.disk, "flush", lambda: write(guest, 3))
+    guest.driver.submit(0, BlkRequest.FLUSH)
+    attended.turn()
+    assert answers(guest) == [(0, 0), (3, 0)]
+    assert [attended.flush_alone() for _ in range(5)] == [False] * 4 + [True]
+
+
+def test_flush_that_takes_long_is_done_beside_the_next_time(
+    attended: Attended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mullion.provider.ring._LONELY_S", -1)
+    assert [attended.flush_alone() for _ in range(6)] == [False] * 4 + [True, False]
+
+
+def test_flush_of_a_ring_among_others_is_never_done_on_the_spot(guest: GuestSide, attended: Attended) -> None:
+    for _ in range(6):
+        attended.flush_alone()
+    guest.driver.submit(0, BlkRequest.FLUSH)
+    assert guest.drain() is Drained.IDLE
+    assert answers(guest) == []
+    assert marked(guest) == [0]
+
+
+def test_flush_on_the_spot_that_finds_no_space_is_tried_again_beside(
+    guest: GuestSide, flusher: FlusherByHand, attended: Attended
+) -> None:
+    for _ in range(4):
+        attended.flush_alone()
+    guest.disk.failure = FULL.error
+    guest.driver.submit(0, BlkRequest.FLUSH)
+    attended.turn()
+    assert (answers(guest), marked(guest), guest.ring.next_index) == ([], [], 4)
+    assert guest.drain() is Drained.IDLE
+    flusher.end(FULL)
+    assert guest.drain() is Drained.STALLED
+    guest.disk.failure = None
+    assert guest.drain() is Drained.IDLE
+    assert answers(guest) == [(0, 0)]
