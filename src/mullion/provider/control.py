@@ -3,7 +3,8 @@
 Commands and their answers (`control_client` has the framing): `status` → partition, pid, uptime and every disk;
 `flush` → every disk is durable; `retry` → writers that wait for space try again; `switch` → other files beneath disks
 (`exchanging`); `resize` → a larger disk (`resizing`); `subscribe` → events from now on; `quit` → the provider flushes,
-closes and ends, after the answer; `hand-over`, with one descriptor → another provider goes on (`handover`).
+closes and ends, after the answer; `hand-over`, with one descriptor → another provider goes on (`handover`); `keep` and
+`adopt`, with descriptors → the parent has a copy of front-ends' connections, and gives them back (`keeping`).
 Events: `no_space`, `space`, `broken`, `connected`, `disconnected`, each with `disk`, and `reason` where there is one.
 
 Limits: 16 clients, lines of 1 MiB, 253 descriptors with one; what no command asked for is closed at once. Who does not

@@ -30,6 +30,8 @@ COMMANDS: Final = (
     "trace",
     "fault",
     "hand-over",
+    "keep",
+    "adopt",
     "subscribe",
     "quit",
 )

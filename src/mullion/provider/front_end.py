@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from mullion.provider.control import close_all
 from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, Session
@@ -34,15 +34,34 @@ class SetupMessage(NamedTuple):
 
 @dataclass(slots=True)
 class FrontEnd:
-    """A connection between two messages; its rings are at rest."""
+    """A connection between two messages."""
 
     connection: int
     messages: list[SetupMessage]
 
     @property
     def fds(self) -> list[int]:
-        """All descriptors, in the order that `handover` sends them."""
+        """All descriptors, in the order in which `from_wire` takes them."""
         return [self.connection, *(fd for message in self.messages for fd in message.fds)]
+
+    def to_wire(self) -> list[list[object]]:
+        """All but the descriptors, as JSON's values: of each message its number, payload and count of descriptors."""
+        return [[message.request, message.payload.hex(), len(message.fds)] for message in self.messages]
+
+    @classmethod
+    def from_wire(cls, said: object, left: Iterator[int]) -> Self:
+        """With descriptors from `left`.
+
+        Raises: ValueError, TypeError, StopIteration or RuntimeError for what `to_wire` does not say.
+        """
+        if not isinstance(said, list):
+            raise TypeError("a connection is a list of messages")
+        connection = next(left)
+        messages = [
+            SetupMessage(int(request), bytes.fromhex(payload), tuple(next(left) for _ in range(count)))
+            for request, payload, count in said
+        ]
+        return cls(connection, messages)
 
 
 class KeptSetup:
@@ -76,12 +95,14 @@ class KeptSetup:
         for request in tuple(self._kept):
             self.drop(request)
 
-    def take(self) -> Iterator[SetupMessage]:
-        """All that is kept, whose descriptors are the caller's from now on, in an order that a session accepts."""
-        kept, self._kept = self._kept, {}
-        for request in (Request.SET_MEM_TABLE, Request.SET_LOG_BASE, Request.SET_INFLIGHT_FD):
-            if request in kept:
-                yield kept[request]
+    def messages(self) -> list[SetupMessage]:
+        """All that is kept, in an order that a session accepts."""
+        order = (Request.SET_MEM_TABLE, Request.SET_LOG_BASE, Request.SET_INFLIGHT_FD)
+        return [self._kept[request] for request in order if request in self._kept]
+
+    def forget(self) -> None:
+        """The descriptors are somebody else's from now on."""
+        self._kept = {}
 
 
 def setup_of(
@@ -92,16 +113,18 @@ def setup_of(
     errors: Mapping[int, int],
     backend_fd: int | None,
 ) -> list[SetupMessage]:
-    """What a front-end would have to say again; all descriptors are the list's from now on."""
+    """What a front-end would have to say again, with the descriptors that are in use."""
     messages = [
         SetupMessage(Request.SET_FEATURES, U64(session.features).pack()),
         SetupMessage(Request.SET_PROTOCOL_FEATURES, U64(session.protocol_features).pack()),
     ]
     if backend_fd is not None:
         messages.append(SetupMessage(Request.SET_BACKEND_REQ_FD, b"", (backend_fd,)))
-    messages += kept.take()
+    messages += kept.messages()
     for vring in session.vrings:
         index = vring.index
+        if not vring.size and index not in calls and index not in errors:
+            continue  # nothing was said of it
         if vring.size:
             messages.append(SetupMessage(Request.SET_VRING_NUM, VringState(index, vring.size).pack()))
         if vring.address is not None:

@@ -37,7 +37,7 @@ from mullion.base.errors import ConflictError, InvalidError, MullionError, Opera
 from mullion.base.peer import peer_of
 from mullion.provider.control import close_all
 from mullion.provider.control_client import FDS_LIMIT, LineDecoder, descriptors_of, encode
-from mullion.provider.front_end import FrontEnd, SetupMessage
+from mullion.provider.front_end import FrontEnd
 
 log = logging.getLogger(__name__)
 
@@ -122,14 +122,11 @@ def _fds_of(disk: OfferedDisk) -> Iterator[int]:
 
 
 def _disk_to_wire(disk: OfferedDisk) -> dict[str, object]:
-    front_end = None
-    if disk.front_end is not None:
-        front_end = [[message.request, message.payload.hex(), len(message.fds)] for message in disk.front_end.messages]
     return {
         "id": disk.id,
         "chain": list(disk.chain),
         "vhost_user": disk.vhost_user is not None,
-        "front_end": front_end,
+        "front_end": None if disk.front_end is None else disk.front_end.to_wire(),
         "nbd": disk.nbd is not None,
     }
 
@@ -139,15 +136,7 @@ def _disk_from_wire(fields: Mapping[str, object], left: Iterator[int]) -> Offere
     assert isinstance(chain, list)
     files = [next(left) for _ in chain]
     vhost_user = next(left) if fields["vhost_user"] else None
-    front_end = None
-    if said is not None:
-        assert isinstance(said, list)
-        connection = next(left)
-        messages = [
-            SetupMessage(int(request), bytes.fromhex(payload), tuple(next(left) for _ in range(count)))
-            for request, payload, count in said
-        ]
-        front_end = FrontEnd(connection, messages)
+    front_end = None if said is None else FrontEnd.from_wire(said, left)
     nbd = next(left) if fields["nbd"] else None
     return OfferedDisk(str(fields["id"]), tuple(map(str, chain)), files, vhost_user, front_end, nbd)
 

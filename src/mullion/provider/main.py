@@ -31,7 +31,9 @@ from mullion.provider.backing import Homecoming
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control import Action, Command, ControlServer, close_all
 from mullion.provider.exchanging import Exchangeable, exchange_chains
+from mullion.provider.front_end import FrontEnd
 from mullion.provider.handover import HandOverError, Offer, OfferedDisk, TakeOver, give, not_taken
+from mullion.provider.keeping import Keeping
 from mullion.provider.layers.commands import Handler, LayerControl
 from mullion.provider.resizing import HOLD_S, grow, wanted_size
 from mullion.provider.served_disk import Offered, ServedDisk, load_chain, recover_files, written_files
@@ -64,6 +66,7 @@ class Provider:
         self._gate, self._layers = self._new_gates()
         self._quit_read_fd, self.quit_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._control: ControlServer | None = None
+        self._keeping: Keeping | None = None
         self._is_handed_over = False
         self._hand_over_ms: float | None = None
 
@@ -140,6 +143,8 @@ class Provider:
             blk = served.blk = BlkDevice(chain, disk.id, disk.serial or disk.id)
             served.vhost = VhostExport(offered.vhost_user, blk, self._gate, served.turnstile, self._notify, lane=lane)
             self._layers.add_waker(served.vhost.wake)
+            if self._keeping is not None:  # its work was offered to another one, who did not take it
+                served.vhost.keep(self._keeping)
             if offered.front_end is not None:
                 served.vhost.adopt(offered.front_end)
         if offered.nbd is not None:
@@ -325,6 +330,8 @@ class Provider:
         return {name: partial(_without_fds, action) for name, action in plain.items()} | {
             "switch": self._switch,
             "hand-over": self._hand_over,
+            "keep": self._keep,
+            "adopt": self._adopt_front_end,
             "resize": partial(_with_fields, self._resize),
             "release-backing": partial(_with_fields, self._release_backing),
             **{name: partial(_with_fields, handler) for name, handler in self._layers.handlers().items()},
@@ -346,6 +353,32 @@ class Provider:
         for served in self._disks:
             served.flush()
         return {"flushed": [served.spec.id for served in self._disks]}
+
+    def _keep(self, command: Command) -> Mapping[str, object]:
+        """Say from now on what becomes of front-ends' connections (`keeping`)."""
+        exports = {served.spec.id: served.vhost for served in self._disks if served.vhost is not None}
+        self._keeping = Keeping(command.fds, tuple(exports))
+        for vhost in exports.values():
+            vhost.keep(self._keeping)
+        return {"kept": list(exports)}
+
+    def _adopt_front_end(self, command: Command) -> Mapping[str, object]:
+        """Go on with the connection that a provider had which was killed."""
+        try:
+            served = self._named(command.fields, "adopt")
+            if served.vhost is None:
+                raise InvalidError(f"adopt: disk {served.spec.id} has no front-end", remedy="See its `status`.")
+            left = iter(command.fds)
+            try:
+                front_end = FrontEnd.from_wire(command.fields.get("front_end"), left)
+            except (ValueError, TypeError, StopIteration, RuntimeError) as error:
+                raise InvalidError(f"adopt: {error!r}", remedy="Send what the disk's last provider said.") from error
+        except InvalidError:
+            close_all(command.fds)
+            raise
+        close_all(left)
+        served.vhost.adopt_later(front_end)
+        return {"disk": served.spec.id}
 
     def _switch(self, command: Command) -> Mapping[str, object]:
         spec = self._spec

@@ -4,6 +4,8 @@ The thread sleeps in epoll over the listening socket, the connection, the kick d
 wake-up descriptor. Kicks are edge-triggered and never read: a write to an eventfd is an event even if its counter was
 not zero, and the ring's own index says what there is to do.
 
+The parent keeps a copy of the connection (`keeping`): a number says whether it is of now.
+
 The thread passes the disk's turnstile before it serves what has come, and is held there while files are exchanged.
 
 Flushes have a thread of their own, which wakes this one. A ring that ends for any reason waits for its flushes.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import array
 import enum
+import functools
 import logging
 import os
 import select
@@ -25,15 +28,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Final
 
 from mullion.base.flusher import Flusher
 from mullion.provider.blk import BlkDevice
 from mullion.provider.control_client import descriptors_of
 from mullion.provider.dirty_log import DirtyLog
-from mullion.provider.front_end import FrontEnd, KeptSetup, say_again, setup_of
+from mullion.provider.front_end import FrontEnd, KeptSetup, SetupMessage, say_again, setup_of
 from mullion.provider.hot_loop import EVENTS
 from mullion.provider.inflight import InflightRegion, create_inflight
+from mullion.provider.keeping import Keeping, hang_up
 from mullion.provider.layers.throttle import Lane
 from mullion.provider.memory import GuestFault, GuestMemory
 from mullion.provider.ring import Call, Drained, Ring
@@ -109,6 +114,8 @@ class VhostExport:
         self._inflight: InflightRegion | None = None
         self._log: DirtyLog | None = None
         self._kept = KeptSetup()
+        self._keeping: Keeping | None = None
+        self._errands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_handing_over = False
         self._handed: FrontEnd | None = None
         self._backend_fd: int | None = None
@@ -159,6 +166,16 @@ class VhostExport:
         self._epoll.register(front_end.connection, select.EPOLLIN)
         say_again(self._session, front_end.messages)
 
+    def adopt_later(self, front_end: FrontEnd) -> None:
+        """As `adopt`, of an export that serves; the connection is hung up where that fails, or there is another."""
+        self._errands.put(functools.partial(self._take_up, front_end))
+        self.wake()
+
+    def keep(self, keeping: Keeping) -> None:
+        """Say there from now on what becomes of the connection."""
+        self._errands.put(functools.partial(self._use_keeping, keeping))
+        self.wake()
+
     def start(self) -> None:
         """Begin to listen."""
         self._listener.setblocking(False)
@@ -208,19 +225,68 @@ class VhostExport:
             except Exception:  # the front-end comes back, as after a kill
                 log.exception("disk %s: its connection is not handed over", self._blk.disk_id)
         self._disconnect("the provider ends")
+        while not self._errands.empty():  # there is nobody to adopt a connection
+            self._errands.get()()
+            self._disconnect("the provider ends")
+        if self._keeping is not None and not self._is_handing_over:
+            self._keeping.leave(self._blk.disk_id)
 
     def _come_to_rest(self) -> FrontEnd:
         """Finish what was begun; the connection as it is then, which is not ours any more."""
         connection, session = self._connection, self._session
         assert connection is not None
         assert session is not None
+        self._changes()
         for index in tuple(self._rings):
             self._detach(index)
-        messages = setup_of(session, self._kept, calls=self._calls, errors=self._errors, backend_fd=self._backend_fd)
+        messages = self._setup(session)
+        self._kept.forget()
         self._epoll.unregister(connection.fileno())
         self._connection = self._session = self._memory = self._inflight = self._log = self._backend_fd = None
         self._calls, self._errors, self._notifiers = {}, {}, {}
         return FrontEnd(connection.detach(), messages)
+
+    def _setup(self, session: Session) -> list[SetupMessage]:
+        return setup_of(session, self._kept, calls=self._calls, errors=self._errors, backend_fd=self._backend_fd)
+
+    # What the parent has of the connection.
+
+    def _changes(self) -> None:
+        if self._keeping is not None:
+            self._keeping.changes(self._blk.disk_id)
+
+    def _is_now(self) -> None:
+        keeping, connection, session = self._keeping, self._connection, self._session
+        if keeping is None:
+            return
+        if connection is None or session is None:
+            keeping.is_now(self._blk.disk_id, None)
+        elif session.is_between_messages:
+            keeping.is_now(self._blk.disk_id, FrontEnd(connection.fileno(), self._setup(session)))
+
+    def _use_keeping(self, keeping: Keeping) -> None:
+        if self._keeping is not None:
+            self._keeping.leave(self._blk.disk_id)
+        self._keeping = keeping
+        if self._connection is not None:
+            self._is_now()
+
+    def _take_up(self, front_end: FrontEnd) -> None:
+        if self._connection is not None:
+            log.warning(
+                "disk %s: a kept connection is hung up, since its front-end has come by itself", self._blk.disk_id
+            )
+            hang_up(front_end)
+            return
+        self._changes()
+        try:
+            self.adopt(front_end)
+        except (ProtocolError, GuestFault, OSError) as error:
+            log.warning("disk %s: a kept connection is hung up: %s", self._blk.disk_id, error)
+            self._disconnect(str(error))
+            return
+        self._is_now()
+        self._notify("connected", self._blk.disk_id, "")
 
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
@@ -255,6 +321,8 @@ class VhostExport:
             elif fd == self._wake_fd:
                 with suppress(BlockingIOError):
                     os.eventfd_read(fd)
+                while not self._errands.empty():
+                    self._errands.get()()
                 self._busy |= stalled
                 self._busy.update(self._capped)
                 self._busy.update(index for index, ring in self._rings.items() if ring.has_outcome)
@@ -338,6 +406,7 @@ class VhostExport:
         self._connection = connection
         self._session = Session(self)
         self._epoll.register(connection.fileno(), select.EPOLLIN)
+        self._is_now()
         log.debug("disk %s: front-end connected", self._blk.disk_id)
         self._notify("connected", self._blk.disk_id, "")
 
@@ -345,6 +414,7 @@ class VhostExport:
         connection, session = self._connection, self._session
         if connection is None or session is None:
             return
+        self._changes()
         while True:
             try:
                 data, ancillary, flags, _address = connection.recvmsg(
@@ -360,6 +430,7 @@ class VhostExport:
                 for reply in replies:
                     _send(connection, reply.data, reply.fds)
             except BlockingIOError:
+                self._is_now()
                 return
             except (ProtocolError, GuestFault, OSError) as error:
                 self._disconnect(str(error))
@@ -372,6 +443,9 @@ class VhostExport:
         log.debug("disk %s: front-end disconnected: %s", self._blk.disk_id, reason)
         session.close()
         self._epoll.unregister(connection.fileno())
+        self._changes()
+        with suppress(OSError):  # the front-end has gone
+            connection.shutdown(socket.SHUT_RDWR)  # the parent has a copy
         connection.close()
         self._kept.close()
         self._connection = self._session = None
@@ -382,6 +456,7 @@ class VhostExport:
         if self._stalled:  # nobody waits any more
             self._stalled.clear()
             self._gate.recovered(self._blk.disk_id)
+        self._is_now()
         self._notify("disconnected", self._blk.disk_id, reason)
 
     def _detach(self, index: int) -> Ring | None:

@@ -30,6 +30,7 @@ from mullion.hypervisor.tpm import start_tpm
 from mullion.model.definition import PartitionDefinition, Transport
 from mullion.model.states import PartitionState
 from mullion.services.disk.holders import lock_holders
+from mullion.services.partition.front_ends import KeptFrontEnds
 from mullion.services.partition.provider_link import ProviderFleet, ProviderLink
 from mullion.services.partition.record import GuestStatus, Observed
 from mullion.services.partition.run_file import PreparedDisk, Run, read_run
@@ -84,8 +85,10 @@ class Runtime:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _is_reconnecting: bool = False
     stalls: Stalls = field(init=False)
+    front_ends: KeptFrontEnds = field(init=False)
 
     def __post_init__(self) -> None:
+        self.front_ends = KeptFrontEnds(self.name)
         self.stalls = Stalls(
             self.name,
             run=self.run,
@@ -199,6 +202,7 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.front_ends.drop()
         if self.link is not None:
             await self.link.close()
             self.link = None
@@ -228,9 +232,11 @@ class Runtime:
         try:
             identity = await fleet.spawn(spec)
         except DiskBusyError as error:
+            self.front_ends.hang_up()
             self.trouble = await asyncio.to_thread(_name_holder, error)
             raise self.trouble from error
         except MullionError as error:
+            self.front_ends.hang_up()
             self.trouble = error
             raise
         self.trouble = None
@@ -264,6 +270,7 @@ class Runtime:
         if self.provider == identity:
             log.warning("%s: the provider (pid %d) has ended", self.name, identity.pid)
             self.provider = None
+            self.front_ends.orphan()
             self.wake()
 
     async def _connect_provider(self, identity: ProcessIdentity) -> None:
@@ -279,6 +286,10 @@ class Runtime:
                 continue
             self.link = link
             self.stalls.note_status(status)
+            try:
+                await self.front_ends.link(link, status)
+            except MullionError as error:
+                log.warning("%s: the provider's connections are not kept: %s", self.name, error)
             try:
                 await self.on_linked()
             except MullionError as error:
@@ -316,6 +327,7 @@ class Runtime:
                 identity.send_signal(signal.SIGKILL)
                 async with asyncio.timeout(_KILL_DEADLINE_S):
                     await wait_process(identity)
+        self.front_ends.drop()
 
     # -- the TPM -------------------------------------------------------------------------------------------------------
 
@@ -374,6 +386,7 @@ class Runtime:
     async def _watch_machine(self, machine: Machine) -> None:
         await machine.wait_exit()
         if self.machine is machine:
+            self.front_ends.hang_up()
             self.wake()
 
     async def resume(self) -> None:
