@@ -20,7 +20,8 @@ from mullion.base.units import MIB
 from mullion.hypervisor.cmdline import RECONNECT_S
 from mullion.model.definition import DiskAttachment, PartitionDefinition, Transport
 
-BAR_MS = RECONNECT_S * 1000 + 100
+BARS_MS = {Transport.NBD: RECONNECT_S * 1000 + 100, Transport.VHOST_USER: 250}
+"""Over vhost-user the next provider goes on with the connection, over NBD QEMU makes another."""
 _CALM_LINES = 6
 """Progress lines, one a second, of the run in which nobody is killed."""
 _STUCK_LINES = 60
@@ -65,7 +66,7 @@ def _measure(service: Service, parent: str, transport: Transport, kills: int) ->
             f"guest's pause, provider killed {kills} times, {name}",
             "ms",
             pauses,
-            BAR_MS,
+            BARS_MS[transport],
             Measure.WORST,
             [float(calm.longest_pause_ms)],
             "no kill",
