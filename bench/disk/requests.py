@@ -5,6 +5,9 @@ do, and checks every byte. In the chains each layer holds an eighth of the 64 Ki
 on both sides. Writes are 4 KiB at random places of the disk, with a flush after every 32: both sides make them
 durable by fdatasync. The rounds of both take turns, the page cache is warm.
 
+What one write at a time costs at least is measured too (`request_floor.c`): a process that waits, writes the file and
+wakes the load, and does nothing else.
+
 Where there are two cores the back end, whichever it is, has the first and the load the second. Left to the kernel they
 land on one core or on two, and at depth 1 that alone makes a difference of up to eight times.
 """
@@ -17,6 +20,7 @@ import random
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench.disk.back_ends import BackEnd, OurProvider, StorageDaemon, build_loadgen
@@ -33,6 +37,7 @@ DISK_BYTES: Final = 256 * MIB
 DEPTH: Final = 8
 _BLOCK_BYTES: Final = 4 * KIB
 _PIECE_BYTES: Final = 64 * KIB
+_FLUSH: Final = 32
 _BLOCKS: Final = DISK_BYTES // _BLOCK_BYTES
 _CORES: Final = sorted(os.sched_getaffinity(0))
 _LOAD_CORE: Final = ("taskset", "--cpu-list", str(_CORES[1])) if len(_CORES) > 1 else ()
@@ -50,10 +55,14 @@ class Case(NamedTuple):
 CASES: Final = (
     Case("4K random read, depth 32", ("read", "depth=32"), 60_000, 0.9),
     Case("4K random read, depth 1", ("read", "depth=1"), 10_000, 1.25),
-    Case("4K random write, depth 32, every 32 a flush", ("randwrite", "depth=32", "flush=32"), 10_000, 0.6),
-    Case("4K random write, depth 1, every 32 a flush", ("randwrite", "depth=1", "flush=32"), 5_000, 0.6),
+    Case("4K random write, depth 32, every 32 a flush", ("randwrite", "depth=32", f"flush={_FLUSH}"), 10_000, 0.6),
+    Case("4K random write, depth 1, every 32 a flush", ("randwrite", "depth=1", f"flush={_FLUSH}"), 5_000, 0.6),
     Case("1M sequential read, depth 4", ("seqread", "depth=4", "bytes=1048576"), 240, None),
 )
+
+
+FLOOR: Final = Path(__file__).parents[1] / "request_floor.c"
+FLOOR_CASE: Final = CASES[3]
 
 
 def run(scale: Scale) -> list[Row]:
@@ -67,15 +76,34 @@ def run(scale: Scale) -> list[Row]:
             if _LOAD_CORE:
                 for back_end in (ours, peer):
                     back_end.pin(_CORES[0])
+            floor = _measure_floor(folder, scale)
             return [
                 row
                 for case in CASES
                 for disk, depth in (("flat", "1 file"), ("deep", f"{DEPTH} files"))
-                for row in _compare(ours, peer, loadgen, disk, depth, case, scale)
+                for row in _compare(ours, peer, loadgen, disk, depth, case, scale, floor)
             ]
 
 
-def _compare(ours: BackEnd, peer: BackEnd, loadgen: str, disk: str, depth: str, case: Case, scale: Scale) -> list[Row]:
+def _measure_floor(folder: str, scale: Scale) -> list[float]:
+    """Microseconds of a process that does no more than the system calls of a write at a time."""
+    if not _LOAD_CORE:
+        return []
+    program, path = f"{folder}/floor", f"{folder}/floor.raw"
+    run_program("gcc", "-O2", "-o", program, str(FLOOR))
+    with open(path, "wb") as file:
+        for _ in range(DISK_BYTES // _PIECE_BYTES):
+            file.write(os.urandom(_PIECE_BYTES))
+    sync_file(path)
+    argv = (program, path, _BLOCKS, FLOOR_CASE.count, _FLUSH, _CORES[0], _CORES[1])
+    figures = [float(subprocess.check_output([*map(str, argv)])) for _ in range(scale.rounds)]
+    os.unlink(path)
+    return figures
+
+
+def _compare(
+    ours: BackEnd, peer: BackEnd, loadgen: str, disk: str, depth: str, case: Case, scale: Scale, floor: list[float]
+) -> list[Row]:
     count = case.count // 3 if scale.quick else case.count
     cpu: dict[str, list[float]] = {ours.name: [], peer.name: []}
     wall: dict[str, list[float]] = {ours.name: [], peer.name: []}
@@ -91,7 +119,10 @@ def _compare(ours: BackEnd, peer: BackEnd, loadgen: str, disk: str, depth: str, 
             wall[back_end.name].append(figures["wall_us"])
     row = Row(f"{case.name}, {depth}", "us", cpu[ours.name], case.bar, peer=cpu[peer.name], peer_name=peer.name)
     wall_row = Row(f"  wall of the same, {depth}", "us", wall[ours.name], peer=wall[peer.name], peer_name=peer.name)
-    return [row, wall_row]
+    if case is not FLOOR_CASE or not floor:
+        return [row, wall_row]
+    floor_row = Row(f"  the least for the same, {depth}", "us", floor, peer=cpu[peer.name], peer_name=peer.name)
+    return [row, wall_row, floor_row]
 
 
 def _build(folder: str, loadgen: str) -> tuple[list[str], list[str]]:
