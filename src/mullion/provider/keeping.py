@@ -48,16 +48,17 @@ class Keeping:
         self._left: set[str] = set()
         try:
             channel, page = fds
-            self._page = mmap.mmap(page, max(len(disks), 1) * _NUMBER_BYTES)
-            os.close(page)
             self._channel = socket.socket(fileno=channel)
         except (ValueError, OSError) as error:
-            for fd in fds:
-                with suppress(OSError):
-                    os.close(fd)
-            raise InvalidError(
-                f"keep: {error}", remedy="Send a socket and a page with a number for each disk along."
-            ) from error
+            close_all(fds)
+            raise _not_kept(error) from error
+        try:
+            self._page = mmap.mmap(page, max(len(disks), 1) * _NUMBER_BYTES)
+        except (ValueError, OSError) as error:
+            self._channel.close()
+            raise _not_kept(error) from error
+        finally:
+            os.close(page)
         self._channel.setblocking(False)
         self._numbers = memoryview(self._page).cast("Q")
 
@@ -196,6 +197,10 @@ class Keeper:
         if self._page_fd >= 0:
             os.close(self._page_fd)
             self._page_fd = -1
+
+
+def _not_kept(error: Exception) -> InvalidError:
+    return InvalidError(f"keep: {error}", remedy="Send a socket and a page with a number for each disk along.")
 
 
 def hang_up(front_end: FrontEnd) -> None:
