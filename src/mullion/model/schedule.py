@@ -6,7 +6,8 @@ Times of day are those of the host's time zone. Where its clocks go forward, a t
 as they are moved; where they go back, a time that comes twice is the first of the two.
 
 Invariants: of all times that passed since the last run, however many, one run is due; after it the next one lies in the
-future. A clock that was set back does not stop a schedule: it goes on from the present.
+future. Where the last run lies in the future, because the clock was set back, the next one is counted from the present:
+who keeps the time of the last run has to set it to the present then, else the next one stays ahead of the clock.
 """
 
 from __future__ import annotations

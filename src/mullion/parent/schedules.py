@@ -5,7 +5,8 @@
 A service registers what a run of its kind does; whatever else a schedule says (what to keep, how) are its options,
 which only that service reads.
 
-Invariants: a schedule runs once at a time; what was due while the service was down, or while it ran, is one run.
+Invariants: a schedule runs once at a time; what was due while the service was down, or while it ran, is one run. A
+clock that was set back does not stop a schedule: its times are counted from the present then.
 Durability: that it ran, and how that went, is in the store after the run: a run that a crash interrupts is repeated.
 """
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 _PREFIX: Final = "schedules/"
 _LONGEST_SLEEP_S: Final = 60.0
 """Clocks are set while we sleep, and sleep does not notice."""
+_SET_BACK_S: Final = 300.0
+"""A clock goes back less when it is kept in step: then a schedule waits until the clock gets to its last run again."""
 _BUSY_RETRY_S: Final = 15.0
 _BUSY_TRIES: Final = 40
 """Ten minutes for a start, a backup or a checkpoint that goes on with the same target."""
@@ -185,6 +188,7 @@ class Schedules:
     async def _run_for_ever(self) -> None:
         while True:
             self._changed.clear()
+            await self.follow_clock()
             self.begin_due()
             try:
                 async with asyncio.timeout(self._sleep_s()):
@@ -197,6 +201,27 @@ class Schedules:
         idle = [record for record in self._records.values() if record.key not in self._running]
         now_s = self._clock()
         return max(0.0, min([_LONGEST_SLEEP_S, *(self.next_of(record) - now_s for record in idle)]))
+
+    async def follow_clock(self) -> None:
+        """Count the times of schedules that ran, or were made, later than the clock shows from the present."""
+        now_s = self._clock()
+        for key in list(self._records):
+            record = self._records.get(key)
+            if record is None or key in self._running:  # removed while another was stored
+                continue
+            ahead_s = max(record.begun_s, record.last_s or 0.0) - now_s
+            if ahead_s <= _SET_BACK_S:
+                continue
+            present = msgspec.structs.replace(
+                record,
+                begun_s=min(record.begun_s, now_s),
+                last_s=None if record.last_s is None else min(record.last_s, now_s),
+            )
+            log.warning("%s: the clock was set back by %.0f s: counted from now", key, ahead_s)
+            try:
+                await self._put(present)
+            except MullionError as fault:
+                log.error("%s: that cannot be stored, and is tried again: %s", key, fault)
 
     def begin_due(self) -> tuple[asyncio.Task[None], ...]:
         """Begin what is due and does not run already."""

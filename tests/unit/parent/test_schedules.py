@@ -195,3 +195,39 @@ def test_the_loop_wakes_for_a_new_schedule_and_for_a_clock_that_was_set() -> Non
         assert host.runs == ["it"]
 
     run(scenario)
+
+
+@pytest.mark.parametrize("rule", ["every 1h", "daily 02:30", "weekly sun 03:00"])
+def test_a_clock_that_was_set_back_by_years_stops_no_schedule(rule: str) -> None:
+    async def scenario(host: Host) -> None:
+        await host.set(rule)
+        await host.at(8 * 86_400)
+        assert host.runs == ["it"]
+        years_s = -10 * 366 * 86_400.0
+        await host.at(years_s)
+        await host.schedules.follow_clock()
+        due_s = host.schedules.next_of(host.record) - NOON_S
+        assert years_s < due_s <= years_s + 8 * 86_400
+        reopened = await Host(host.store).open()
+        try:
+            assert reopened.record == host.record  # a service that is started again each day counts on
+        finally:
+            await reopened.close()
+        await host.at(due_s - 1)
+        assert host.runs == ["it"]
+        await host.at(due_s)
+        assert host.runs == ["it", "it"]
+
+    run(scenario)
+
+
+def test_a_clock_that_is_kept_in_step_brings_no_run_twice() -> None:
+    async def scenario(host: Host) -> None:
+        await host.set("every 1h")
+        await host.at(3600)
+        await host.at(3598)
+        await host.schedules.follow_clock()
+        await host.at(3601)
+        assert host.runs == ["it"]
+
+    run(scenario)
