@@ -17,6 +17,19 @@ Buffer = bytes | bytearray | memoryview
 WritableBuffer = bytearray | memoryview
 
 
+class LostDataError(OSError):
+    """The storage has not kept what it had taken. Said once: a flush that is repeated finds nothing left to write.
+
+    So it is never answered by repeating the flush, also where room was what the storage lacked: whoever was promised
+    something hears of it, and what matters is written again.
+    """
+
+
+def raised_again(failure: OSError) -> OSError:
+    """The same error for somebody else who has to hear of it."""
+    return type(failure)(failure.errno, failure.strerror)
+
+
 class ExtentKind(enum.Enum):
     """What a range of a device holds."""
 

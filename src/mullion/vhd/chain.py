@@ -94,7 +94,7 @@ class Chain:
         if not read_only:
             if images[-1] is not self._top and images[-1].header is None:
                 # It may have been the top of a writer that was killed, and has no log that would say so (`recovery`).
-                file_io.fdatasync(images[-1].fd)
+                file_io.sync_file(images[-1].fd)
             self._writer, said = open_top(self._top, pending_path=pending_path, holder=holder, file_io=file_io)
         self._images = images
         self._read_only = read_only
@@ -572,7 +572,7 @@ class Chain:
         if writer is not None:
             writer.flush()
         else:
-            self._io.fdatasync(top.fd)
+            self._io.sync_file(top.fd)
 
     def discard(self, offset: int, length: int) -> None:
         """Punch holes where the top alone holds the data; elsewhere nothing changes. Reads zeros or as before."""

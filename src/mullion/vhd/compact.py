@@ -152,7 +152,7 @@ def _punch(image: Image, unused: FreeMap, progress: Progress, file_io: FileIO) -
                 start, end = -(-at // UNIT_BYTES) * UNIT_BYTES, (at + count) // UNIT_BYTES * UNIT_BYTES
                 if start < end:
                     file_io.discard(image.fd, start, end - start)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
 
 
 class _Compaction:
@@ -197,7 +197,7 @@ class _Compaction:
             if batmap is not None:
                 for offset, raw in batmap.without(gone).pieces():
                     self._io.write_all(image.fd, [raw], offset)
-                self._io.fdatasync(image.fd)
+                self._io.sync_file(image.fd)
             for block in gone:
                 image.bat[block] = bat_table.UNALLOCATED
             self._write_entries(gone)
@@ -253,7 +253,7 @@ class _Compaction:
             self._progress("moving blocks", moved * image.block_bytes, len(starts) * image.block_bytes)
             for slot, start, _ in batch:
                 self._copy(start, slot)
-            self._io.fdatasync(image.fd)
+            self._io.sync_file(image.fd)
             for slot, _, block in batch:
                 image.bat[block] = slot // SECTOR_BYTES
             self._write_entries(block for _, _, block in batch)
@@ -339,4 +339,4 @@ class _Compaction:
         for index in sorted({block // bat_table.ENTRIES_PER_SECTOR for block in blocks}):
             raw = bat_table.raw_sector(image.bat, index)
             self._io.write_all(image.fd, [raw], image.header.bat_offset + index * SECTOR_BYTES)
-        self._io.fdatasync(image.fd)
+        self._io.sync_file(image.fd)

@@ -89,7 +89,7 @@ def copy_disk(
     with storage_explained(path), new_file(path, replace=replace, durable=durable) as fd:
         data_bytes = _fill(source, target, fd, progress)
         if verify:
-            SYSTEM.fdatasync(fd)
+            SYSTEM.sync_file(fd)
             if kind is TargetKind.RAW:
                 _verify(source, RawFile(f"/proc/self/fd/{fd}"), path, progress)
             else:

@@ -34,7 +34,7 @@ def write_end(image: Image, end: int, file_io: FileIO) -> None:
             file_io.ftruncate(image.fd, end)
             image.footer_offset = image.file_bytes = end
         file_io.write_all(image.fd, [image.footer_raw], place)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
     file_io.ftruncate(image.fd, place + FOOTER_BYTES)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
     image.footer_offset, image.file_bytes, image.has_tail = place, place + FOOTER_BYTES, True

@@ -1,11 +1,16 @@
 """The thin seam between the engine and the file system: every change of a file goes through a `FileIO`.
 
-Reading needs no seam. The model test injects a `FileIO` that records what was written between two syncs, and makes from
-it the files that a power cut could leave behind.
+Reading needs no seam. A sync that fails is final: Linux says once that it could not write a page, and counts the page
+as written from then on, so that a sync that is repeated succeeds. Hence `sync_file`, which everybody calls and not
+`fdatasync`: what it raises is no lack of space that passes, and what is read then is what the storage has.
+
+The model test injects a `FileIO` that records what was written between two syncs, and makes from it the files that a
+power cut, or such a sync, could leave behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -14,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Final
 
-from mullion.base.block import Buffer
+from mullion.base.block import Buffer, LostDataError
 from mullion.base.units import KIB, MIB
 from mullion.vhd.publish import new_file
 
@@ -56,7 +61,27 @@ class FileIO:
         return os.pwritev(fd, buffers, offset)
 
     def fdatasync(self, fd: int) -> None:
+        """For `sync_file` only."""
         os.fdatasync(fd)
+
+    def forget_cached(self, fd: int) -> None:
+        """Let what is read of a file from now on come from the storage, except for what waits to be written."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def sync_file(self, fd: int) -> None:
+        """Make a file durable.
+
+        Raises: LostDataError (EIO): some of what was written since the last sync, no matter by whom, is gone, and is to
+        be written again; a repeat would not tell.
+        """
+        try:
+            self.fdatasync(fd)
+        except OSError as error:
+            # Structures that are read back now must not be pages that count as written and are not there.
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                self.forget_cached(fd)
+            reason = error.strerror or str(error)
+            raise LostDataError(errno.EIO, f"the storage did not keep what was written ({reason})") from error
 
     def ftruncate(self, fd: int, length: int) -> None:
         os.ftruncate(fd, length)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mullion.base.block import raised_again
 from mullion.vhd.storage import is_full
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class SharedFlush:
                 if self._failure is not None and self._failed >= wanted:
                     if not is_ahead:
                         self._untold = None
-                    raise OSError(self._failure.errno, self._failure.strerror) from self._failure
+                    raise raised_again(self._failure) from self._failure
                 return
             self._begun += 1
             try:
@@ -63,7 +64,8 @@ class SharedFlush:
     def told_later(self) -> Iterator[None]:
         """What is made durable in the block was promised to nobody yet: its error is the next promise's as well.
 
-        But for a lack of space: what met that is kept, and written when there is some (`top`).
+        But for a lack of space: what met that is kept, and written when there is some (`top`). A sync has no such error
+        (`FileIO.sync_file`).
         """
         try:
             yield
@@ -75,7 +77,7 @@ class SharedFlush:
     def _tell(self) -> None:
         untold, self._untold = self._untold, None
         if untold is not None:
-            raise OSError(untold.errno, untold.strerror) from untold
+            raise raised_again(untold) from untold
 
 
 class FlushBehind:

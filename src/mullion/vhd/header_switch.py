@@ -58,7 +58,7 @@ def switch_header(
     _write_copy(image, replace(footer, data_offset=away), file_io)
     if is_home_free(image, header, pieces):
         file_io.write_all(image.fd, [header.pack()], HOME)
-        file_io.fdatasync(image.fd)
+        file_io.sync_file(image.fd)
         _write_copy(image, replace(footer, data_offset=HOME), file_io)
     reload(image)
     end_file(image, file_io)
@@ -71,7 +71,7 @@ def _write_unseen(image: Image, header: DynamicHeader, away: int, pieces: Sequen
             file_io.write_all(image.fd, [raw[at : at + MIB]], offset + at)
     # Zeros behind it, so that nothing of the header can pass for a footer at the end of the file.
     file_io.write_all(image.fd, [header.pack(), bytes(FOOTER_BYTES)], away)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
 
 
 def end_file(image: Image, file_io: FileIO) -> None:
@@ -98,7 +98,7 @@ def is_home_free(image: Image, header: DynamicHeader, pieces: Iterable[Piece]) -
 
 def _write_copy(image: Image, footer: Footer, file_io: FileIO) -> None:
     file_io.write_all(image.fd, [footer.pack()], 0)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
 
 
 def _sector_up(offset: int) -> int:

@@ -214,7 +214,7 @@ class LayerJournal:
                 }
             ).encode()
             self._io.write_all(self._fd, [self._text], _TEXT_OFFSET)
-            self._io.fdatasync(self._fd)
+            self._io.sync_file(self._fd)
         for _ in range(2):  # into both slots, so that one of them going bad does not take the mark away
             self._put(_COPYING, done)
         return done
@@ -240,7 +240,7 @@ class LayerJournal:
         )
         raw = (body + _SEAL.pack(zlib.crc32(body))).ljust(SECTOR_BYTES, b"\0")
         self._io.write_all(self._fd, [raw], self._generation % 2 * SECTOR_BYTES)
-        self._io.fdatasync(self._fd)
+        self._io.sync_file(self._fd)
 
 
 def _identify(upper: Image, lower: Image) -> tuple[int, int, int, int]:

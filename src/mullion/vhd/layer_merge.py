@@ -26,7 +26,6 @@ not part of a file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shlex
 from collections.abc import Iterator
@@ -54,7 +53,7 @@ from mullion.vhd.parents import check_parent
 from mullion.vhd.pending import has_session
 from mullion.vhd.recovery import end_top, open_top
 from mullion.vhd.resize import grow_file
-from mullion.vhd.storage import explained
+from mullion.vhd.storage import explained, has_lacked_room
 from mullion.vhd.top import TopWriter
 
 HOLDER: Final = "a merge"
@@ -166,9 +165,10 @@ def merge_layer(
         copying = _Copying(upper, lower, writer, journal, paced)
         try:
             copying.run(report, progress, note_bytes)
-        except (Exception, KeyboardInterrupt):
+        except (Exception, KeyboardInterrupt) as error:
+            # What is not durable after an error of the storage may never be, and no sync says so a second time.
             with contextlib.suppress(OSError):  # what ended it is the one to tell
-                copying.end()
+                copying.end(is_noted=not isinstance(error, OSError))
             raise
         copying.end()
         journal.finish(lower.size_bytes)
@@ -210,11 +210,12 @@ class _Copying:
         self._lower.flush()
         self._journal.note(self._reached)
 
-    def end(self) -> None:
+    def end(self, *, is_noted: bool = True) -> None:
         """Leave LOWER as every writer does, and note how far it is. Raises: OSError."""
         self._lower.close()
         end_top(self._image, self._writer, self._io)
-        self._journal.note(self._reached)
+        if is_noted:
+            self._journal.note(self._reached)
 
 
 def _check(upper: Image, lower: Image, below_bytes: int | None) -> None:
@@ -264,7 +265,7 @@ def _storage_explained(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if has_lacked_room(error):
             raise NoSpaceError(
                 f"there is no room to merge into {path}: {error.strerror}; nothing was lost, the disk reads as before",
                 remedy="Make room on its filesystem, then start the merge again: it goes on.",

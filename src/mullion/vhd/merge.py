@@ -27,7 +27,6 @@ files; the report says where the last writer of a layer did not end cleanly.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -50,6 +49,7 @@ from mullion.vhd.parents import check_parent, open_parents, real_path
 from mullion.vhd.pending import has_session
 from mullion.vhd.recovery import end_top, open_top
 from mullion.vhd.resize import resize
+from mullion.vhd.storage import has_lacked_room
 
 HOLDER: Final = "mullion vhd merge"
 _PROGRESS_STEPS: Final = 200
@@ -309,7 +309,7 @@ def _room_is_missing(into: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not has_lacked_room(error):
             raise
         raise NoSpaceError(
             f"there is no room to merge into {into}: {error}; no data was lost, and the chain is as it was",

@@ -131,7 +131,7 @@ class LowerLayer:
         if self._writer is not None:
             self._writer.flush()
         else:
-            self._io.fdatasync(self._image.fd)
+            self._io.sync_file(self._image.fd)
 
     def close(self) -> None:
         """Write nothing more. What was not flushed may be there or not."""

@@ -130,8 +130,8 @@ class PacedIO(FileIO):
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         return self._inner.pwritev(fd, buffers, offset)
 
-    def fdatasync(self, fd: int) -> None:
-        self._inner.fdatasync(fd)
+    def sync_file(self, fd: int) -> None:
+        self._inner.sync_file(fd)
 
     def ftruncate(self, fd: int, length: int) -> None:
         self._inner.ftruncate(fd, length)

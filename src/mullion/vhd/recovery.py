@@ -72,7 +72,7 @@ def end_top(top: Image, writer: TopWriter | None, file_io: FileIO) -> None:
         writer.close_gap()
         writer.close_log(remove=True)
     else:
-        file_io.fdatasync(top.fd)
+        file_io.sync_file(top.fd)
     write_holder(top.fd, "")
     end_session(top.fd)
 

@@ -112,10 +112,10 @@ def _apply(fd: int, plan: Plan, file_io: FileIO) -> None:
     for group in plan.groups:
         for change in group:
             file_io.write_all(fd, [change.after], change.offset)
-        file_io.fdatasync(fd)
+        file_io.sync_file(fd)
     if os.fstat(fd).st_size != plan.file_bytes:
         file_io.ftruncate(fd, plan.file_bytes)
-        file_io.fdatasync(fd)
+        file_io.sync_file(fd)
 
 
 def _plan_fixed(image: Image, kinds: set[Kind], plan: Plan) -> None:

@@ -254,13 +254,13 @@ def _grow_fixed(image: Image, size_bytes: int, file_io: FileIO) -> None:
     if size_bytes > image.footer_offset:
         try:
             file_io.write_all(image.fd, [image.footer_raw], size_bytes)
-            file_io.fdatasync(image.fd)
+            file_io.sync_file(image.fd)
         except OSError:
             with contextlib.suppress(OSError):  # the old end is the good one still; the first error is the one to tell
                 file_io.ftruncate(image.fd, image.file_bytes)
             raise
     file_io.write_zeros(image.fd, image.size_bytes, size_bytes - image.size_bytes)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
     reload(image)
     _write_fixed_footer(image, image.footer_offset, size_bytes, file_io)
     reload(image)
@@ -271,13 +271,13 @@ def _shrink_fixed(image: Image, size_bytes: int, file_io: FileIO) -> None:
         _write_fixed_footer(image, image.footer_offset, size_bytes, file_io)
     _write_fixed_footer(image, size_bytes, size_bytes, file_io)
     file_io.ftruncate(image.fd, size_bytes + FOOTER_BYTES)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
     reload(image)
 
 
 def _write_fixed_footer(image: Image, offset: int, size_bytes: int, file_io: FileIO) -> None:
     file_io.write_all(image.fd, [_footer_for(image, size_bytes).pack()], offset)
-    file_io.fdatasync(image.fd)
+    file_io.sync_file(image.fd)
 
 
 def _change_blocks(image: Image, size_bytes: int, file_io: FileIO) -> None:
@@ -296,7 +296,7 @@ def _change_blocks(image: Image, size_bytes: int, file_io: FileIO) -> None:
         for entry in dropped:
             start = entry * SECTOR_BYTES
             file_io.discard(image.fd, start, max(0, min(image.span_bytes, image.footer_offset - start)))
-        file_io.fdatasync(image.fd)
+        file_io.sync_file(image.fd)
 
 
 def _clear_beyond(image: Image, file_io: FileIO) -> None:

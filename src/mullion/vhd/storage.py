@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator
 from typing import Final
 
+from mullion.base.block import LostDataError
 from mullion.base.errors import DeniedError, InvalidError, MullionError, NoSpaceError, OperationFailedError
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -19,10 +20,16 @@ def is_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
+def has_lacked_room(error: OSError) -> bool:
+    """The same, also where only a sync said so: who does a whole operation again writes again what it lost."""
+    cause = error.__cause__
+    return is_full(error) or (isinstance(error, LostDataError) and isinstance(cause, OSError) and is_full(cause))
+
+
 def explained(error: OSError, path: str) -> MullionError:
     """The error for what the system said about a file."""
     reason = error.strerror or str(error)
-    if is_full(error):
+    if has_lacked_room(error):
         return NoSpaceError(f"{path} cannot be written: {reason}", path=path)
     if error.errno == errno.EFBIG:
         return NoSpaceError(

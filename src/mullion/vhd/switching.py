@@ -254,7 +254,7 @@ class _Emptied:
         self._io = file_io
 
     def complete(self) -> None:
-        self._io.fdatasync(self.image.fd)
+        self._io.sync_file(self.image.fd)
         write_holder(self.image.fd, "")
         end_session(self.image.fd)
         _close_images([self.image])
@@ -379,8 +379,8 @@ class _ComparingIO(FileIO):
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         return self._below.pwritev(fd, buffers, offset)
 
-    def fdatasync(self, fd: int) -> None:
-        self._below.fdatasync(fd)
+    def sync_file(self, fd: int) -> None:
+        self._below.sync_file(fd)
 
     def punch_hole(self, fd: int, offset: int, length: int) -> None:
         self._below.punch_hole(fd, offset, length)

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from mullion.base.block import Buffer
+from mullion.base.block import Buffer, raised_again
 from mullion.base.units import MIB, SECTOR_BYTES
 from mullion.vhd import bat as bat_table
 from mullion.vhd import bitmap
@@ -247,7 +247,7 @@ class TopWriter:
         with self._flush_lock:
             if self._failure is not None:
                 failure, self._failure = self._failure, None
-                raise OSError(failure.errno, failure.strerror) from failure
+                raise raised_again(failure) from failure
             if not self._is_retired:
                 for _ in self.flush_steps():
                     pass
@@ -259,7 +259,7 @@ class TopWriter:
         if self._waiting:
             yield from self._write_out(self._take())
         else:
-            self._io.fdatasync(self.image.fd)
+            self._io.sync_file(self.image.fd)
 
     def flush_behind(self) -> None:
         """Flush what waits, if that is much or was taken already. Raises: OSError, which the next `flush` tells too."""
@@ -307,14 +307,14 @@ class TopWriter:
         for block in sorted(taken.new_blocks & taken.bits.keys()):
             self._write_bitmap(block, taken.bits[block])
         yield
-        self._io.fdatasync(self.image.fd)
+        self._io.sync_file(self.image.fd)
         yield
         for index in sorted(taken.bat):
             self._write_bat_sector(index)
         for block in sorted(taken.bits.keys() - taken.new_blocks):
             self._write_bitmap(block, taken.bits[block])
         yield
-        self._io.fdatasync(self.image.fd)
+        self._io.sync_file(self.image.fd)
         yield
         with self._state:
             assert self._taken is taken, "one flush at a time"

@@ -110,10 +110,10 @@ def undo_repair(backup: str, path: str, *, file_io: FileIO = SYSTEM) -> list[str
             file_io.ftruncate(fd, before_bytes)
         for change in reversed(changes):
             file_io.write_all(fd, [change.before], change.offset)
-            file_io.fdatasync(fd)
+            file_io.sync_file(fd)
         if length > before_bytes:
             file_io.ftruncate(fd, before_bytes)
-        file_io.fdatasync(fd)
+        file_io.sync_file(fd)
     finally:
         os.close(fd)
     return [f"{change.structure} at byte {change.offset}: {len(change.before)} bytes put back" for change in changes]

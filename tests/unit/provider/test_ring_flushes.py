@@ -9,6 +9,7 @@ import random
 import select
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from mullion.provider.blk import BlkDevice, OutOfSpace
 from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.memory import GuestFault
 from mullion.provider.ring import Drained
+from mullion.vhd import create_dynamic, open_chain
+from mullion.vhd.fileio import FileIO
 from mullion.wire.vhost_user import Log
 from mullion.wire.vhost_user.client import GUEST_BASE
 from mullion.wire.vhost_user.virtio_blk import BlkRequest, BlkStatus
@@ -173,6 +176,28 @@ def test_fault_of_ours_fails_a_flush_and_no_more(caplog: pytest.LogCaptureFixtur
     assert BlkDevice(disk, "disk", "serial").flush_aside() is BlkStatus.IOERR
     assert "a fault" in caplog.text
     disk.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_sync_without_room_is_told_to_the_guest(number: int, tmp_path: Path) -> None:
+    """What it was to write is gone, and a flush that waited for room would say that it is there."""
+
+    class FullSync(FileIO):
+        failure: OSError | None = None
+
+        def fdatasync(self, fd: int) -> None:
+            failure, self.failure = self.failure, None
+            if failure is not None:
+                raise failure
+            super().fdatasync(fd)
+
+    create_dynamic(str(tmp_path / "d.vhd"), DISK_BYTES)
+    full = FullSync()
+    with open_chain(str(tmp_path / "d.vhd"), file_io=full) as chain:
+        blk = BlkDevice(chain, "disk", "serial")
+        chain.pwrite(0, b"x" * 512)
+        full.failure = OSError(number, "full")
+        assert blk.flush_aside() is BlkStatus.IOERR
 
 
 def test_ring_that_ends_waits_for_its_flushes() -> None:

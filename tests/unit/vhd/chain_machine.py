@@ -20,7 +20,7 @@ from tests.unit.vhd.disk_machine import DiskMachine
 from tests.unit.vhd.power_cut import SECTOR, KilledError
 
 import mullion.vhd.merge_copy
-from mullion.base.errors import ConflictError, InvalidError, NoSpaceError
+from mullion.base.errors import ConflictError, InvalidError, NoSpaceError, OperationFailedError
 from mullion.vhd import DiskBusyError, create_differencing, inspect_chain, open_chain
 from mullion.vhd.compact import compact
 from mullion.vhd.errors import HalfMergedError, NotVhdError
@@ -62,8 +62,10 @@ class ChainMachine(DiskMachine):
     def _through_deaths(self, end: str, fuse: int, work: Callable[[], object], check: Callable[[], None]) -> object:
         """Do it until it is done, whatever comes between; `check` looks at what each death leaves."""
         deaths = 1 + fuse % 2
+        loses = self.choose if fuse % 3 else None  # and a sync that fails loses what it was to write, or does not
         while True:
             self.io.fuse, self.io.fuse_kills = (fuse if end and deaths else None), end != "full"
+            self.io.loses = loses
             deaths -= 1
             try:
                 return work()
@@ -72,10 +74,10 @@ class ChainMachine(DiskMachine):
                 if end == "power":
                     self.io.cut_power(self.choose)
                     self.boot += 1
-            except (NoSpaceError, OSError):
+            except (NoSpaceError, OperationFailedError, OSError):
                 assert end == "full"
             finally:
-                self.io.fuse = None
+                self.io.fuse = self.io.loses = None
             fuse = self.choose.randrange(60)
             check()
 
@@ -233,7 +235,7 @@ class ChainMachine(DiskMachine):
             try:
                 found = self._read(self.top)
             except NotVhdError:
-                assert end == "power"
+                assert end in ("power", "full")
                 assert is_fixed  # whose growth may leave a length that was durable before the footer there
                 assert repair_disk(self.top).after.verdict is Verdict.SOUND
                 found = self._read(self.top)

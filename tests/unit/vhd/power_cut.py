@@ -44,6 +44,22 @@ class Past:
     synced: bytes
     versions: dict[int, list[bytes]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
+    unwritten: dict[int, bytes] = field(default_factory=dict)
+    """Sectors that count as written and are not: what the platter has there."""
+
+    def on_platter(self, content: bytes) -> bytes:
+        """What the platter has once all that does not count as written is."""
+        there = bytearray(content)
+        for sector, old in self.unwritten.items():
+            at = sector * SECTOR
+            if at + len(old) <= len(there):
+                there[at : at + len(old)] = old
+        return bytes(there)
+
+    def become_durable(self, content: bytes) -> None:
+        self.synced = self.on_platter(content)
+        self.versions.clear()
+        self.lengths = [len(content)]
 
 
 class RecordingIO(FileIO):
@@ -58,6 +74,8 @@ class RecordingIO(FileIO):
         self._files: dict[tuple[int, int], Past] = {}
         self._removed: list[tuple[str, str]] = []
         """Names that a power cut may bring back: (path, where its file is kept meanwhile)."""
+        self.loses: random.Random | None = None
+        """A sync that fails has lost some of what it was to write, which counts as written from then on."""
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         past = self._past(fd)
@@ -102,10 +120,30 @@ class RecordingIO(FileIO):
 
     def fdatasync(self, fd: int) -> None:
         past = self._past(fd)
-        self._burn_or_go()
-        past.synced = _content(fd)
-        past.versions.clear()
-        past.lengths = [len(past.synced)]
+        try:
+            self._burn_or_go()
+        except OSError:
+            if self.loses is not None:
+                self._lose(past, fd, self.loses)
+            raise
+        past.become_durable(_content(fd))
+
+    def forget_cached(self, fd: int) -> None:
+        past = self._past(fd)
+        with open(past.path, "r+b") as file:
+            file.write(past.on_platter(_content(fd)))
+        past.unwritten.clear()
+
+    def _lose(self, past: Past, fd: int, choose: random.Random) -> None:
+        """A sync has failed: each page holds what it held, is clean, and may be an older one on the platter."""
+        content = _content(fd)
+        before = past.synced.ljust(len(content), b"\0")
+        for sector, versions in past.versions.items():
+            at = sector * SECTOR
+            if at < len(content):
+                there = choose.choice([before[at : at + SECTOR], *versions])
+                past.unwritten[sector] = there[: len(content) - at]
+        past.become_durable(content)
 
     def remove_file(self, path: str) -> None:
         self._burn_or_go()
@@ -174,6 +212,7 @@ class RecordingIO(FileIO):
         raw = os.pread(fd, (end - first) * SECTOR, first * SECTOR).ljust((end - first) * SECTOR, b"\0")
         for sector in range(first, end):
             at = (sector - first) * SECTOR
+            past.unwritten.pop(sector, None)
             past.versions.setdefault(sector, []).append(raw[at : at + SECTOR])
 
     def _burns(self) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from tests.contract.block_device import read
 from tests.unit.vhd.freezing import prepare_freeze
+from tests.unit.vhd.power_cut import RecordingIO
 
 import mullion.vhd.top
+from mullion.base.block import Buffer, LostDataError
 from mullion.base.units import KIB, MIB
 from mullion.vhd import Chain, create_differencing, create_dynamic, create_fixed, open_chain
 from mullion.vhd.fileio import FileIO
@@ -26,11 +30,12 @@ DEADLINE_S = 30.0
 
 
 class SlowSync(FileIO):
-    """Syncs wait, once `hold` was called, until they are let go; the next may fail."""
+    """Syncs wait, once `hold` was called, until they are let go; the next may fail, and so may the next write."""
 
     def __init__(self) -> None:
         self.syncs = 0
         self.failure: OSError | None = None
+        self.write_failure: OSError | None = None
         self.began = threading.Semaphore(0)
         self._may_end = threading.Event()
         self._may_end.set()
@@ -42,6 +47,12 @@ class SlowSync(FileIO):
 
     def let_go(self) -> None:
         self._may_end.set()
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        failure, self.write_failure = self.write_failure, None
+        if failure is not None:
+            raise failure
+        return super().pwritev(fd, buffers, offset)
 
     def fdatasync(self, fd: int) -> None:
         self.syncs += 1
@@ -326,13 +337,65 @@ def test_what_a_flush_fails_with_that_no_guest_asked_for_is_told_by_the_next_tha
         chain.flush()
 
 
-def test_a_flush_ahead_that_finds_no_space_stops_nobody(path: str, slow: SlowSync) -> None:
-    with opened(path, slow) as chain:
+def test_a_flush_ahead_that_finds_no_space_stops_nobody(child: str, slow: SlowSync) -> None:
+    with opened(child, slow) as chain:
         chain.pwrite(0, b"x" * 512)
-        slow.failure = OSError(errno.ENOSPC, "full")
+        slow.write_failure = OSError(errno.ENOSPC, "full")
         with pytest.raises(OSError, match="full"):
             chain.flush_ahead()
         chain.flush()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_sync_that_found_no_space_is_never_one_to_be_repeated(path: str, slow: SlowSync, number: int) -> None:
+    """The system counts what it could not write as written: the next sync says that all is well, and nothing is."""
+    with opened(path, slow) as chain:
+        chain.pwrite(0, b"x" * 512)
+        slow.failure = OSError(number, "full")
+        with pytest.raises(LostDataError, match="full") as lost:
+            chain.flush()
+        assert lost.value.errno == errno.EIO
+        chain.flush()
+        slow.failure = OSError(number, "full")
+        with pytest.raises(LostDataError):
+            chain.flush_ahead()
+        with pytest.raises(LostDataError):  # which nobody was promised: the next is
+            chain.flush()
+
+
+def test_what_is_read_after_a_sync_that_failed_is_what_the_storage_has(child: str) -> None:
+    """Whoever opens the file next must not go by structures that count as written, and are not there."""
+    new, lost = Path(child).read_bytes(), 0
+    for fuse, seed in itertools.product(range(8), range(5)):
+        Path(child).write_bytes(new)
+        io = RecordingIO()
+        chain = open_chain(child, file_io=io)
+        for block in range(3):
+            chain.pwrite(block * 16 * KIB, b"x" * 4096)
+        io.fuse, io.fuse_kills, io.loses = fuse, False, random.Random(seed)
+        try:
+            chain.flush()
+        except OSError as error:
+            lost += isinstance(error, LostDataError)
+        io.fuse = None
+        chain.abandon()
+        with open_chain(child, file_io=io) as chain:
+            now = read(chain, 0, 64 * KIB)
+        io.cut_power(random.Random(seed))
+        with open_chain(child) as chain:
+            assert read(chain, 0, 64 * KIB) == now, fuse
+    assert lost == 2 * 5
+
+
+def test_a_footer_that_waits_for_room_hides_no_loss(child: str, slow: SlowSync) -> None:
+    """Closing leaves the file's end for later where there is no room; its syncs are not only about the footer."""
+    with opened(child, slow) as chain:
+        chain.pwrite(0, b"x" * 512)
+        chain.flush()
+        assert chain.writer is not None
+        slow.failure = OSError(errno.ENOSPC, "full")
+        with pytest.raises(LostDataError):
+            chain.writer.close_gap()
 
 
 def test_what_freezing_a_top_fails_with_is_told_by_the_next_flush(child: str, tmp_path: Path, slow: SlowSync) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from tests.unit.vhd.craft import patch
 from tests.unit.vhd.power_cut import KilledError, RecordingIO
 from tests.unit.vhd.test_merge import SIZE, content, make, scribble
 
+from mullion.base.block import LostDataError
 from mullion.base.errors import ConflictError, InvalidError, MullionError, NoSpaceError
 from mullion.base.units import KIB
 from mullion.vhd import DiskBusyError, create_differencing, create_dynamic, inspect_chain, open_chain
@@ -153,6 +155,30 @@ def test_a_full_file_system_loses_nothing(tmp_path: Path) -> None:
             merge_files(paths[2], paths[1])
         assert content(paths[1]) == expected
     assert refused > 5
+
+
+def test_a_sync_that_fails_may_have_lost_what_it_was_to_write(tmp_path: Path) -> None:
+    """What counts as written and is not there: neither notes nor structures that are read back may be believed."""
+    failed = 0
+    for fuse in itertools.count(1):
+        folder = tmp_path / str(fuse)
+        folder.mkdir()
+        paths = make(folder, layers=2)
+        expected = content(paths[2])
+        file_io = RecordingIO()
+        file_io.fuse, file_io.fuse_kills, file_io.loses = fuse, False, random.Random(fuse)
+        try:
+            merge_files(paths[2], paths[1], file_io=file_io)
+        except NoSpaceError as error:
+            failed += isinstance(error.__cause__, LostDataError)
+            assert content(paths[2]) == expected
+            merge_files(paths[2], paths[1], file_io=file_io)
+        else:
+            assert failed > 5
+            return
+        file_io.cut_power(random.Random(fuse))
+        assert content(paths[1]) == expected
+        shutil.rmtree(folder)
 
 
 def test_a_stop_is_heard_and_what_was_done_is_not_done_again(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.framework.devices import MemoryDevice
 from tests.framework.nbd_peer import Pump, Reply, request, write
 
-from mullion.base.block import Buffer, WritableBuffer
+from mullion.base.block import Buffer, LostDataError, WritableBuffer
 from mullion.base.errors import DeniedError, NoSpaceError
 from mullion.base.units import KIB, MIB
 from mullion.wire.nbd import Export, NbdProtocolError
@@ -284,6 +284,18 @@ def test_a_full_storage_is_told_at_once_and_the_next_write_may_succeed(number: i
     pump = Pump(Export("disk", device))
     assert pump.ask(write(0, b"x" * 512)) == [failed(NbdError.ENOSPC)]
     assert pump.ask(write(0, b"x" * 512)) == [done()]
+    assert device.content[:512] == b"x" * 512
+
+
+def test_a_flush_that_has_lost_something_never_succeeds_again() -> None:
+    """QEMU tells its guest of no error: it stops it, and repeats the request until that is answered well."""
+    device = FailingDevice(LostDataError(errno.EIO, "lost"), times=1)
+    export = Export("disk", device)
+    for _ in range(2):  # and it connects again
+        pump = Pump(export)
+        assert pump.ask(request(Command.FLUSH, 0, 0)) == [failed(NbdError.EIO)]
+        assert pump.ask(write(0, b"x" * 512, flags=FUA)) == [failed(NbdError.EIO)]
+        assert pump.ask(write(0, b"x" * 512)) == [done()]
     assert device.content[:512] == b"x" * 512
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from mullion.base.block import BlockDevice
+from mullion.base.block import BlockDevice, LostDataError, raised_again
 from mullion.wire.nbd.contexts import Context, DirtyBitmap, contexts_of, matching
 from mullion.wire.nbd.messages import (
     CLIENT_FLAGS,
@@ -93,6 +93,21 @@ class Export:
     """What `qemu:dirty-bitmap:NAME` tells, by NAME."""
     description: str = ""
     """For people, when a client asks for it."""
+    _lost: LostDataError | None = field(default=None, init=False)
+
+    def flush(self) -> None:
+        """Flush the device; once it has lost something this fails for ever.
+
+        A client may keep an error to itself, stop whoever wrote, and repeat the request until it succeeds: so does
+        QEMU (`werror=stop`), whose guest would be told that all is there. Raises: OSError, MullionError.
+        """
+        if self._lost is not None:
+            raise raised_again(self._lost) from self._lost
+        try:
+            self.device.flush()
+        except LostDataError as error:
+            self._lost = error
+            raise
 
     @property
     def contexts(self) -> tuple[Context, ...]:

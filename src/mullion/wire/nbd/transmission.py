@@ -17,7 +17,7 @@ Invariants:
   and answered. FLUSH_LIMIT of them may wait; one more is flushed for while the client waits.
 - Nothing is held back: who writes to a full storage is told so, ENOSPC.
 - A request outside the device is refused whole. A payload is consumed whatever becomes of its request.
-Durability: FLUSH and FUA return after `device.flush()`; with several connections one flush covers all, as promised by
+Durability: FLUSH and FUA return after `Export.flush`; with several connections one flush covers all, as promised by
 CAN_MULTI_CONN. A connection that dies within the payload of a long WRITE leaves any part of it written, none promised.
 Not handled: CACHE, RESIZE, FAST_ZERO (not advertised, answered EINVAL); NO_HOLE is accepted and left to the device.
 """
@@ -417,12 +417,12 @@ class Transmission:
             self.flushes += 1
             return
         self.send_replies()  # a flush takes long: what is finished does not wait for it
-        self._finish(cookie, self._attempt("flush", 0, self._device.flush))
+        self._finish(cookie, self._attempt("flush", 0, self._export.flush))
 
     def _flush_aside(self) -> OSError | MullionError | None:
         """In the flusher's thread."""
         try:
-            self._export.device.flush()
+            self._export.flush()
         except (OSError, MullionError) as error:
             return error
         except Exception as error:  # the root of a thread's task: a fault of ours fails this request, and is not quiet
