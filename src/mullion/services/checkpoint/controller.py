@@ -83,6 +83,8 @@ class CheckpointController:
         self._revisions: dict[str, int] = {}
         self._readers: Counter[str] = Counter()
         """Tops of chains that somebody reads, and how many do."""
+        self._applied: set[str] = set()
+        """Ids of the checkpoints that partitions are being brought back to: they stay until that is done."""
         self._keepers: dict[str, LayerKeeper] = {}
         self.backings = Backings()
 
@@ -535,7 +537,11 @@ class CheckpointController:
         kept_name = None if keep_present is None else self._free_name(name, keep_present)
 
         async def work(operation: Operation) -> Mapping[str, object]:
-            return await self._apply(operation, partition, record.id, kept_name)
+            self._applied.add(record.id)
+            try:
+                return await self._apply(operation, partition, record.id, kept_name)
+            finally:
+                self._applied.discard(record.id)
 
         return await self._operations.start("checkpoint.apply", f"partition/{name}", work)
 
@@ -560,6 +566,7 @@ class CheckpointController:
                     description=f"what was there before {record.name} was applied",
                 )
                 await self._freeze(operation.stage, partition, kept)
+            record = self.find(partition.name, checkpoint_id)  # a merge may have moved its disks meanwhile
             await forget_saved(partition)
             operation.stage("bringing the disks back")
             children = await add_children(partition, {disk.id: disk.path for disk in record.disks})
@@ -602,6 +609,9 @@ class CheckpointController:
         for record in records:
             self._check_unread(record)
         async with partition.lock:
+            records = [self.find(name, record.id) for record in records]  # somebody else may have had the lock
+            for record in records:
+                self._check_unread(record)
             await self._remove(partition, records)
         for record in records:
             self._events.publish(
@@ -615,6 +625,11 @@ class CheckpointController:
             raise ConflictError(
                 f"checkpoint {record.name} of partition {name} is being made",
                 remedy="Wait until it is made: mullion operation list",
+            )
+        if record.id in self._applied:
+            raise ConflictError(
+                f"checkpoint {record.name} of partition {name} is being applied",
+                remedy="Wait until it is applied: mullion operation list",
             )
         if any(self._readers[disk.path] for disk in record.disks):
             raise ConflictError(

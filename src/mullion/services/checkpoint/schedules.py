@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mullion.base.errors import ConflictError
+from mullion.base.errors import ConflictError, NotFoundError
 from mullion.model.schedule import Keeping, plan_expiry
 from mullion.model.views import CheckpointScheduleView
 from mullion.parent.operations import Operations
@@ -139,6 +139,8 @@ class CheckpointSchedules:
                 await self._checkpoints.remove(schedule.target, [record])
             except ConflictError as error:
                 log.info("checkpoint %s is kept until the next run: %s", record.name, error)
+                continue
+            except NotFoundError:  # somebody deleted it meanwhile
                 continue
             gone.append(record.name)
         return tuple(gone)
