@@ -18,7 +18,8 @@ import contextlib
 import os
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -270,13 +271,18 @@ class Chain:
 
         Raises: OSError, which the next `flush` raises as well.
         """
-        with self._flushes.told_later():
-            self._complete()
+        self._complete(told=self._flushes.told_later)
 
-    def _complete(self) -> None:
+    @contextlib.contextmanager
+    def between_flushes(self) -> Iterator[None]:
+        """No flush runs in the block: files that an exchange took away are in nobody's hands; for this package."""
+        with self._flushes.lock:
+            yield
+
+    def _complete(self, told: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext) -> None:
         if not self._unfinished:
             return
-        with self._finish_lock:
+        with self._finish_lock, told():
             while self._unfinished:
                 self._unfinished[0].complete()
                 self._map.forget_writer(self._unfinished[0].image.fd)
@@ -564,6 +570,9 @@ class Chain:
                     top, writer = self._top, self._writer
                     break
         self._sync(top, writer)
+        if self._top is not top:  # an exchange makes that one durable as well, and may have heard what we did not
+            with self._finish_lock:
+                pass  # it has been kept by now, for `SharedFlush` to tell
 
     def _flush(self) -> None:
         self._sync(self._top, self._writer)

@@ -55,6 +55,7 @@ class SharedFlush:
                 else:
                     self._tell()
                     flush()
+                    self._tell()  # what was met beside it, by an exchange
             except OSError as error:
                 self._failed, self._failure, self._ended = self._begun, error, self._begun
                 raise

@@ -9,7 +9,8 @@ All go through the same steps, so that the chains of several disks can be exchan
     prepare   open, lock, check, and do ahead whatever can be done ahead; requests go on
     settle    nobody reads or writes: what may fail and can be undone
     exchange  nobody reads or writes: from here on the new chain counts
-    finish    requests go on: what is left is made durable, files that are in no chain are closed
+    finish    requests go on: what is left is made durable, files that are in no chain are closed, once no flush that
+              has begun on one of them runs any more
 
 or, up to `exchange`, `cancel`: everything is as before.
 
@@ -190,7 +191,8 @@ class _Push(Switch):
         try:
             self._chain.complete()
         finally:
-            _close_images(self._gone)
+            with self._chain.between_flushes():
+                _close_images(self._gone)
 
     def cancel(self) -> None:
         try:
@@ -218,7 +220,8 @@ class _Shorten(Switch):
         self._chain.exchange(self._images, self._chain.writer)
 
     def finish(self) -> None:
-        _close_images(self._gone)
+        with self._chain.between_flushes():
+            _close_images(self._gone)
 
     def cancel(self) -> None:
         try:
@@ -348,7 +351,8 @@ class _Collapse(Switch):
         self._chain.exchange(images, self._writer, [_Emptied(self._upper, self._io)])
 
     def finish(self) -> None:
-        _close_images([self._old])
+        with self._chain.between_flushes():
+            _close_images([self._old])
         self._chain.complete()
 
     def cancel(self) -> None:

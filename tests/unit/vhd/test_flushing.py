@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -396,6 +397,82 @@ def test_a_footer_that_waits_for_room_hides_no_loss(child: str, slow: SlowSync) 
         slow.failure = OSError(errno.ENOSPC, "full")
         with pytest.raises(LostDataError):
             chain.writer.close_gap()
+
+
+class HeldFlush(FileIO):
+    """The first sync of a file waits until it is let go; what others sync meanwhile fails once, if it is to."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.failure: OSError | None = None
+        self.began = threading.Event()
+        self.may_end = threading.Event()
+
+    def fdatasync(self, fd: int) -> None:
+        if fd == self.fd and not self.began.is_set():
+            self.began.set()
+            assert self.may_end.wait(DEADLINE_S)
+        elif self.began.is_set():
+            failure, self.failure = self.failure, None
+            if failure is not None:
+                raise failure
+        super().fdatasync(fd)
+
+
+@pytest.fixture
+def held() -> Iterator[HeldFlush]:
+    io = HeldFlush()
+    yield io
+    io.may_end.set()
+
+
+def test_a_flush_outlives_the_file_that_it_began_on(
+    tmp_path: Path, held: HeldFlush, shared: SharedFlush, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exchanges while it runs: a child over the file, and a copy of the file in its place below."""
+    monkeypatch.setattr("mullion.vhd.chain.SharedFlush", lambda: shared)
+    first, copy, child = (str(tmp_path / name) for name in ("first.vhd", "copy.vhd", "child.vhd"))
+    create_fixed(first, MIB)
+    with open_chain(first, file_io=held) as chain:
+        chain.pwrite(0, b"x" * 512)
+        freezing = prepare_freeze(chain, child)  # flushes
+        held.fd = chain.images[0].fd
+        flush = Caller(chain.flush)
+        assert held.began.wait(DEADLINE_S)
+        freezing.exchange()
+        freezing_ends = Caller(freezing.finish)
+        come_to(shared, 3)
+        shutil.copy(first, copy)
+        shorter = prepare_switch(
+            chain, Exchange((child, copy), {copy: os.open(copy, os.O_RDONLY)}), pending_path=None, holder=""
+        )
+        shorter.exchange()
+        closing = Caller(shorter.finish)
+        come_to(shared, 1)
+        held.may_end.set()
+        assert flush.join() is None
+        assert freezing_ends.join() is None
+        assert closing.join() is None
+        assert chain.paths == (child, copy)
+        assert read(chain, 0, 512) == b"x" * 512
+
+
+def test_a_flush_tells_what_the_freezing_of_its_file_met_meanwhile(tmp_path: Path, held: HeldFlush) -> None:
+    create_fixed(str(tmp_path / "first.vhd"), MIB)
+    with open_chain(str(tmp_path / "first.vhd"), file_io=held) as chain:
+        freezing = prepare_freeze(chain, str(tmp_path / "child.vhd"))
+        held.fd = chain.images[0].fd
+        chain.pwrite(0, b"x" * 512)
+        flush = Caller(chain.flush)
+        assert held.began.wait(DEADLINE_S)
+        freezing.exchange()
+        held.failure = OSError(errno.EIO, "lost")
+        with pytest.raises(LostDataError):
+            chain.complete()  # as `finish` does, which then waits for the flush
+        held.may_end.set()
+        assert isinstance(flush.join(), LostDataError)
+        chain.flush()
+        freezing.finish()
 
 
 def test_what_freezing_a_top_fails_with_is_told_by_the_next_flush(child: str, tmp_path: Path, slow: SlowSync) -> None:
