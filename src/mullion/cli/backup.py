@@ -15,6 +15,7 @@ from mullion.cli.backup_schedule import schedule
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
 from mullion.cli.progress import conclude, wait_option
+from mullion.cli.values import disk_path, repository_place
 
 if TYPE_CHECKING:
     from mullion.model.views import OperationView
@@ -58,6 +59,7 @@ def add_repository(
     Examples:
       mullion backup repository add nightly /srv/backup --create --passphrase-file /root/passphrase
     """
+    place = repository_place(place)
     passphrase = _read_passphrase(passphrase_file, confirm=create)
     credentials = _read_credentials(credentials_file)
     view = face.client.add_repository(name, place, passphrase, credentials=credentials, create=create)
@@ -92,7 +94,7 @@ def change_repository(
         raise click.UsageError("nothing to change: give a place, --passphrase-file or --credentials-file")
     view = face.client.change_repository(
         name,
-        url=place,
+        url=None if place is None else repository_place(place),
         passphrase=None if passphrase_file is None else _read_passphrase(passphrase_file, confirm=False),
         credentials=None if credentials_file is None else _read_credentials(credentials_file),
     )
@@ -342,8 +344,10 @@ def restore_backup(
         raise click.UsageError("--disk and --to belong together")
     if disk is not None and instant:
         raise click.UsageError("--instant is for whole partitions")
+    if disk is not None and partition is not None:
+        raise click.UsageError("--as names a whole partition: leave it out with --disk")
     begun = face.client.restore_backup(
-        name, repository=repository, name=partition, disk=disk, path=path, instant=instant
+        name, repository=repository, name=partition, disk=disk, path=path and disk_path(path), instant=instant
     )
 
     def sentence(operation: OperationView) -> str:

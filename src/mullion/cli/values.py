@@ -110,6 +110,21 @@ def disk_path(text: str) -> str:
     return os.path.abspath(text) if "/" in text else text
 
 
+def repository_place(text: str) -> str:
+    """A repository's place as the service knows it: an address as it is, a folder by its absolute path.
+
+    Raises: InvalidError for what looks like an address and is none: it would become a folder of that name.
+    """
+    if "://" in text or text.startswith("/"):
+        return text
+    if not text or ":" in text.partition("/")[0]:
+        raise InvalidError(
+            f"{text!r} is neither a folder nor an address",
+            remedy="Write /folder, sftp://user@host/folder, s3://bucket/prefix or s3+https://host/bucket/prefix.",
+        )
+    return os.path.abspath(text)
+
+
 def parent_path(text: str) -> str:
     """A parent as the service knows it: `image:NAME`, a name in the pool, or an absolute path."""
     return text if text.startswith(IMAGE_PREFIX) else disk_path(text)

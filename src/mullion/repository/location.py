@@ -26,6 +26,7 @@ from mullion.repository.repository import Repository
 
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
+_SECRET: Final = re.compile(r"(://[^/:@]*):.*@")
 _FORMS: Final = "Write /folder, sftp://user@host/folder, s3://bucket/prefix or s3+https://host/bucket/prefix."
 
 
@@ -40,15 +41,17 @@ def open_backend(text: str, credentials: Credentials | None = None, *, create: b
     try:
         url = urlsplit(text)
         port = url.port
-    except ValueError as error:
-        raise InvalidError(f"{text!r} is not a place: {error}", remedy=_FORMS) from error
+    except ValueError:  # which says what it met: that may be a part of a password
+        raise InvalidError(
+            f"{_shown(text)!r} is not a place: no host and port can be read in it", remedy=_FORMS
+        ) from None
     if url.password is not None:
         raise InvalidError(
             f"the place {url.scheme}://{url.username}:…@{url.hostname} has a password in it",
             remedy="Leave it out of the place: name a credentials file that has it.",
         )
     if url.query or url.fragment:
-        raise InvalidError(f"{text!r} has a query or a fragment", remedy=_FORMS)
+        raise InvalidError(f"{_shown(text)!r} has a query or a fragment", remedy=_FORMS)
     match url.scheme:
         case "file" if not url.netloc:
             return _folder(unquote(url.path), create=create)
@@ -61,7 +64,7 @@ def open_backend(text: str, credentials: Credentials | None = None, *, create: b
                 return Persistent(SftpBackend(url.hostname, folder, credentials, user=url.username, port=port or 22))
         case "s3" | "s3+https" | "s3+http" if url.hostname:
             return Persistent(_bucket(text, url, credentials))
-    raise InvalidError(f"{text!r} is not a place for a repository", remedy=_FORMS)
+    raise InvalidError(f"{_shown(text)!r} is not a place for a repository", remedy=_FORMS)
 
 
 def open_repository(
@@ -79,6 +82,11 @@ def index_cache_of(text: str, folder: str) -> IndexCache | None:
     """The copies of a place's index in a folder; none for a place that is a folder itself, and as near."""
     is_folder = text.startswith(("/", "file:")) or "://" not in text
     return None if is_folder else IndexCache(folder)
+
+
+def _shown(text: str) -> str:
+    """A place as an error may show it: without what could be a password in it, however it is cut."""
+    return _SECRET.sub(r"\1:…@", text)
 
 
 def _folder(path: str, *, create: bool) -> Backend:
@@ -99,6 +107,6 @@ def _bucket(text: str, url: SplitResult, credentials: Credentials) -> Backend:
         bucket, _, prefix = path.partition("/")
     if not _BUCKET.fullmatch(bucket) or (prefix and not _PREFIX.fullmatch(prefix)) or ".." in prefix.split("/"):
         raise InvalidError(
-            f"{text!r} names no bucket, or a prefix that is not letters, digits, `.`, `_`, `-`", remedy=_FORMS
+            f"{_shown(text)!r} names no bucket, or a prefix that is not letters, digits, `.`, `_`, `-`", remedy=_FORMS
         )
     return S3Backend(bucket, prefix, credentials, endpoint=endpoint)

@@ -1,7 +1,8 @@
 """Which backups are kept: pure arithmetic on their times.
 
 Each rule keeps the newest backup of each of the last N hours, days, ISO weeks, months or years, in UTC, that have any;
-`last` keeps the newest N. A backup that any rule keeps is kept. Partitions are judged each for itself.
+`last` keeps the newest N. A backup that any rule keeps is kept. Partitions are judged each for itself, also two that
+have the same name, as on two hosts.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ _PERIODS: Final[Mapping[str, Callable[[datetime.datetime], tuple[int, ...]]]] = 
 def plan_retention(backups: Iterable[Manifest], retention: Retention) -> dict[str, tuple[str, ...]]:
     """The rules that keep each backup, by its id; none for those that may go. Raises: InvalidError."""
     retention.check()
-    series: dict[str, list[Manifest]] = defaultdict(list)
+    series: dict[tuple[str, str], list[Manifest]] = defaultdict(list)
     for manifest in backups:
-        series[manifest.partition].append(manifest)
+        series[manifest.partition, manifest.partition_id].append(manifest)
     kept: dict[str, tuple[str, ...]] = {}
     for manifests in series.values():
         newest_first = sorted(manifests, key=lambda manifest: (manifest.begun_ns, manifest.id), reverse=True)

@@ -178,6 +178,7 @@ def test_remedies_name_the_program_as_it_was_called(service):
         (["partition", "stop", "web", "--force", "--timeout", "3"], "exclude each other", "stop --help"),
         (["partition", "delete", "web"], "say --yes", "delete --help"),
         (["disk", "create", "web"], "missing option '--size'", "create --help"),
+        (["backup", "restore", "4f", "--disk", "disk0", "--to", "x", "--as", "web"], "leave it out", "restore --help"),
         (["--format", "xml", "status"], "'xml' is not one of", "mullion --help"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mullion.base.errors import InvalidError
 from mullion.base.units import GIB
-from mullion.cli.values import DiskSpec, disk_path, parent_path, parse_disk_spec
+from mullion.cli.values import DiskSpec, disk_path, parent_path, parse_disk_spec, repository_place
 from mullion.model.definition import Bus
 
 pytestmark = pytest.mark.unit
@@ -31,6 +31,19 @@ def test_a_path_is_made_absolute_and_a_name_is_not():
     assert disk_path("web") == "web"
     assert parent_path("image:demo") == "image:demo"
     assert parent_path("x/y") == os.path.join(os.getcwd(), "x/y")
+
+
+def test_a_repositorys_folder_is_made_absolute_and_an_address_is_not():
+    assert repository_place("./backup") == repository_place("backup") == os.path.join(os.getcwd(), "backup")
+    for place in ("/srv/backup", "sftp://me@host/folder", "s3://bucket", "file:///srv/backup"):
+        assert repository_place(place) == place
+    assert repository_place("./a:b") == os.path.join(os.getcwd(), "a:b")
+
+
+@pytest.mark.parametrize("text", ["", "sftp:/host/folder", "me@host:/folder", "host:folder", "s3:bucket"])
+def test_what_looks_like_an_address_becomes_no_folder(text):
+    with pytest.raises(InvalidError, match="neither a folder nor an address"):
+        repository_place(text)
 
 
 def test_a_doubled_comma_belongs_to_the_path():

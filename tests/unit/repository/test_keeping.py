@@ -62,6 +62,12 @@ def test_each_partition_is_judged_for_itself() -> None:
     assert all(plan_retention(backups, Retention(last=1)).values())
 
 
+def test_partitions_of_one_name_on_two_hosts_are_two() -> None:
+    here, there = at("2026-11-20T00:00:00"), at("2026-11-21T00:00:00")
+    backups = [msgspec.structs.replace(here, partition_id="a"), msgspec.structs.replace(there, partition_id="b")]
+    assert all(plan_retention(backups, Retention(last=1)).values())
+
+
 @pytest.mark.parametrize("rules", [{}, {"last": 0}, {"last": -1, "daily": 3}])
 def test_a_retention_that_keeps_nothing_is_refused(rules: dict[str, int]) -> None:
     with pytest.raises(InvalidError):
@@ -214,10 +220,11 @@ def test_places_that_are_none(text: str) -> None:
         open_backend(text, Credentials(s3_access_key="a", s3_secret_key="b"))
 
 
-def test_a_password_in_a_place_is_refused_and_not_shown() -> None:
+@pytest.mark.parametrize("password", ["hunter2", "hunter#2", "hunter?2", "hunter/2", "hunter@2", "hunter:2"])
+def test_a_password_in_a_place_is_refused_and_not_shown(password: str) -> None:
     with pytest.raises(InvalidError) as told:
-        open_backend("sftp://me:hunter2@host/folder")
-    assert "hunter2" not in str(told.value) + told.value.remedy
+        open_backend(f"sftp://me:{password}@host/folder")
+    assert "hunter" not in str(told.value) + told.value.remedy
 
 
 @pytest.mark.parametrize(

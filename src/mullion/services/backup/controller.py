@@ -24,6 +24,7 @@ from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError,
 from mullion.base.paths import HostPaths
 from mullion.hypervisor.firmware_state import restore_firmware_state
 from mullion.model.definition import PartitionDefinition, PowerState
+from mullion.model.parse import complete
 from mullion.model.views import BackupView, OperationView
 from mullion.parent.events import Events
 from mullion.parent.operations import InterruptedError as OperationInterruptedError
@@ -139,7 +140,7 @@ class BackupController:
     async def remove_repository(self, name: str) -> None:
         """Forget a repository, with its passphrase and the checkpoints that its backups build on; its files stay.
 
-        Raises: NotFoundError; ConflictError while a partition needs it.
+        Raises: NotFoundError; ConflictError while a partition needs it, or somebody reads such a checkpoint.
         """
         name = self.repositories.choose(name)
         for partition, origin in self.homecomings.origins(name):
@@ -147,8 +148,9 @@ class BackupController:
                 f"repository {name} is needed: partition {partition} is coming home from backup {origin.backup}",
                 remedy="Let that partition run until all is home: mullion operation list",
             )
+        for one in self._partitions.all():  # also what the first backup of one is being made of
+            await self._drop_stale(one.name, name, keep=None, spare_read=False)
         for base, _ in [known for known in self._bases.values() if known[0].repository == name]:
-            await self._drop_stale(base.partition, name, keep=None)
             await self._set_base(base, None)
         await self.repositories.remove(name)
 
@@ -254,15 +256,23 @@ class BackupController:
             return {disk.id: disk.path for disk in self._checkpoints.find(partition, base.checkpoint).disks}
         return {}
 
-    async def _drop_stale(self, partition: str, repository: str, *, keep: str | None) -> None:
-        """Checkpoints of backups that nothing builds on: of the one before, and of those that were interrupted."""
-        stale = [
-            record
-            for record in self._checkpoints.records(partition)
-            if record.schedule == f"{MARK}{repository}" and record.id != keep
-        ]
-        if stale:
-            await self._checkpoints.remove(partition, stale)
+    async def _drop_stale(self, partition: str, repository: str, *, keep: str | None, spare_read: bool = True) -> None:
+        """Checkpoints of backups that nothing builds on: of the one before, and of those that were interrupted.
+
+        One that somebody reads, as an export does, goes after the next backup. Raises: ConflictError for such a one
+        when it is not spared.
+        """
+        for record in self._checkpoints.records(partition):
+            if record.schedule != f"{MARK}{repository}" or record.id == keep:
+                continue
+            try:
+                await self._checkpoints.remove(partition, [record])
+            except ConflictError as error:
+                if not spare_read:
+                    raise
+                log.info("checkpoint %s stays until the next backup: %s", record.name, error)
+            except NotFoundError:
+                log.info("checkpoint %s was deleted by somebody else", record.name)
 
     async def _set_base(self, before: BackupBase | None, base: BackupBase | None) -> None:
         key = before.key if before is not None else base.key if base is not None else ""
@@ -314,8 +324,15 @@ class BackupController:
         """Begin to forget backups: those that are named, or those that no rule of `keep` keeps.
 
         With `partition`, and more exactly with `partition_id`, only those of one partition are judged.
+        Raises: as `Repositories.choose`; InvalidError unless it is one of the two.
         """
         chosen = self.repositories.choose(repository)
+        if bool(forget) == any(keep.values()):
+            raise InvalidError(
+                "backups are forgotten by name, or by the rules that keep the others: one of the two",
+                remedy="Give `forget`, or at least one rule of `keep`.",
+                field="keep",
+            )
 
         async def work(operation: Operation) -> Mapping[str, object]:
             return await self.repositories.ask(
@@ -350,6 +367,12 @@ class BackupController:
         Raises: as `show`; AlreadyExistsError; InvalidError.
         """
         chosen = self.repositories.choose(repository)
+        if (disk is None and path is not None) or (disk is not None and (name is not None or instant)):
+            raise InvalidError(
+                "a whole partition has a name and may be instant, one disk has a path: not both",
+                remedy="Give disk and path, or name and instant.",
+                field="disk",
+            )
         view = await self.show(chosen, backup)
         if disk is not None:
             if path is None or disk not in {one.id for one in view.disks}:
@@ -375,6 +398,7 @@ class BackupController:
                 remedy="Give the restored one another name (--as), or delete that one first.",
             )
         definition = msgspec.json.decode(view.definition.encode(), type=PartitionDefinition)
+        complete(msgspec.structs.replace(definition, name=name))  # the name becomes one of files before it is created
         paths = {disk.id: self._disks.resolve(f"{name}-{disk.id}") for disk in view.disks}
         attached = tuple(msgspec.structs.replace(disk, path=paths.get(disk.id, disk.path)) for disk in definition.disks)
         wanted = msgspec.structs.replace(

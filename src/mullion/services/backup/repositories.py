@@ -91,12 +91,17 @@ class Repositories:
                 remedy="Choose lower-case letters, digits and hyphens, at most 32.",
                 field="name",
             )
+        _check_place(url)
+        secret = _secret(passphrase, credentials)
+        async with self.turn(name):  # a second one of that name must not put its secrets over those of the first
+            return await self._add(name, url, secret, create=create)
+
+    async def _add(self, name: str, url: str, secret: Mapping[str, object], *, create: bool) -> RepositoryView:
         if name in self._known:
             raise AlreadyExistsError(
                 f"there is a repository {name!r} already",
                 remedy="Choose another name, or remove that one first: mullion backup repository list",
             )
-        secret = _secret(passphrase, credentials)
         said = await self.work({"action": "add", "url": url, "secret": secret, "create": create})
         record = RepositoryRecord(name, url, utc_now(), said["repository_id"])
         await self.write_secret(name, secret)
@@ -126,6 +131,7 @@ class Repositories:
             known.secret["credentials"] if credentials is None else credentials,
         )
         place = record.url if url is None else url
+        _check_place(place)
         said = await self.work({"action": "add", "url": place, "secret": secret, "create": False})
         if record.repository_id not in ("", said["repository_id"]):
             raise ConflictError(
@@ -231,6 +237,16 @@ class Repositories:
     def _write_secret(self, name: str, secret: Mapping[str, object]) -> None:
         os.makedirs(self._paths.secrets, mode=0o700, exist_ok=True)
         replace_file(self._secret_path(name), json.dumps(secret).encode(), mode=0o600)
+
+
+def _check_place(url: str) -> None:
+    """Raises: InvalidError for a folder whose place depends on where a process happens to be."""
+    if not url.startswith("/") and "://" not in url:
+        raise InvalidError(
+            f"{url!r} is no place for a repository: a folder is named by its absolute path",
+            remedy="Write /srv/backup, sftp://user@host/folder, s3://bucket/prefix or s3+https://host/bucket/prefix.",
+            field="url",
+        )
 
 
 def _secret(passphrase: str, credentials: Mapping[str, str]) -> dict[str, Any]:
