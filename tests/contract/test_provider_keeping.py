@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -78,11 +80,21 @@ class Parent:
         self.provider.kill()
         good = self._keeper.take()
         self._keeper.close()
-        self._keeper = Keeper(self._disks, good)
+        self._keeper = Keeper(self._disks)
+        self._keeper.expect(good)
         handed = list(good)
         if start:
             self._begin()
         return handed
+
+    def listen_until_kept(self, disk: str) -> None:
+        """Take what is said until it is what is."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        slot = self._disks.index(disk)
+        while memoryview(os.pread(self._keeper.fds[1], 16, 0)).cast("Q")[slot] % 2:
+            assert time.monotonic() < deadline_s
+            self._keeper.receive()
+            time.sleep(0.001)
 
     def wait_kept(self, disk: str) -> None:
         wait_kept(self._keeper, self._disks.index(disk))
@@ -229,6 +241,18 @@ def test_what_a_provider_cannot_say_is_no_copy(spec: ProviderSpec, started: Exit
     driver.release()
 
 
+def test_what_could_not_be_said_is_said_later(spec: ProviderSpec, started: ExitStack) -> None:
+    parent = Parent(spec, started)
+    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
+    driver = attach(front_end, wanted=WANTED)
+    for _ in range(3000):  # more than the channel takes
+        front_end.config(60)
+    parent.listen_until_kept("d0")
+    assert parent.kill() == ["d0"]
+    front_end.config(60)
+    driver.release()
+
+
 def test_another_parent_asks_for_all_anew(spec: ProviderSpec, started: ExitStack) -> None:
     parent = Parent(spec, started)
     front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
@@ -341,10 +365,12 @@ def test_only_what_is_true_now_is_taken(keeper: Keeper) -> None:
 
 def test_what_is_handed_on_is_good_until_its_provider_begins(started: ExitStack) -> None:
     front_end, end = connection()
-    first = Keeper(["a", "b"], {"a": front_end})
+    first = Keeper(["a", "b"])
+    first.expect({"a": front_end})
     assert list(first.take()) == ["a"]
     first.close()
-    second = Keeper(["a", "b"], {"a": front_end})
+    second = Keeper(["a", "b"])
+    second.expect({"a": front_end})
     started.callback(second.close)
     keeping = keeping_of(second)
     keeping.changes("a")
@@ -366,6 +392,9 @@ def test_what_is_handed_on_is_good_until_its_provider_begins(started: ExitStack)
         json.dumps({"disk": "a", "number": "x", "front_end": None}).encode(),
         json.dumps({"disk": "a", "number": 2, "front_end": [[1, "", 7]]}).encode(),
         json.dumps({"disk": "a", "number": 2, "front_end": None}).encode(),
+        b'{"disk": "a", "number": 1e999, "front_end": null}',
+        b'{"disk": "a", "number": 2, "front_end": [[1e999, "", 2]]}',
+        b'{"disk": "a", "number": 2, "front_end": [[1, "", -1]]}',
         bytes(70_000),
     ],
 )
@@ -376,4 +405,69 @@ def test_what_no_provider_says_counts_for_nothing(keeper: Keeper, said: bytes) -
     with pytest.raises(InvalidError):
         keeper.receive()
     assert keeper.take() == {}
-    assert len(os.listdir("/proc/self/fd")) == before
+    wait_closed(before)
+
+
+def wait_closed(count: int) -> None:
+    """Until no more descriptors than that are open."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while len(os.listdir("/proc/self/fd")) > count:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+
+
+def test_the_page_stays_as_large_as_it_is(keeper: Keeper) -> None:
+    with pytest.raises(PermissionError):
+        os.ftruncate(keeper.fds[1], 0)
+
+
+def test_a_connection_that_is_no_socket_is_closed_all_the_same(keeper: Keeper) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    keeping = keeping_of(keeper)
+    with open(os.devnull, "rb") as nothing:
+        keeping.is_now("a", KeptFrontEnd(nothing.fileno(), []))
+    good, end = connection()
+    keeping.is_now("b", good)
+    close(good.fds)
+    keeping.changes("a")
+    taken = keeper.take()
+    assert list(taken) == ["b"]
+    close(taken["b"].fds)
+    end.close()
+    for disk in ("a", "b"):
+        keeping.leave(disk)
+    wait_closed(before)
+
+
+def test_a_provider_that_talks_on_and_on_is_heard_a_little_at_a_time(keeper: Keeper) -> None:
+    keeping = keeping_of(keeper)
+    for _ in range(40):
+        assert keeping.is_now("a", None)
+    assert keeper.receive()
+    assert select.select([keeper.channel], [], [], 0)[0]
+    assert keeper.take() == {}
+    assert not select.select([keeper.channel], [], [], 0)[0]
+    for disk in ("a", "b"):
+        keeping.leave(disk)
+
+
+def test_a_descriptor_that_does_not_close_holds_up_nobody(keeper: Keeper) -> None:
+    """A socket that lingers for as long as nobody reads what it was given."""
+    keeping = keeping_of(keeper)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        lingering = socket.create_connection(server.getsockname())
+        reading, _ = server.accept()
+    lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+    lingering.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            lingering.send(bytes(1 << 16))
+    lingering.setblocking(True)
+    assert keeping.is_now("a", KeptFrontEnd(lingering.fileno(), []))
+    lingering.close()  # that which is sent is the last one now
+    assert keeping.is_now("a", None)
+    assert keeper.receive()
+    assert keeper.copy_of("a") is None
+    reading.close()  # with data unread: a reset, which ends the lingering
+    for disk in ("a", "b"):
+        keeping.leave(disk)

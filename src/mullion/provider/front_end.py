@@ -7,6 +7,8 @@ The descriptors that came with the messages are kept for that as long as the con
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -57,11 +59,26 @@ class FrontEnd:
         if not isinstance(said, list):
             raise TypeError("a connection is a list of messages")
         connection = next(left)
-        messages = [
-            SetupMessage(int(request), bytes.fromhex(payload), tuple(next(left) for _ in range(count)))
-            for request, payload, count in said
-        ]
+        messages = []
+        for request, payload, count in said:
+            if type(request) is not int or not 0 <= request < 1 << 32:
+                raise ValueError(f"message {request!r}")
+            messages.append(SetupMessage(request, bytes.fromhex(payload), tuple(next(left) for _ in range(count))))
         return cls(connection, messages)
+
+    def copy(self) -> FrontEnd:
+        """The same with descriptors of its own. Raises: OSError."""
+        with contextlib.ExitStack() as made:
+
+            def dup(fd: int) -> int:
+                new = os.dup(fd)
+                made.callback(os.close, new)
+                return new
+
+            connection = dup(self.connection)
+            messages = [message._replace(fds=tuple(map(dup, message.fds))) for message in self.messages]
+            made.pop_all()
+        return FrontEnd(connection, messages)
 
 
 class KeptSetup:

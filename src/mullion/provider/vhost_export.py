@@ -31,8 +31,10 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
+from mullion.base.closer import Closer
 from mullion.base.flusher import Flusher
 from mullion.provider.blk import BlkDevice
+from mullion.provider.control import close_all
 from mullion.provider.control_client import descriptors_of
 from mullion.provider.dirty_log import DirtyLog
 from mullion.provider.front_end import FrontEnd, KeptSetup, SetupMessage, say_again, setup_of
@@ -66,6 +68,7 @@ _READ_ONLY_FEATURE: Final = int(BlkFeature.RO)
 _LOG_ALL: Final = int(DeviceFeature.LOG_ALL)
 _FD: Final = array.array("i").itemsize
 _EDGE: Final = select.EPOLLIN | select.EPOLLET
+_ONCE_WRITABLE: Final = select.EPOLLOUT | select.EPOLLONESHOT
 
 
 class Served(enum.Enum):
@@ -160,7 +163,11 @@ class VhostExport:
 
         Its descriptors are ours from now on. Raises: ProtocolError; OSError.
         """
-        self._connection = socket.socket(fileno=front_end.connection)
+        try:
+            self._connection = socket.socket(fileno=front_end.connection)
+        except OSError:
+            close_all(front_end.fds)
+            raise
         self._connection.setblocking(False)
         self._session = Session(self)
         self._epoll.register(front_end.connection, select.EPOLLIN)
@@ -259,10 +266,17 @@ class VhostExport:
         keeping, connection, session = self._keeping, self._connection, self._session
         if keeping is None:
             return
-        if connection is None or session is None:
-            keeping.is_now(self._blk.disk_id, None)
-        elif session.is_between_messages:
-            keeping.is_now(self._blk.disk_id, FrontEnd(connection.fileno(), self._setup(session)))
+        front_end = None
+        if connection is not None and session is not None:
+            if not session.is_between_messages:
+                return
+            front_end = FrontEnd(connection.fileno(), self._setup(session))
+        if keeping.is_now(self._blk.disk_id, front_end):
+            return
+        try:
+            self._epoll.register(keeping.channel, _ONCE_WRITABLE)
+        except FileExistsError:
+            self._epoll.modify(keeping.channel, _ONCE_WRITABLE)
 
     def _use_keeping(self, keeping: Keeping) -> None:
         if self._keeping is not None:
@@ -276,7 +290,7 @@ class VhostExport:
             log.warning(
                 "disk %s: a kept connection is hung up, since its front-end has come by itself", self._blk.disk_id
             )
-            hang_up(front_end)
+            hang_up(front_end, Closer())
             return
         self._changes()
         try:
@@ -331,6 +345,8 @@ class VhostExport:
                     self._send_config_change()
             elif fd == self._listener.fileno():
                 self._accept()
+            elif self._keeping is not None and fd == self._keeping.channel:
+                self._is_now()
             else:
                 self._receive()
         if stalled and time.monotonic() >= self._retry_at_s:

@@ -204,6 +204,8 @@ class ProviderLink:
         self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
+        self.is_lost = False
+        """Whether it has ended otherwise than by `close`: `on_event` has heard that."""
 
     async def open(self) -> None:
         """Connect and subscribe.
@@ -212,7 +214,11 @@ class ProviderLink:
         """
         try:
             self._socket = await _connect(self._path)
-            reader, self._writer = await asyncio.open_connection(sock=self._socket, limit=_LINE_LIMIT_BYTES)
+            try:
+                reader, self._writer = await asyncio.open_connection(sock=self._socket, limit=_LINE_LIMIT_BYTES)
+            except BaseException:
+                self._socket.close()
+                raise
         except OSError as error:
             raise UnavailableError(
                 f"the provider does not listen at {self._path}: {os.strerror(error.errno or 0)}"
@@ -229,6 +235,11 @@ class ProviderLink:
                 else:
                     self._answers.put_nowait(message)
         self._answers.put_nowait({"error": "the provider closed its control socket"})
+        await self.close()
+        self._lose()
+
+    def _lose(self) -> None:
+        self.is_lost = True
         self._on_event(None)
 
     async def request(
@@ -249,8 +260,9 @@ class ProviderLink:
                     answer = await self._answer(number)
             except TimeoutError as error:
                 await self.close()
+                self._lose()
                 raise DeadlineError(f"the provider did not answer {command!r} within {deadline_s:g} s") from error
-            except ConnectionError as error:
+            except OSError as error:  # of a socket that was closed meanwhile, for instance
                 raise UnavailableError(f"the provider went away during {command!r}") from error
         if "error" in answer:
             raise _error_from(answer)

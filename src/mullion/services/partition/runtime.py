@@ -84,6 +84,7 @@ class Runtime:
     guest: GuestFacts = field(default_factory=GuestFacts)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _is_reconnecting: bool = False
+    _is_handing_over: bool = False
     stalls: Stalls = field(init=False)
     front_ends: KeptFrontEnds = field(init=False)
 
@@ -249,7 +250,15 @@ class Runtime:
 
         Raises: what the new one reports. The present one goes on then, unless it says otherwise by its end.
         """
-        identity = await fleet.spawn({**spec, "takes_over": True})
+        self._is_handing_over = True
+        try:
+            identity = await fleet.spawn({**spec, "takes_over": True})
+        except BaseException:
+            if self.provider is None:
+                self.front_ends.orphan()
+            raise
+        finally:
+            self._is_handing_over = False
         write_identity(self.paths.provider_identity, identity)
         link, self.link = self.link, None
         if link is not None:
@@ -270,25 +279,30 @@ class Runtime:
         if self.provider == identity:
             log.warning("%s: the provider (pid %d) has ended", self.name, identity.pid)
             self.provider = None
-            self.front_ends.orphan()
+            if not self._is_handing_over:  # else another one may go on with its connections by now
+                self.front_ends.orphan()
             self.wake()
 
     async def _connect_provider(self, identity: ProcessIdentity) -> None:
         while self.provider == identity and identity.is_alive:
-            link = ProviderLink(self.paths.provider_control, self._provider_said)
+            link = self._new_link()
             try:
                 await link.open()
                 status = await link.request("status")
-            except MullionError as error:
-                log.warning("%s: %s", self.name, error)
+                if link.is_lost:
+                    raise UnavailableError("the provider closed its control socket as soon as it had answered")
+            except BaseException as error:
                 await link.close()
+                if not isinstance(error, MullionError):
+                    raise
+                log.warning("%s: %s", self.name, error)
                 await asyncio.sleep(_LINK_RETRY_S)
                 continue
             self.link = link
             self.stalls.note_status(status)
             try:
                 await self.front_ends.link(link, status)
-            except MullionError as error:
+            except (MullionError, OSError) as error:
                 log.warning("%s: the provider's connections are not kept: %s", self.name, error)
             try:
                 await self.on_linked()
@@ -296,8 +310,14 @@ class Runtime:
                 log.warning("%s: the provider does not take the caps of the definition: %s", self.name, error)
             return
 
-    def _provider_said(self, event: Mapping[str, Any] | None) -> None:
+    def _new_link(self) -> ProviderLink:
+        link = ProviderLink(self.paths.provider_control, lambda event: self._provider_said(link, event))
+        return link
+
+    def _provider_said(self, link: ProviderLink, event: Mapping[str, Any] | None) -> None:
         match event:
+            case None if link is not self.link:
+                return  # whoever opens it tries again, or nobody needs it any more
             case None:
                 self.link = None
                 if self.provider is not None and self.provider.is_alive:
