@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.framework.backup_servers import (
@@ -138,6 +139,27 @@ def test_sftp_silence(sftp: SftpServer, tmp_path: Path, silent: int) -> None:
 def test_sftp_full(sftp: SftpServer, small: Path) -> None:
     backend = on_sftp(sftp, small / "repository")
     goes_on_when_there_is_room(backend, small / "ballast")
+    backend.close()
+
+
+def test_sftp_names_are_made_durable(sftp: SftpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSH opens a folder as it does a file, and syncs it: what an object's name is in, and what is settled."""
+    synced: list[str] = []
+    sync = SftpBackend._sync_folder
+
+    def said(self: SftpBackend, connection: Any, folder: str) -> None:
+        sync(self, connection, folder)
+        if self._can_sync_folders:
+            synced.append(folder)
+
+    monkeypatch.setattr(SftpBackend, "_sync_folder", said)
+    backend = on_sftp(sftp, tmp_path / "repository")
+    backend.put("packs/aa", [b"x"])
+    backend.put("leases/bb", [b"x"], durable=False)
+    backend.delete("packs/aa")
+    backend.settle("packs")
+    backend.settle("index")  # which nobody has made
+    assert synced == ["packs", "packs"]
     backend.close()
 
 

@@ -69,10 +69,15 @@ class Backend(Protocol):
         """All objects whose names begin with a folder's name and a slash, or all for an empty text; in any order."""
         ...
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
-        """Take an object away; one that is not there is no error.
+    def delete(self, name: str) -> None:
+        """Take an object away; one that is not there is no error. A power cut may bring it back, until `settle`."""
+        ...
 
-        `durable=True` for one that must not come back after a power cut, where the storage can promise that.
+    def settle(self, folder: str) -> None:
+        """Let a power cut leave the names in a folder as they are, where the storage can promise that.
+
+        Whoever made them or took them away: one that died may not have come to it, and what is not there now must not
+        come back when that is built on.
         """
         ...
 
@@ -146,8 +151,11 @@ class Persistent:
     def list(self, prefix: str) -> Iterator[Listed]:
         return iter(self._try(lambda: list(self._inner.list(prefix))))
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
-        self._try(lambda: self._inner.delete(name, durable=durable))
+    def delete(self, name: str) -> None:
+        self._try(lambda: self._inner.delete(name))
+
+    def settle(self, folder: str) -> None:
+        self._try(lambda: self._inner.settle(folder))
 
     def close(self) -> None:
         self._inner.close()

@@ -32,6 +32,7 @@ from mullion.repository.errors import LeaseLostError
 from mullion.repository.index import build_segment, collect
 from mullion.repository.keys import CHUNK_BYTES
 from mullion.repository.lease import Lease
+from mullion.repository.manifest import FOLDER as BACKUPS
 from mullion.repository.manifest import Manifest, Stored, encode, manifest_name
 from mullion.repository.repository import Repository, mark_name
 from mullion.repository.source import DevicePieces, Range, StreamPieces, changed_runs
@@ -212,11 +213,14 @@ class BackupWriter:
         name = manifest_name(manifest.id)
         sealed = sealing.seal(sealing.Kind.MANIFEST, name, encode(manifest), self._repository.keys)
         self._lease.check()
-        self._repository.backend.put(name, [sealed])
+        backend = self._repository.backend
+        backend.settle("packs")  # what is used, and was put by a backup that died before its name was durable
+        backend.put(name, [sealed])
         try:
             self._lease.check()
         except LeaseLostError:
-            self._repository.backend.delete(name)  # a prune may have taken chunks that it did not see in use
+            backend.delete(name)  # a prune may have taken chunks that it did not see in use
+            backend.settle(BACKUPS)
             raise
         self._merge_segments()
         self._end()

@@ -54,9 +54,14 @@ class FakeBackend:
             found = [Listed(name, len(content)) for name, content in self.objects.items() if name.startswith(begin)]
         return iter(found)
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
+    def delete(self, name: str) -> None:
         with self._change():
             self.objects.pop(name, None)
+
+    def settle(self, folder: str) -> None:
+        """A change as any other, so that an end may come before it."""
+        with self._change():
+            pass
 
     def close(self) -> None:
         pass

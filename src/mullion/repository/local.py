@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, Self
 
 from mullion.base.block import Buffer
+from mullion.base.files import sync_folder
 from mullion.base.units import MIB
 from mullion.repository.backend import Listed, ObjectMissingError, is_name
 from mullion.repository.errors import (
@@ -51,7 +52,7 @@ class FolderBackend:
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(folder, 0o700)
-                _sync_folder(os.path.dirname(os.path.abspath(folder)))
+            sync_folder(os.path.dirname(os.path.abspath(folder)))
         except OSError as error:
             raise _explain(error, f"making {folder}", folder) from error
         return cls(folder)
@@ -81,7 +82,7 @@ class FolderBackend:
                 self._give_name(fd, temporary, path)
                 temporary = None
                 if durable:
-                    _sync_folder(folder)
+                    sync_folder(folder)
             finally:
                 if temporary is not None:
                     with contextlib.suppress(FileNotFoundError):
@@ -125,11 +126,13 @@ class FolderBackend:
                     with contextlib.suppress(FileNotFoundError):  # deleted by somebody since
                         yield Listed(os.path.relpath(path, self._root), os.lstat(path).st_size)
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
+    def delete(self, name: str) -> None:
         with self._explained("deleting", name), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
-            if durable:
-                _sync_folder(os.path.dirname(self._path(name)))
+
+    def settle(self, folder: str) -> None:
+        with contextlib.suppress(ObjectMissingError), self._explained("making durable what is in", folder):
+            sync_folder(self._path(folder))
 
     def close(self) -> None:
         pass
@@ -165,7 +168,7 @@ class FolderBackend:
             self._make_folder(parent)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(folder, 0o700)
-                _sync_folder(parent)
+            sync_folder(parent)  # in any case: whoever made it may have died before that
         self._folders.add(folder)
 
     def _sweep(self) -> None:
@@ -252,14 +255,6 @@ def _write_direct(fd: int, view: memoryview) -> int:
     finally:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
     return done
-
-
-def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _raise_unless_missing(error: OSError) -> None:

@@ -3,10 +3,12 @@
 Under an exclusive lease: nobody else writes, so what is not reachable from a manifest is not needed. Order, and what an
 end in between leaves:
 
-1. manifests of forgotten backups are deleted: chunks that nothing refers to; the next prune takes them;
+1. manifests of forgotten backups are deleted, durably, whoever began that: chunks that nothing refers to; the next
+   prune takes them;
 2. live chunks of packs that are mostly waste are copied to new packs, durably: chunks that are there twice;
 3. the index of what stays is put: the same;
-4. the old segments are deleted: packs that no index names; the next backup takes them up, the next prune sorts it out;
+4. the old segments are deleted, durably: packs that no index names; the next backup takes them up, the next prune sorts
+   it out;
 5. packs without a live chunk, and those that were copied, are deleted.
 
 A manifest that is kept, or a node of it, that cannot be read ends the prune before step 1: what cannot be followed may
@@ -25,6 +27,7 @@ from mullion.repository.directories import unindexed_packs
 from mullion.repository.errors import RepositoryDamagedError
 from mullion.repository.index import Index, build_segment, collect
 from mullion.repository.lease import Lease
+from mullion.repository.manifest import FOLDER as BACKUPS
 from mullion.repository.manifest import Manifest, manifest_name
 from mullion.repository.pack import HEADER_BYTES, PackEntry, pack_id_of, pack_name
 from mullion.repository.repository import Repository, mark_name
@@ -75,8 +78,10 @@ def prune(
         if not dry_run:
             lease.check()
             for backup_id in gone:
-                repository.backend.delete(manifest_name(backup_id), durable=True)
+                repository.backend.delete(manifest_name(backup_id))
                 repository.backend.delete(mark_name(backup_id))
+            # Also with none to forget: what a prune forgot that died may come back, and would not find its chunks.
+            repository.backend.settle(BACKUPS)
             _sweep(repository, index, plan, lease, progress)
         repository.reload_index()
         return Pruned(
@@ -177,8 +182,10 @@ def _sweep(repository: Repository, index: Index, plan: _Plan, lease: Lease, prog
     finally:
         writer.close()
     lease.check()
+    backend.settle("packs")  # what is to stay, and was left by a backup that died
     put_segment(backend, keys, build_segment(_whole_packs(index, plan.stay)))
-    _delete_all(repository, old, "deleting the old index", progress, durable=True)  # before what it knows is gone
+    _delete_all(repository, old, "deleting the old index", progress)
+    backend.settle("index")  # before what it knows is gone; and what a backup, or a prune that died, took away
     gone = [pack_name(pack_id) for pack_id in (*plan.dead, *plan.copied)]
     _delete_all(repository, gone, "deleting packs", progress)
 
@@ -204,9 +211,7 @@ def _whole_packs(index: Index, stay: Mapping[bytes, list[PackEntry]]) -> dict[by
     return {pack_id: known[pack_id] for pack_id in stay}
 
 
-def _delete_all(
-    repository: Repository, names: list[str], stage: str, progress: Progress, *, durable: bool = False
-) -> None:
+def _delete_all(repository: Repository, names: list[str], stage: str, progress: Progress) -> None:
     for number, name in enumerate(names):
         progress(stage, number, len(names))
-        repository.backend.delete(name, durable=durable)
+        repository.backend.delete(name)

@@ -84,10 +84,12 @@ def repair(
         done.found = before.findings
         _rescue(repository, packs, done, are_read=read_data, progress=progress)
         lease.check()
+        backend.settle("packs")
         # Named with nothing in them, or the next backup would take damaged packs for those of an interrupted one.
         put_segment(backend, keys, build_segment({**packs.whole, **dict.fromkeys(packs.damaged, ())}))
         for name in old:
-            backend.delete(name, durable=True)
+            backend.delete(name)
+        backend.settle("index")
         for name in map(pack_name, packs.damaged):
             if discard:
                 backend.delete(name)

@@ -131,7 +131,8 @@ class Repository:
         """
         self._check_slot(passphrase, set(slot_names(self.backend)) - set(names))
         for name in names:
-            self.backend.delete(name, durable=True)
+            self.backend.delete(name)
+        self.backend.settle(KEYS_FOLDER)
 
     def _check_slot(self, passphrase: str, among: Collection[str]) -> None:
         if unlock(self.backend, self.config, passphrase, only=among) != self.keys.secret:

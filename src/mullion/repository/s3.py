@@ -102,11 +102,14 @@ class S3Backend:
                 for found in batch:
                     yield Listed(found["path"].removeprefix(self._prefix), found["size"])
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
+    def delete(self, name: str) -> None:
         import obstore
 
         with self._explained("deleting", name), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, self._prefix + name)
+
+    def settle(self, folder: str) -> None:
+        """Nothing: what S3 has answered is durable, deletions too."""
 
     def close(self) -> None:
         pass

@@ -1,9 +1,9 @@
 """A repository in a folder of an SFTP server.
 
 Durability: an object is written into `tmp/`, synced (`fsync@openssh.com`), its size compared, and renamed over its name
-in one step (`posix-rename@openssh.com`). A server without the first of these extensions decides by itself when objects
-survive a power cut of it, and is named in the log once. The server's host key must be known: an unknown or another one
-is refused.
+in one step (`posix-rename@openssh.com`); then the folder is synced. A server without the first of these extensions, or
+that cannot sync a folder, decides by itself when objects survive a power cut of it, and is named in the log once. The
+server's host key must be known: an unknown or another one is refused.
 
 Threads: one request at a time, the connection is shared; it is made when it is needed, and again after it was lost.
 """
@@ -77,6 +77,7 @@ class SftpBackend:
         self._sftp: Any = None
         self._folders: set[str] = set()
         self._can_sync = True
+        self._can_sync_folders = True
 
     def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
         content = list(buffers)  # all of them: who makes them may need the connection for that
@@ -88,6 +89,8 @@ class SftpBackend:
             try:
                 self._write(sftp, temporary, content, size, durable=durable)
                 self._rename(sftp, temporary, self._path(name))
+                if durable:
+                    self._sync_folder(sftp, posixpath.dirname(name))
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error says what happened; this is tidying
                     sftp.remove(temporary)
@@ -114,9 +117,13 @@ class SftpBackend:
                 found = []
         return iter(found)
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
+    def delete(self, name: str) -> None:
         with contextlib.suppress(ObjectMissingError), self._session("deleting", name) as sftp:
             sftp.remove(self._path(name))
+
+    def settle(self, folder: str) -> None:
+        with contextlib.suppress(ObjectMissingError), self._session("making durable what is in", folder) as sftp:
+            self._sync_folder(sftp, folder)
 
     def close(self) -> None:
         with self._lock:
@@ -164,6 +171,25 @@ class SftpBackend:
             self._can_sync = False
             log.warning(
                 "%s: the server cannot be told to sync: it decides itself what survives a power cut", self.location
+            )
+
+    def _sync_folder(self, sftp: Any, folder: str) -> None:
+        """OpenSSH opens a folder as it does a file, and syncs it; not all servers do."""
+        if not (self._can_sync and self._can_sync_folders):
+            return
+        path = self._path(folder).rstrip("/") or "."
+        sftp.stat(path)  # a folder that is not there is something else than one that cannot be opened
+        try:
+            with sftp.open(path, "r") as opened:
+                self._sync(sftp, opened)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            self._can_sync_folders = False
+            log.warning(
+                "%s: the server cannot sync folders (%s): it decides itself when names survive a power cut",
+                self.location,
+                error,
             )
 
     def _rename(self, sftp: Any, old: str, new: str) -> None:

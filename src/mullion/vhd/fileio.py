@@ -20,6 +20,7 @@ from itertools import repeat
 from typing import Final
 
 from mullion.base.block import Buffer, LostDataError
+from mullion.base.files import sync_folder
 from mullion.base.units import KIB, MIB
 from mullion.vhd.publish import new_file
 
@@ -128,11 +129,7 @@ class FileIO:
 
     def sync_folder(self, folder: str) -> None:
         """Make the names in a folder durable."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_folder(folder)
 
     def put_file(self, path: str, content: bytes) -> None:
         """A small file, new or in place of another: durable, and whole or as before, at any instant."""

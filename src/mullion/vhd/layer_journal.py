@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mullion.base.errors import ConflictError
+from mullion.base.files import sync_folder
 from mullion.base.units import SECTOR_BYTES
 from mullion.vhd.errors import DiskBusyError, HalfMergedError, VhdDamagedError
 from mullion.vhd.fileio import FileIO
@@ -163,11 +164,7 @@ def open_layer_journal(lower_path: str) -> int:
     path = layer_journal_path(lower_path)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     try:
-        folder_fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder_fd)
-        finally:
-            os.close(folder_fd)
+        sync_folder(os.path.dirname(path))
     except BaseException:
         os.close(fd)
         raise

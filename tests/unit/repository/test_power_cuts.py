@@ -6,6 +6,7 @@ What a cut may leave (`local`): every object that was put durably; of the others
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterable
 
@@ -47,20 +48,21 @@ class ForgetfulBackend(FakeBackend):
         """By name what a cut may bring back; None: nothing was there."""
 
     def put(self, name: str, buffers: Iterable[Buffer], *, durable: bool = True) -> None:
+        """In two changes: between them the object has its name, and its folder is not synced."""
         before = self.objects.get(name)
         super().put(name, buffers, durable=durable)
+        self._unsure.setdefault(name, before)
         if durable:
-            self._unsure.pop(name, None)
-        else:
-            self._unsure.setdefault(name, before)
+            self.settle(os.path.dirname(name))
 
-    def delete(self, name: str, *, durable: bool = False) -> None:
+    def delete(self, name: str) -> None:
         before = self.objects.get(name)
-        super().delete(name, durable=durable)
-        if durable:
-            self._unsure.pop(name, None)
-        else:
-            self._unsure.setdefault(name, before)
+        super().delete(name)
+        self._unsure.setdefault(name, before)
+
+    def settle(self, folder: str) -> None:
+        super().settle(folder)
+        self._unsure = {name: before for name, before in self._unsure.items() if os.path.dirname(name) != folder}
 
     def after_cut(self, choose: random.Random) -> ForgetfulBackend:
         """One of the states that the platter may be in."""
@@ -161,7 +163,9 @@ def take_place(backend: FakeBackend, present: str) -> None:
     Repository.open(backend, "the new one").remove_slots(replaced, "the new one")
 
 
-def test_a_prune() -> None:
+@pytest.fixture
+def pruned() -> tuple[ForgetfulBackend, list[str], dict[str, bytes]]:
+    """A repository with four backups, of which two are to be forgotten: it, their ids, and what the others are."""
     repository, backend = new_repository(pack_bytes=2 * CHUNK)
     disk = MemoryDisk(scattered(MIB, 1, pieces=8))
     manifests, contents = [], []
@@ -169,8 +173,12 @@ def test_a_prune() -> None:
         disk.content[: 4 * CHUNK] = scattered(4 * CHUNK, seed, pieces=8)
         manifests.append(back_up(repository, disk))
         contents.append(bytes(disk.content))
-    doomed = [manifests[0].id, manifests[2].id]
     kept = {manifests[1].id: contents[1], manifests[3].id: contents[3]}
+    return of_objects(backend.objects, backend.pack_bytes), [manifests[0].id, manifests[2].id], kept
+
+
+def test_a_prune(pruned: tuple[ForgetfulBackend, list[str], dict[str, bytes]]) -> None:
+    backend, doomed, kept = pruned
 
     def operation(repository: Repository) -> object:
         return prune(repository, [one for one in doomed if one in repository.backup_ids()])
@@ -181,3 +189,57 @@ def test_a_prune() -> None:
             content_of(repository.open_disk(repository.backup(backup_id), "disk0"))
 
     assert cut_and_repeated(backend, operation, check) > 4
+
+
+def ended_everywhere(
+    backend: FakeBackend,
+    first: Callable[[Repository], object],
+    then: Callable[[Repository], object],
+    check: Callable[[Repository], None],
+) -> int:
+    """End one operation at each change, do another to its end, and cut the power; how many changes the first has."""
+    for fuse in itertools.count():
+        for seed in range(STATES):
+            here = of_objects(backend.objects, backend.pack_bytes)
+            end_at(here, fuse)
+            is_over = True
+            try:
+                first(Repository.open(here, PASSPHRASE))
+            except EndedError:
+                is_over = False
+            here.before_change = lambda number: None
+            then(Repository.open(here, PASSPHRASE))
+            check(Repository.open(here.after_cut(random.Random(f"{fuse} {seed}")), PASSPHRASE))
+        if is_over:
+            break
+    return fuse
+
+
+def test_a_prune_after_one_that_died(pruned: tuple[ForgetfulBackend, list[str], dict[str, bytes]]) -> None:
+    """What the first had taken away, or copied, and not made durable, the second builds on."""
+    backend, doomed, kept = pruned
+
+    def operation(repository: Repository) -> object:
+        return prune(repository, [one for one in doomed if one in repository.backup_ids()], repack_below=1.0)
+
+    def check(repository: Repository) -> None:
+        check_whole(repository, kept)
+        assert sorted(repository.backup_ids()) == sorted(kept), "none that was forgotten has come back"
+
+    assert ended_everywhere(backend, operation, operation, check) > 6
+
+
+def test_a_backup_after_one_that_died(pruned: tuple[ForgetfulBackend, list[str], dict[str, bytes]]) -> None:
+    """What the first had stored, and not made durable, the second takes up; so does a prune."""
+    backend, _, kept = pruned
+    disk = MemoryDisk(scattered(MIB, 9, pieces=12))
+    acknowledged: list[str] = []
+
+    def again(repository: Repository) -> None:
+        acknowledged[:] = [back_up(repository, disk).id]
+        prune(repository)
+
+    def check(repository: Repository) -> None:
+        check_whole(repository, {**kept, acknowledged[0]: bytes(disk.content)})
+
+    assert ended_everywhere(backend, lambda repository: back_up(repository, disk), again, check) > 6

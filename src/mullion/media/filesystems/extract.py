@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from mullion.base.errors import AlreadyExistsError, InvalidError
+from mullion.base.files import sync_folder
 from mullion.base.progress import Progress, no_progress
 from mullion.media.errors import FilesystemError
 from mullion.media.filesystems.entries import FileEntry, Hole, Piece
@@ -168,7 +169,7 @@ def _extract_folder(work: _Work, answer: Iterator[Piece], first: FileEntry, targ
         if os.path.lexists(target):
             raise AlreadyExistsError(f"{target} exists already", remedy="Choose another name.", path=target)
         os.rename(root, target)
-        _sync_folder(beside)
+        sync_folder(beside)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -279,13 +280,5 @@ def _sync_filesystem(path: str) -> None:
         if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), path)
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
     finally:
         os.close(fd)

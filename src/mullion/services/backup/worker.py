@@ -35,6 +35,7 @@ from mullion.base.errors import (
     NotFoundError,
     OperationFailedError,
 )
+from mullion.base.files import sync_folder
 from mullion.base.units import format_time
 from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.credentials import Credentials
@@ -304,11 +305,7 @@ def _publish(path: str) -> None:
     """Give a finished file its name, which nobody has; durable."""
     os.link(unfinished(path), path)
     os.unlink(unfinished(path))
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(os.path.dirname(path))
 
 
 def _serve(request: Request, line: _Line) -> None:

@@ -24,6 +24,7 @@ from typing import Final
 import msgspec
 
 from mullion.base.errors import MullionError
+from mullion.base.files import sync_folder
 from mullion.base.units import MIB, format_size
 from mullion.model.views import MergeView
 from mullion.parent.events import Events
@@ -358,8 +359,4 @@ def _held_bytes(path: str) -> int:
 def _remove_file(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(os.path.dirname(path))
