@@ -85,6 +85,8 @@ def test_a_checkpoint_shows_its_own_time(service: Service) -> None:
     assert service.cli("files", "cat", "web@first:/readme.txt").stdout == "hello\n"
     none = service.cli("files", "cat", "web@second:/readme.txt", check=False)
     assert (none.status, "checkpoint list web" in none.stderr) == (3, True)
+    frozen = service.cli("files", "ls", "web@first:/", "--consistent", check=False)
+    assert (frozen.status, "Leave out --consistent" in frozen.stderr) == (5, True)
     service.cli("checkpoint", "delete", "web", "first")
 
 

@@ -614,6 +614,11 @@ def test_the_commands(tmp_path: Path, tree: Path) -> None:
     refused = mullion("ls", "disk.img", cwd=tmp_path)
     assert refused.returncode == 5
     assert b"--volume" in refused.stderr
+    system = make_fat(tmp_path / "efi.img", tree / "folder", 12, "4M").read_bytes()
+    make_mbr(tmp_path / "uefi.img", [(0xEF, system), (0x83, ext.read_bytes())])
+    assert b"readme.txt" in mullion("ls", "uefi.img", cwd=tmp_path).stdout
+    make_mbr(tmp_path / "stick.img", [(0xEF, system)])
+    assert b"data.bin" in mullion("ls", "stick.img", cwd=tmp_path).stdout
     assert (
         mullion("cat", "disk.img:1", "/folder/data.bin", cwd=tmp_path).stdout == (tree / "folder/data.bin").read_bytes()
     )

@@ -26,7 +26,7 @@ def volume_options(command: _Command) -> _Command:
         "--volume",
         type=click.IntRange(min=0, max=9999),
         metavar="N",
-        help="The volume, where the disk has several; 0 is the whole disk.",
+        help="The volume, where several besides the EFI system partition have files; 0 is the whole disk.",
     )
     return disk(volume(command))
 

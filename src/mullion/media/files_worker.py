@@ -30,7 +30,7 @@ from mullion.media.confined import channel
 from mullion.media.errors import FilesystemError, VolumeChoiceError
 from mullion.media.filesystems.entries import FileEntry, Hole, Piece, pack_entry
 from mullion.media.filesystems.reader import ReaderProcess, VolumeReader
-from mullion.media.filesystems.volumes import Volume, choose_volume, list_volumes
+from mullion.media.filesystems.volumes import Volume, choose_volume, list_volumes, meant_volumes
 from mullion.model.views import FileVolumeView
 from mullion.vhd import open_chain
 from mullion.wire.nbd import SteadyReader
@@ -166,19 +166,14 @@ def _open_disk(stack: contextlib.ExitStack, opener: Opener) -> _OpenDisk:
 
 
 def _chosen_volume(command: FilesCommand, disks: Mapping[str, _OpenDisk]) -> tuple[str, Volume]:
-    """The volume that is meant: the only one that can be read, unless one was named.
+    """The volume that is meant: the only one that can be read besides those of the firmware, unless one was named.
 
     Raises: VolumeChoiceError with all that there are; FilesystemError when none can be read; NotFoundError.
     """
     if len(disks) == 1:
         disk = next(iter(disks))
         return disk, choose_volume(f"{command.label}: {disk}", disks[disk].volumes, command.volume)
-    readable = [
-        (disk, volume)
-        for disk, opened in disks.items()
-        for volume in opened.volumes
-        if volume.holds.kind is not None and command.volume in (None, volume.number)
-    ]
+    readable = [(disk, volume) for disk, opened in disks.items() for volume in _meant(opened, command.volume)]
     if len(readable) == 1:
         return readable[0]
     listed = ", ".join(f"{disk} {volume}" for disk, opened in disks.items() for volume in opened.volumes) or "none"
@@ -192,6 +187,14 @@ def _chosen_volume(command: FilesCommand, disks: Mapping[str, _OpenDisk]) -> tup
         f"{command.label} has several volumes: {listed}",
         remedy=f"Choose one with --disk and --volume, such as --disk {disk} --volume {volume.number}.",
     )
+
+
+def _meant(opened: _OpenDisk, number: int | None) -> list[Volume]:
+    """The volumes of a disk that can be read, and of those the ones that the request may mean."""
+    readable = [volume for volume in opened.volumes if volume.holds.kind is not None]
+    if number is not None:
+        return [volume for volume in readable if volume.number == number]
+    return meant_volumes(readable)
 
 
 def _found(disk: str, volume: Volume) -> FileVolumeView:

@@ -14,11 +14,12 @@ from mullion.vhd.partitions import EXTENDED_TYPES, read_partitions
 WHOLE: Final = 0
 """The number of the volume that is the whole disk."""
 
+_FIRMWARE: Final = "EFI system"
 _KINDS: Final = {
     "07": "Windows", "0b": "FAT32", "0c": "FAT32", "04": "FAT16", "06": "FAT16", "0e": "FAT16", "01": "FAT12",
     "27": "Windows recovery", "42": "Windows dynamic disk", "82": "Linux swap", "83": "Linux", "8e": "Linux LVM",
-    "fd": "Linux RAID", "ef": "EFI system", "a5": "FreeBSD", "af": "HFS",
-    "c12a7328-f81f-11d2-ba4b-00a0c93ec93b": "EFI system", "e3c9e316-0b5c-4db8-817d-f92df00215ae": "Microsoft reserved",
+    "fd": "Linux RAID", "ef": _FIRMWARE, "a5": "FreeBSD", "af": "HFS",
+    "c12a7328-f81f-11d2-ba4b-00a0c93ec93b": _FIRMWARE, "e3c9e316-0b5c-4db8-817d-f92df00215ae": "Microsoft reserved",
     "ebd0a0a2-b9e5-4433-87c0-68b6b72699c7": "basic data", "de94bba4-06d1-4d40-a16a-bfd50179d6ac": "Windows recovery",
     "5808c8aa-7e8f-42e0-85d2-e1e90434cfb3": "Windows dynamic disk",
     "e75caf8f-f680-4cee-afa3-b001e56efc2d": "Storage Spaces",
@@ -70,7 +71,7 @@ def list_volumes(device: BlockDevice) -> tuple[list[Volume], tuple[str, ...]]:
 
 
 def choose_volume(path: str, volumes: list[Volume], number: int | None) -> Volume:
-    """The volume of that number; without one, the only one that can be read.
+    """The volume of that number; without one, the only one that can be read besides those of the firmware.
 
     Raises: VolumeChoiceError when the number is none of a volume, or several could be meant; FilesystemError when what
     was chosen, or all there is, cannot be read, with its name and what to do instead.
@@ -87,7 +88,7 @@ def choose_volume(path: str, volumes: list[Volume], number: int | None) -> Volum
         if chosen.holds.kind is None:
             raise _unreadable(path, chosen)
         return chosen
-    readable = [volume for volume in volumes if volume.holds.kind is not None]
+    readable = meant_volumes([volume for volume in volumes if volume.holds.kind is not None])
     if len(readable) == 1:
         return readable[0]
     if readable:
@@ -101,6 +102,11 @@ def choose_volume(path: str, volumes: list[Volume], number: int | None) -> Volum
     raise FilesystemError(
         f"{path}: none of its volumes can be read: {listed}", remedy=" ".join(remedies) or None, path=path
     )
+
+
+def meant_volumes(volumes: list[Volume]) -> list[Volume]:
+    """Those that are meant by who names none: not what the firmware starts from, unless there is nothing else."""
+    return [volume for volume in volumes if volume.kind != _FIRMWARE] or volumes
 
 
 def _unreadable(path: str, volume: Volume) -> FilesystemError:

@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from mullion.base.errors import DeadlineError, MullionError, UnavailableError
+from mullion.base.errors import DeadlineError, InvalidError, MullionError, UnavailableError
 from mullion.media.confined import channel
 from mullion.media.errors import ReaderDiedError
 from mullion.media.files_worker import BackupSource, FilesCommand
@@ -126,6 +126,12 @@ class FilesController:
         Raises: NotFoundError; StateError; FilesystemError, VolumeChoiceError, InvalidError of what is read; VhdError;
         UnavailableError when too many read already; and for `consistent` what freezing raises.
         """
+        if request.consistent and request.checkpoint:
+            raise InvalidError(
+                f"the files of checkpoint {request.checkpoint} are of its time: nothing can be frozen for them now",
+                remedy="Leave out --consistent, or the checkpoint.",
+                field="consistent",
+            )
         answer = FilesAnswer()
         answer.task = asyncio.create_task(self._read(request, answer), name=f"files of {request.label}")
         self._tasks.add(answer.task)
