@@ -35,7 +35,7 @@ def schedule() -> None:
 
 @schedule.command("set")
 @partition_argument
-@name_argument
+@name_argument(complete.backup_schedules)
 @repository_option
 @when_options
 @keep_options
@@ -100,7 +100,7 @@ def list_schedules(face: Face, partition: str | None) -> None:
 
 @schedule.command("remove")
 @partition_argument
-@name_argument
+@name_argument(complete.backup_schedules)
 @pass_face
 def remove_schedule(face: Face, partition: str, name: str) -> None:
     """Remove a schedule; the backups that it made stay."""

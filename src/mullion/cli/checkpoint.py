@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -174,7 +175,12 @@ def set_merge_rate(face: Face, partition: str, rate: int | str | None) -> None:
 @checkpoint.command("export")
 @partition_argument
 @checkpoint_argument
-@click.option("--since", metavar="CHECKPOINT", help="Tell what has changed since that one, as a dirty bitmap.")
+@click.option(
+    "--since",
+    metavar="CHECKPOINT",
+    shell_complete=complete.checkpoints,
+    help="Tell what has changed since that one, as a dirty bitmap.",
+)
 @click.option("--listen", metavar="HOST:PORT", help="By TCP and TLS; port 0 is any. Without it: a unix socket.")
 @click.option("--tls", metavar="FOLDER", help="Certificates for --listen; without it some are made.")
 @pass_face
@@ -190,6 +196,7 @@ def export_checkpoint(
       mullion checkpoint export web monday
       mullion checkpoint export web tuesday --since monday --listen 0.0.0.0:10809
     """
+    tls = None if tls is None else os.path.abspath(tls)  # the service is somewhere else
     view = face.client.export_checkpoint(partition, name, since=since, listen=listen, tls=tls)
     if face.is_json:
         face.emit_json(view)
@@ -227,7 +234,7 @@ def list_exports(face: Face) -> None:
 
 @checkpoint.command("unexport")
 @partition_argument
-@click.argument("export", metavar="EXPORT")
+@click.argument("export", metavar="EXPORT", shell_complete=complete.exports)
 @pass_face
 def end_export(face: Face, partition: str, export: str) -> None:
     """End an export; its clients are hung up on."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mullion.cli import complete
 from mullion.cli.face import Face, pass_face
 from mullion.cli.lazy import Group
 from mullion.cli.schedules import (
@@ -33,7 +34,7 @@ def schedule() -> None:
 
 @schedule.command("set")
 @partition_argument
-@name_argument
+@name_argument(complete.checkpoint_schedules)
 @when_options
 @click.option("--keep", type=click.IntRange(min=1), metavar="N", help="Keep the newest N that it made.")
 @click.option("--keep-for", type=IntervalType(), metavar="DURATION", help="Keep none that is older, but the newest.")
@@ -89,7 +90,7 @@ def list_schedules(face: Face, partition: str) -> None:
 
 @schedule.command("remove")
 @partition_argument
-@name_argument
+@name_argument(complete.checkpoint_schedules)
 @pass_face
 def remove_schedule(face: Face, partition: str, name: str) -> None:
     """Remove a schedule; the checkpoints that it made stay."""

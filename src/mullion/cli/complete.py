@@ -49,4 +49,17 @@ checkpoints = _completer(
         (view.name, view.created_at) for view in client.checkpoints(str(ctx.params["partition"])).checkpoints
     ]
 )
+exports = _completer(
+    lambda client, ctx: [
+        (view.id, view.disks[0].uri if view.disks else "")
+        for view in client.exports()
+        if view.partition == ctx.params["partition"]
+    ]
+)
+checkpoint_schedules = _completer(
+    lambda client, ctx: [(view.name, view.rule) for view in client.checkpoint_schedules(str(ctx.params["partition"]))]
+)
+backup_schedules = _completer(
+    lambda client, ctx: [(view.name, view.rule) for view in client.backup_schedules(str(ctx.params["partition"]))]
+)
 images = _completer(lambda client, _: [(view.name, view.path) for view in client.images()])

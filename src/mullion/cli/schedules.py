@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -18,7 +19,19 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 
 _DEFAULT_NAME: Final = "default"
 partition_argument = click.argument("partition", shell_complete=complete.partitions)
-name_argument = click.argument("name", default=_DEFAULT_NAME, metavar="[NAME]")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _checked_name(_ctx: click.Context, _param: click.Parameter, name: str) -> str:
+    """It becomes a part of an address, where a wrong one would be said in other words."""
+    if not _NAME.fullmatch(name):
+        raise click.BadParameter("letters, digits, '.', '_' and '-', a letter or digit first, at most 64 characters")
+    return name
+
+
+def name_argument(known: complete.Completer) -> Callable[[_Command], _Command]:
+    """A schedule's name; `known` completes it."""
+    return click.argument("name", default=_DEFAULT_NAME, metavar="[NAME]", callback=_checked_name, shell_complete=known)
 
 
 class IntervalType(click.ParamType[int]):

@@ -26,6 +26,7 @@ DAY_S: Final = 86_400
 INTERVAL_LIMIT_S: Final = 366 * DAY_S
 KEEP_LIMIT: Final = 1000
 _DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_DAY: Final = re.compile(r"(mon|tue|wed|thu|fri|sat|sun)|(mon|tues|wednes|thurs|fri|satur|sun)day")
 _UNITS: Final = {"s": 1, "min": MINUTE_S, "m": MINUTE_S, "h": 3600, "d": DAY_S, "w": 7 * DAY_S}
 _DURATION: Final = re.compile(r"(\d{1,9}) ?(s|min|m|h|d|w)")
 _CLOCK: Final = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
@@ -82,7 +83,7 @@ def parse_rule(text: str) -> Rule:
             return Every(parse_interval(" ".join(rest)))
         case ["daily", clock] if found := _CLOCK.fullmatch(clock):
             return OnDays(int(found[1]), int(found[2]))
-        case ["weekly", day, clock] if day[:3] in _DAYS and (found := _CLOCK.fullmatch(clock)):
+        case ["weekly", day, clock] if _DAY.fullmatch(day) and (found := _CLOCK.fullmatch(clock)):
             return OnDays(int(found[1]), int(found[2]), _DAYS.index(day[:3]))
     raise InvalidError(
         f"{text!r} is no schedule", remedy="Write `every 6h`, `daily 02:30` or `weekly sun 03:00`.", field="rule"

@@ -1,6 +1,8 @@
 """The commands against a service in memory: what they ask, what they print, how they end."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -179,6 +181,7 @@ def test_remedies_name_the_program_as_it_was_called(service):
         (["partition", "delete", "web"], "say --yes", "delete --help"),
         (["disk", "create", "web"], "missing option '--size'", "create --help"),
         (["backup", "restore", "4f", "--disk", "disk0", "--to", "x", "--as", "web"], "leave it out", "restore --help"),
+        (["backup", "schedule", "set", "web", "a b", "--every", "1h"], "a letter or digit first", "set --help"),
         (["--format", "xml", "status"], "'xml' is not one of", "mullion --help"),
     ],
 )
@@ -301,8 +304,24 @@ def test_names_are_completed_and_errors_are_not_shown(service, monkeypatch):
     assert completions(["partition", "start"], "x") == []
     assert "partition" in completions([], "")
     assert "--memory" in completions(["partition", "create"], "--m")
+    made = SimpleNamespace(name="nightly", rule="daily 02:30", created_at="")
+    monkeypatch.setattr(service, "checkpoints", lambda _: SimpleNamespace(checkpoints=(made,)), raising=False)
+    for kind in ("checkpoint", "backup"):
+        monkeypatch.setattr(service, f"{kind}_schedules", lambda _: (made,), raising=False)
+        assert completions([kind, "schedule", "remove", "web"], "n") == ["nightly"]
+    offered = [SimpleNamespace(id=f"of-{name}", partition=name, disks=()) for name in ("web", "mail")]
+    monkeypatch.setattr(service, "exports", lambda: offered, raising=False)
+    assert completions(["checkpoint", "unexport", "web"], "") == ["of-web"]
+    assert completions(["checkpoint", "export", "web", "x", "--since"], "n") == ["nightly"]
     service.faults["partitions"] = UnavailableError("the service does not answer")
     assert completions(["partition", "start"], "w") == []
+
+
+def test_a_folder_of_certificates_is_named_by_its_absolute_path(mullion, service, monkeypatch):
+    told = []
+    monkeypatch.setattr(service, "export_checkpoint", lambda *_, **how: told.append(how["tls"]), raising=False)
+    mullion("checkpoint", "export", "web", "x", "--listen", "h:1", "--tls", "certificates", "--format", "json")
+    assert told == [os.path.abspath("certificates")]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -56,6 +56,7 @@ def due(rule: str, last: str, now: str | None = None) -> str:
         ("daily 02:30", OnDays(2, 30)),
         ("weekly SUN 03:00", OnDays(3, 0, 6)),
         ("weekly monday 0:05", OnDays(0, 5, 0)),
+        ("weekly Wednesday 0:05", OnDays(0, 5, 2)),
     ],
 )
 def test_rules_are_read_as_people_write_them(text: str, rule: Rule) -> None:
@@ -66,7 +67,7 @@ def test_rules_are_read_as_people_write_them(text: str, rule: Rule) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "every", "every 1", "every 0h", "every 59s", "every 400d", "daily", "daily 24:00", "daily 2", "weekly 03:00",
-     "weekly xyz 03:00", "hourly", "* * * * *", "every 99999999999999h", "daily 02:30 now"],
+     "weekly xyz 03:00", "weekly sunny 03:00", "weekly su 03:00", "hourly", "* * * * *", "every 99999999999999h", "daily 02:30 now"],
 )  # fmt: skip
 def test_what_is_no_rule_is_refused(text: str) -> None:
     with pytest.raises(InvalidError, match="is no"):

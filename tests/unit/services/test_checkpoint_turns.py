@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.framework.controllers import Controllers
 
-from mullion.base.errors import ConflictError, NotFoundError
+from mullion.base.errors import ConflictError, InvalidError, NotFoundError
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
 from mullion.model.definition import DiskAttachment, PartitionDefinition
@@ -67,6 +67,7 @@ def test_who_deletes_a_checkpoint_that_another_has_deleted_is_told(tmp_path: Pat
         first, second = await removals(made, record, record)
         assert first is None
         assert isinstance(second, NotFoundError)
+        assert "checkpoint a " in second.message
         assert made.checkpoints.records("web") == ()
 
     with_checkpoints(tmp_path, ("a",), scenario)
@@ -131,3 +132,11 @@ def test_a_checkpoint_whose_disks_a_merge_moves_while_the_guest_is_turned_off_is
         assert layers.parents[layers.head] == record.disks[0].path
 
     with_checkpoints(tmp_path, ("a", "b"), scenario)
+
+
+def test_memory_and_frozen_filesystems_exclude_each_other(tmp_path: Path) -> None:
+    async def scenario(made: Controllers) -> None:
+        with pytest.raises(InvalidError, match="freezes no filesystems"):
+            await made.checkpoints.create("web", memory=True, consistent=True)
+
+    with_checkpoints(tmp_path, (), scenario)

@@ -371,6 +371,12 @@ class CheckpointController:
     ) -> CheckpointRecord:
         """A record of what is to be made. Raises: as `create`."""
         partition = self._partitions.find(name)
+        if memory and consistent:
+            raise InvalidError(
+                "a checkpoint with memory freezes no filesystems: what they have not written yet is in the memory",
+                remedy="Leave out --consistent; or --memory, where the disks are to be read without it.",
+                field="consistent",
+            )
         state = (await partition.view()).state
         _check_state(name, state, _CHECKPOINTABLE, "have a checkpoint made")
         if (memory or consistent) and state in _AT_REST:
@@ -600,7 +606,7 @@ class CheckpointController:
         record = self.find(name, checkpoint)
         await self.remove(name, [record])
         return await self._operations.start(
-            "checkpoint.delete", f"checkpoint/{name}/{record.id}", self._keeper(partition).follow, exclusive=False
+            "checkpoint.delete", f"checkpoint/{name}/{record.name}", self._keeper(partition).follow, exclusive=False
         )
 
     async def remove(self, name: str, records: Sequence[CheckpointRecord]) -> None:
@@ -609,7 +615,7 @@ class CheckpointController:
         for record in records:
             self._check_unread(record)
         async with partition.lock:
-            records = [self.find(name, record.id) for record in records]  # somebody else may have had the lock
+            records = [self._still(record) for record in records]  # somebody else may have had the lock
             for record in records:
                 self._check_unread(record)
             await self._remove(partition, records)
@@ -618,6 +624,17 @@ class CheckpointController:
                 "checkpoint.deleted", f"partition/{name}", {"checkpoint": record.name, "id": record.id}
             )
         self._keeper(partition).wake()
+
+    def _still(self, record: CheckpointRecord) -> CheckpointRecord:
+        """As it is now. Raises: NotFoundError."""
+        found = self._of(record.partition).get(record.id)
+        if found is None:
+            raise NotFoundError(
+                f"checkpoint {record.name} of partition {record.partition} was deleted by somebody else",
+                remedy=f"See what there is: mullion checkpoint list {record.partition}",
+                partition=record.partition,
+            )
+        return found
 
     def _check_unread(self, record: CheckpointRecord) -> None:
         name = record.partition

@@ -16,7 +16,13 @@ from mullion.services.checkpoint.exports import CheckpointExports
 _TAGS: Final = ["checkpoints"]
 _Checkpoint = Annotated[str, PathParameter(description="the checkpoint's name or id", max_length=64)]
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(?!\n)$"
-_Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+_Name = Annotated[
+    str,
+    Meta(
+        pattern=NAME_PATTERN,
+        description="letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64 characters",
+    ),
+]
 
 
 class NewCheckpoint(Struct, frozen=True, forbid_unknown_fields=True):
