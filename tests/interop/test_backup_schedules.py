@@ -53,6 +53,8 @@ def test_only_that_partition_s_backups_are_forgotten(service: Service) -> None:
     assert again.endswith(f", forgot {made.split()[1]}"), again
     assert backups(service) == [of_the_first, again.split()[1]]
     assert again in service.cli("backup", "schedule", "list").stdout
+    needed = service.cli("backup", "repository", "remove", "near", check=False)
+    assert (needed.status, " backup schedule remove web default" in needed.stderr) == (4, True), needed.stderr
     service.cli("backup", "schedule", "remove", "web")
     assert service.cli("backup", "schedule", "list", "web", "--format", "json").json == []
 

@@ -261,7 +261,7 @@ def verify_backups(face: Face, *, repository: str | None, quick: bool, part: str
     """Check a repository: every byte of it. Ends with 11 when anything is damaged."""
     number, count = _part(part)
     begun = face.client.verify_backups(repository=repository, read_data=not quick, part=number, of=count)
-    ended = conclude(face, begun, wait=wait, sentence=_verified)
+    ended = conclude(face, begun, wait=wait, sentence=_verified, is_result=True)
     if wait and not (ended.result or {}).get("is_whole"):
         raise click.exceptions.Exit(11)
 
@@ -301,7 +301,7 @@ def repair_backups(face: Face, name: str | None, *, quick: bool, discard: bool, 
       mullion backup repair nightly --discard
     """
     begun = face.client.repair_backups(repository=name, read_data=not quick, discard=discard)
-    ended = conclude(face, begun, wait=wait, sentence=_repaired)
+    ended = conclude(face, begun, wait=wait, sentence=_repaired, is_result=True)
     if wait and not (ended.result or {}).get("is_whole"):
         raise click.exceptions.Exit(11)
 
@@ -402,7 +402,7 @@ def prune_backups(
 
         return pruned(operation.result or {}, dry_run=dry_run)
 
-    conclude(face, begun, wait=wait, sentence=sentence)
+    conclude(face, begun, wait=wait, sentence=sentence, is_result=dry_run)
 
 
 backup.add_command(schedule)

@@ -127,15 +127,25 @@ def _interrupted(face: Face, operation_id: str, progress: Progress) -> NoReturn:
 
 
 def conclude(
-    face: Face, operation: OperationView, *, wait: bool, sentence: Callable[[OperationView], str]
+    face: Face,
+    operation: OperationView,
+    *,
+    wait: bool,
+    sentence: Callable[[OperationView], str],
+    is_result: bool = False,
 ) -> OperationView:
-    """Follow an operation unless told not to, and print how it ended: a sentence, or the view as JSON."""
+    """Follow an operation unless told not to, and print how it ended: a sentence, or the view as JSON.
+
+    `is_result`: the sentence is what was asked for, not only the news that it was done: --quiet does not keep it back.
+    """
     if wait:
         operation = follow(face, operation)
     if face.is_json:
         face.emit_json(operation)
+    elif wait and is_result:
+        face.say(face.as_invoked(sentence(operation)))
     elif wait:
-        face.note(sentence(operation))
+        face.note(face.as_invoked(sentence(operation)))
     else:
         face.say(operation.id)
         face.note(f"Look at it: {face.command('operation', 'show', operation.id)}")

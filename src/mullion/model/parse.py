@@ -26,6 +26,7 @@ from mullion.model.definition import DiskAttachment, DiskLimits, PartitionDefini
 
 Format = Literal["toml", "json"]
 _T = TypeVar("_T")
+_SECRET: Final = re.compile(r"passphrase|password|secret|token|credentials")
 _MAX_PROBLEMS: Final = 8
 
 
@@ -257,7 +258,7 @@ def _check(value: object, kind: inspect.Type, path: str, found: list[Problem]) -
     here = path.rstrip(".") or "the document"
 
     def wrong(allowed: str) -> None:
-        found.append(Problem(here, f"is {_show(value)}", allowed))
+        found.append(Problem(here, _told(here, value), allowed))
 
     match kind:
         case inspect.Metadata():
@@ -320,7 +321,7 @@ def _check_struct(
 ) -> None:
     here = path.rstrip(".") or "the document"
     if not isinstance(value, Mapping):
-        found.append(Problem(here, f"is {_show(value)}", "a table of fields"))
+        found.append(Problem(here, _told(here, value), "a table of fields"))
         return
     fields = {field.encode_name: field for field in kind.fields}
     names = [*fields, *aliases]
@@ -335,12 +336,12 @@ def _check_struct(
 def _check_number(value: object, kind: inspect.IntType | inspect.FloatType, here: str, found: list[Problem]) -> None:
     whole = isinstance(kind, inspect.IntType)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        found.append(Problem(here, f"is {_show(value)}", _describe(kind, here)))
+        found.append(Problem(here, _told(here, value), _describe(kind, here)))
         return
     too_low = (kind.ge is not None and value < kind.ge) or (kind.gt is not None and value <= kind.gt)
     too_high = (kind.le is not None and value > kind.le) or (kind.lt is not None and value >= kind.lt)
     if too_low or too_high or (kind.multiple_of and value % kind.multiple_of):
-        found.append(Problem(here, f"is {value}", _describe(kind, here)))
+        found.append(Problem(here, _told(here, value), _describe(kind, here)))
 
 
 def _fits(value: str, kind: inspect.StrType) -> bool:
@@ -405,6 +406,11 @@ def _error(source: str, problems: Sequence[Problem]) -> InvalidError:
         message += f"; and {len(problems) - len(shown)} more"
     remedies = dict.fromkeys(f"Allowed for {problem.path}: {problem.allowed}." for problem in shown)
     return InvalidError(f"{source}: {message}", remedy=" ".join(remedies), field=problems[0].path)
+
+
+def _told(here: str, value: object) -> str:
+    """What is there instead; not of a field whose name says that it is a secret."""
+    return "is nothing that it takes" if _SECRET.search(here.lower()) else f"is {_show(value)}"
 
 
 def _show(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -16,15 +17,18 @@ from mullion.base.errors import AlreadyExistsError, ConflictError, InvalidError
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
 from mullion.model.definition import DiskAttachment, PartitionDefinition
+from mullion.model.parse import explain
 from mullion.model.states import OperationState
 from mullion.model.views import OperationView
 from mullion.parent.operations import Operation
 from mullion.parent.store import MemoryStore
 from mullion.repository import Repository
+from mullion.repository.errors import TargetUnreachableError
 from mullion.repository.local import FolderBackend
 from mullion.services.backup import worker
 from mullion.services.backup.controller import BackupController
 from mullion.services.backup.repositories import Repositories
+from mullion.services.backup.routes import NewRepository
 
 pytestmark = pytest.mark.unit
 
@@ -117,6 +121,15 @@ def test_a_folder_that_depends_on_where_the_service_was_started_is_no_place(tmp_
     run(tmp_path, scenario)
 
 
+def test_who_opens_a_repository_in_no_folder_is_told_how_to_make_one(tmp_path: Path) -> None:
+    async def scenario(host: Host) -> None:
+        with pytest.raises(TargetUnreachableError, match="there is no folder") as told:
+            await host.repositories.add("new", f"{tmp_path}/none", "words", {}, create=False)
+        assert "--create" in told.value.remedy
+
+    run(tmp_path, scenario)
+
+
 @pytest.mark.parametrize("name", ["../../../../escaped", "Web", "a b", "x" * 64, "", "\n"])
 def test_a_restored_partitions_name_is_judged_before_a_file_is_made(tmp_path: Path, name: str) -> None:
     async def scenario(host: Host) -> None:
@@ -187,3 +200,22 @@ def test_a_repository_is_not_forgotten_while_the_first_backup_into_it_goes_on(tm
         assert host.names() == []
 
     run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"passphrase": 271828},
+        {"passphrase": "271828" * 200},
+        {"passphrase": ""},
+        {"credentials": "271828"},
+        {"credentials": {"s3_secret_key": 271828}},
+        {"credentials": {"sftp_password": [271828]}},
+    ],
+)
+def test_a_secret_that_is_refused_is_not_shown(fields: dict[str, Any]) -> None:
+    body = {"name": "near", "url": "/srv/backup", "passphrase": "words", **fields}
+    error = explain(json.dumps(body).encode(), NewRepository, source="the request")
+    assert error is not None
+    assert next(iter(fields)) in error.message
+    assert "271828" not in error.message + error.remedy

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -85,6 +85,8 @@ class BackupController:
             source=self.repositories.source,
         )
         self._bases: dict[str, tuple[BackupBase, int]] = {}
+        self.check_unscheduled: Callable[[str], None] = lambda _repository: None
+        """Refuses to let a repository go that schedules back up into; set by who knows them."""
 
     async def open(self) -> None:
         """Read what is known."""
@@ -140,9 +142,11 @@ class BackupController:
     async def remove_repository(self, name: str) -> None:
         """Forget a repository, with its passphrase and the checkpoints that its backups build on; its files stay.
 
-        Raises: NotFoundError; ConflictError while a partition needs it, or somebody reads such a checkpoint.
+        Raises: NotFoundError; ConflictError while a partition or a schedule needs it, or somebody reads such a
+        checkpoint.
         """
         name = self.repositories.choose(name)
+        self.check_unscheduled(name)
         for partition, origin in self.homecomings.origins(name):
             raise ConflictError(
                 f"repository {name} is needed: partition {partition} is coming home from backup {origin.backup}",

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mullion.base.errors import MullionError
+from mullion.base.errors import ConflictError, MullionError
 from mullion.base.units import format_size
 from mullion.model.views import BackupScheduleView
 from mullion.parent.operations import Operations
@@ -49,6 +49,7 @@ class BackupSchedules:
         """Have runs of schedules make backups, and schedules go with their partition."""
         self._schedules.register(KIND, self._run)
         self._partitions.on_deleted.append(self._forget)
+        self._backups.check_unscheduled = self._check_unscheduled
 
     def list(self, partition: str | None) -> tuple[BackupScheduleView, ...]:
         """Of one partition, or all. Raises: NotFoundError."""
@@ -75,6 +76,18 @@ class BackupSchedules:
         """Forget a schedule; the backups that it made stay. Raises: NotFoundError."""
         self._partitions.find(partition)
         await self._schedules.remove(self._schedules.find(KIND, partition, name))
+
+    def _check_unscheduled(self, repository: str) -> None:
+        """Raises: ConflictError: without that repository each run would fail."""
+        for record in self._schedules.list(KIND):
+            if _options_of(record).repository == repository:
+                raise ConflictError(
+                    f"repository {repository} is needed: schedule {record.name} of partition {record.target} backs up "
+                    "into it",
+                    remedy="Remove the schedule first, or set it to another repository: "
+                    f"mullion backup schedule remove {record.target} {record.name}",
+                    repository=repository,
+                )
 
     async def _forget(self, partition: Partition) -> None:
         await self._schedules.remove_target(KIND, partition.name)

@@ -39,6 +39,7 @@ from mullion.base.files import sync_folder
 from mullion.base.units import format_time
 from mullion.repository import Manifest, Repository, begin_backup
 from mullion.repository.credentials import Credentials
+from mullion.repository.errors import TargetUnreachableError
 from mullion.repository.location import open_backend, open_repository
 from mullion.repository.prune import prune
 from mullion.repository.repair import repair
@@ -124,12 +125,28 @@ def _add(request: Request, _tell: Tell) -> Mapping[str, Any]:
     secret = request["secret"]
     backend = open_backend(request["url"], Credentials(**secret["credentials"]), create=request["create"])
     how = Repository.create if request["create"] else Repository.open
-    with how(backend, secret["passphrase"]) as repository:
+    with _told_how_to_make_one(request), how(backend, secret["passphrase"]) as repository:
         return {
             "location": repository.location,
             "backups": len(repository.backup_ids()),
             "repository_id": repository.config.repository_id.hex(),
         }
+
+
+@contextlib.contextmanager
+def _told_how_to_make_one(request: Request) -> Iterator[None]:
+    """Who opens a repository in a folder that is not there may have meant to make it."""
+    try:
+        yield
+    except TargetUnreachableError as error:
+        if "://" in request["url"]:
+            raise
+        raise TargetUnreachableError(
+            f"there is no folder {request['url']}",
+            remedy="Mount or connect its storage; or make a repository there: "
+            "mullion backup repository add NAME PLACE --create",
+            repository=request["url"],
+        ) from error
 
 
 def _add_passphrase(request: Request, _tell: Tell) -> Mapping[str, Any]:
