@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.framework.controllers import Controllers
 
 from mullion.base.errors import ConflictError, InvalidError, NotFoundError
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
-from mullion.model.definition import DiskAttachment, PartitionDefinition
+from mullion.model.definition import Accelerator, DiskAttachment, PartitionDefinition
 from mullion.model.states import OperationState
 from mullion.model.views import OperationView
 from mullion.parent.store import MemoryStore
@@ -20,6 +22,8 @@ from mullion.services.checkpoint import keeper
 from mullion.services.checkpoint.layers import Merge
 from mullion.services.checkpoint.record import CheckpointRecord
 from mullion.services.partition.partition import Partition
+from mullion.services.partition.record import SavedState
+from mullion.services.partition.run_file import Run
 from mullion.vhd.layer_merge import LayerFiles, merge_layer
 
 pytestmark = pytest.mark.unit
@@ -140,3 +144,26 @@ def test_memory_and_frozen_filesystems_exclude_each_other(tmp_path: Path) -> Non
             await made.checkpoints.create("web", memory=True, consistent=True)
 
     with_checkpoints(tmp_path, (), scenario)
+
+
+def test_a_checkpoint_whose_memory_is_damaged_is_refused_before_the_guest_is_turned_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(made: Controllers) -> None:
+        partition, record = made.partitions.find("web"), made.checkpoints.find("web", "a")
+        os.makedirs(partition.runtime.paths.data, exist_ok=True)
+        Path(partition.runtime.paths.data, "memory.state").write_bytes(b"no state")
+        run = Run(Accelerator.TCG, "", (), partition.record.definition)
+        saved = SavedState("memory.state", "", record.created_at, run, "pc", "", 8)
+        made.checkpoints._keep(msgspec.structs.replace(record, saved=saved), made.checkpoints._revisions[record.key])
+        before = partition.record
+        monkeypatch.setattr(partition, "has_processes", lambda: True)
+        monkeypatch.setattr(partition, "stop", lambda *_: pytest.fail("it was turned off"))
+        view = await made.operations.wait((await made.checkpoints.apply("web", "a")).id)
+        assert view.error is not None
+        assert "memory.state is cut off" in view.error.message
+        assert "The partition is as it was" in view.error.remedy
+        assert partition.record == before
+        monkeypatch.undo()
+
+    with_checkpoints(tmp_path, ("a",), scenario)

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from mullion.base.errors import ConflictError, MullionError
 from mullion.base.files import sync_folder
 from mullion.hypervisor.firmware_state import copy_firmware_state, restore_firmware_state
 from mullion.hypervisor.freeze import frozen_filesystems
@@ -25,7 +26,7 @@ from mullion.model.definition import Firmware, PowerState
 from mullion.services.checkpoint.record import CheckpointRecord, Consistency
 from mullion.services.partition.partition import Partition
 from mullion.services.partition.record import SavedState
-from mullion.services.partition.saving import new_state_name, state_path, write_saved
+from mullion.services.partition.saving import check_memory, new_state_name, state_path, write_saved
 
 Say = Callable[[str], None]
 
@@ -104,6 +105,24 @@ def _copy_firmware(partition: Partition, folder: str) -> None:
 def _has_firmware_state(partition: Partition) -> bool:
     definition = partition.record.definition
     return definition.firmware is Firmware.UEFI or definition.tpm
+
+
+def check_memory_of(partition: Partition, record: CheckpointRecord) -> None:
+    """Can the guest go on with a checkpoint's memory, if it has any? Blocking.
+
+    Raises: ConflictError that says why not: nothing was changed.
+    """
+    if record.saved is None:
+        return
+    try:
+        check_memory(f"{partition.runtime.paths.data}/{record.saved.file}", record.saved)
+    except MullionError as error:
+        raise ConflictError(
+            f"checkpoint {record.name} of partition {partition.name} cannot be applied: {error.message}",
+            remedy="The partition is as it was. The files of the checkpoint's disks can be had still: "
+            f"mullion files ls {partition.name}@{record.name}",
+            partition=partition.name,
+        ) from error
 
 
 def put_back(partition: Partition, record: CheckpointRecord) -> SavedState | None:

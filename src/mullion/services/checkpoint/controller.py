@@ -37,7 +37,14 @@ from mullion.services.checkpoint.branching import (
     note_children,
     settle,
 )
-from mullion.services.checkpoint.capture import held_still, move_memory, put_back, remove_folder, sweep_folders
+from mullion.services.checkpoint.capture import (
+    check_memory_of,
+    held_still,
+    move_memory,
+    put_back,
+    remove_folder,
+    sweep_folders,
+)
 from mullion.services.checkpoint.keeper import LayerKeeper, MergeSlots
 from mullion.services.checkpoint.live_memory import LiveMemory, obstacle_to_live
 from mullion.services.checkpoint.merge_link import end_worker
@@ -555,6 +562,8 @@ class CheckpointController:
         self, operation: Operation, partition: Partition, checkpoint_id: str, kept_name: str | None
     ) -> dict[str, object]:
         record = self.find(partition.name, checkpoint_id)
+        operation.stage("checking what the checkpoint has of memory")
+        await asyncio.to_thread(check_memory_of, partition, record)
         wanted_power = partition.record.desired
         if partition.has_processes():
             operation.stage("turning the partition off")

@@ -223,14 +223,11 @@ async def unstamp(partition: Partition) -> None:
 # -- restoring ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_saved(record: PartitionRecord, data_folder: str, preparer: Preparer) -> Run:
-    """What to start QEMU with, after every byte of the state and the disks it belongs to were looked at. Blocking.
+def check_memory(path: str, saved: SavedState) -> None:
+    """Read every byte of a state, and look whether this host can go on with it. Blocking.
 
-    Raises: StateDamagedError; StateUnfitError; NotFoundError, VhdError, DiskBusyError for a disk.
+    Raises: NotFoundError; StateDamagedError; StateUnfitError.
     """
-    saved = record.saved
-    assert saved is not None, "the plan restores only what was saved"
-    path = f"{data_folder}/{saved.file}"
     info = check_state(path)
     if info.seal != saved.seal:
         raise StateDamagedError(f"{path} is whole, but not the state that was saved last", path=path, offset=0)
@@ -239,6 +236,16 @@ def prepare_saved(record: PartitionRecord, data_folder: str, preparer: Preparer)
             f"it was saved on the processor {saved.host_cpu}, and this is {host_cpu()}: a guest that runs on KVM would "
             "not survive the change"
         )
+
+
+def prepare_saved(record: PartitionRecord, data_folder: str, preparer: Preparer) -> Run:
+    """What to start QEMU with, after every byte of the state and the disks it belongs to were looked at. Blocking.
+
+    Raises: StateDamagedError; StateUnfitError; NotFoundError, VhdError, DiskBusyError for a disk.
+    """
+    saved = record.saved
+    assert saved is not None, "the plan restores only what was saved"
+    check_memory(f"{data_folder}/{saved.file}", saved)
     disks = []
     for disk in saved.run.disks:
         top = _top(record, preparer, disk)
