@@ -142,6 +142,19 @@ def test_a_restored_partitions_name_is_judged_before_a_file_is_made(tmp_path: Pa
     run(tmp_path, scenario)
 
 
+def test_a_restore_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    async def scenario(host: Host) -> None:
+        made = await host.ended(await host.backups.create("web", None))
+        Path(host.paths.disks, "other-disk0.vhd").write_bytes(b"somebody's")
+        begun = await host.backups.restore(None, made["backup"], name="other", disk=None, path=None)
+        view = await host.made.operations.wait(begun.id)
+        assert view.error is not None
+        assert view.error.code == "already-exists"
+        assert not os.path.exists(host.paths.partition("other").data)
+
+    run(tmp_path, scenario)
+
+
 @pytest.mark.parametrize(
     "wanted",
     [

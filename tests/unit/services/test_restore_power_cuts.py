@@ -127,8 +127,10 @@ def test_an_instant_restore_that_a_crash_interrupts_leaves_no_files(tmp_path: Pa
     for path in (*made, kept):
         create_dynamic(path, SIZE_BYTES)
     note_files(made[0], (made[0], made[1]))
+    os.makedirs(f"{paths.partition('now').data}/restored-firmware")
     asyncio.run(_restart_after_crash(MemoryStore(), paths))
     assert os.listdir(paths.disks) == ["other.vhd"]
+    assert not os.path.exists(paths.partition("now").data)
 
 
 async def _restart_after_crash(store: MemoryStore, paths: HostPaths) -> None:
