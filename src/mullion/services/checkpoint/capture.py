@@ -107,15 +107,13 @@ def _has_firmware_state(partition: Partition) -> bool:
     return definition.firmware is Firmware.UEFI or definition.tpm
 
 
-def check_memory_of(partition: Partition, record: CheckpointRecord) -> None:
-    """Can the guest go on with a checkpoint's memory, if it has any? Blocking.
+def check_memory_of(partition: Partition, record: CheckpointRecord, saved: SavedState) -> None:
+    """Can the guest go on with a checkpoint's memory? Blocking.
 
     Raises: ConflictError that says why not: nothing was changed.
     """
-    if record.saved is None:
-        return
     try:
-        check_memory(f"{partition.runtime.paths.data}/{record.saved.file}", record.saved)
+        check_memory(f"{partition.runtime.paths.data}/{saved.file}", saved)
     except MullionError as error:
         raise ConflictError(
             f"checkpoint {record.name} of partition {partition.name} cannot be applied: {error.message}",

@@ -562,8 +562,9 @@ class CheckpointController:
         self, operation: Operation, partition: Partition, checkpoint_id: str, kept_name: str | None
     ) -> dict[str, object]:
         record = self.find(partition.name, checkpoint_id)
-        operation.stage("checking what the checkpoint has of memory")
-        await asyncio.to_thread(check_memory_of, partition, record)
+        if record.saved is not None:
+            operation.stage("checking the memory")
+            await asyncio.to_thread(check_memory_of, partition, record, record.saved)
         wanted_power = partition.record.desired
         if partition.has_processes():
             operation.stage("turning the partition off")
