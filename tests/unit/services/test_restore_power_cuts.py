@@ -7,11 +7,12 @@ import contextlib
 import itertools
 import os
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.framework.controllers import Controllers
 from tests.unit.repository.disks import PASSPHRASE, QUICK_SCRYPT, MemoryDisk, back_up, scattered
@@ -20,15 +21,17 @@ from tests.unit.vhd.power_cut import KilledError, RecordingIO
 from mullion.base.errors import AlreadyExistsError
 from mullion.base.paths import HostPaths
 from mullion.base.units import MIB
-from mullion.model.definition import PartitionDefinition
+from mullion.model.definition import DiskAttachment, PartitionDefinition
+from mullion.model.states import OperationState
 from mullion.model.views import BackupDiskView, BackupView
 from mullion.parent.operations import Operation, Operations
-from mullion.parent.store import MemoryStore
+from mullion.parent.store import Condition, MemoryStore
+from mullion.parent.store.protocol import Write
 from mullion.repository import Repository
 from mullion.repository.local import FolderBackend
 from mullion.services.backup import instant, worker
 from mullion.services.backup.controller import BackupController
-from mullion.services.backup.record import note_files, noted_files, unfinished, unfinished_in
+from mullion.services.backup.record import give_up, note_files, noted_files, unfinished, unfinished_in
 from mullion.vhd import create_dynamic, open_chain
 
 pytestmark = pytest.mark.unit
@@ -56,6 +59,7 @@ def request_of(tmp_path: Path, content: bytes) -> Mapping[str, Any]:
         "backup": manifest.id,
         "disks": {"disk0": str(tmp_path / "disks" / "web.vhd")},
         "blobs": {},
+        "is_noted": False,
     }
 
 
@@ -101,9 +105,9 @@ def test_what_gets_its_name_is_durable(
     file_io = RecordingIO()
     publish = worker._publish
 
-    def cut_and_publish(path: str) -> None:
+    def cut_and_publish(path: str, *, is_noted: bool) -> None:
         file_io.cut_power(random.Random(seed))
-        publish(path)
+        publish(path, is_noted=is_noted)
 
     monkeypatch.setattr(worker, "open_chain", partial(open_chain, file_io=file_io))
     monkeypatch.setattr(worker, "_publish", cut_and_publish)
@@ -131,6 +135,19 @@ def test_an_instant_restore_that_a_crash_interrupts_leaves_no_files(tmp_path: Pa
     asyncio.run(_restart_after_crash(MemoryStore(), paths))
     assert os.listdir(paths.disks) == ["other.vhd"]
     assert not os.path.exists(paths.partition("now").data)
+
+
+def _view() -> BackupView:
+    return BackupView(
+        id="ab" * 8,
+        repository="far",
+        partition="now",
+        begun_at="",
+        ended_at="",
+        host="",
+        new_bytes=0,
+        disks=(BackupDiskView("disk0", SIZE_BYTES, SIZE_BYTES, 0, 0),),
+    )
 
 
 async def _restart_after_crash(store: MemoryStore, paths: HostPaths) -> None:
@@ -175,16 +192,7 @@ def test_a_file_that_was_there_before_an_instant_restore_is_never_noted_as_its_o
     create_dynamic(kept, SIZE_BYTES)
     noted: list[str] = []
     monkeypatch.setattr(instant, "note_files", lambda _disk, files: noted.extend(files))
-    view = BackupView(
-        id="ab" * 8,
-        repository="far",
-        partition="now",
-        begun_at="",
-        ended_at="",
-        host="",
-        new_bytes=0,
-        disks=(BackupDiskView("disk0", SIZE_BYTES, SIZE_BYTES, 0, 0),),
-    )
+    view = _view()
 
     async def restore_instantly() -> None:
         async with _service(MemoryStore(), paths) as (_, backups):
@@ -194,3 +202,80 @@ def test_a_file_that_was_there_before_an_instant_restore_is_never_noted_as_its_o
         asyncio.run(restore_instantly())
     assert not noted
     assert os.listdir(paths.disks) == ["now-disk0.vhd"]
+
+
+class HeldStore(MemoryStore):
+    """Holds up who stores a partition: before it is stored, or after."""
+
+    def __init__(self, *, is_stored: bool) -> None:
+        super().__init__()
+        self.is_held = asyncio.Event()
+        self.is_stored = is_stored
+
+    async def transact(self, conditions: Sequence[Condition], writes: Sequence[Write]) -> int:
+        if not writes[0].key.startswith("partitions/") or self.is_held.is_set():
+            return await super().transact(conditions, writes)
+        if self.is_stored:
+            await super().transact(conditions, writes)
+        self.is_held.set()
+        await asyncio.Event().wait()
+        raise AssertionError("nobody lets it go")
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+@pytest.mark.parametrize("is_instant", [False, True])
+def test_a_service_that_ends_while_a_restored_partition_is_stored(
+    tmp_path: Path, is_instant: bool, is_stored: bool
+) -> None:
+    """Its store may have it or not: the next service has a partition that is whole, or nothing of it."""
+    paths = HostPaths(str(tmp_path / "data"), str(tmp_path / "run"))
+    found = asyncio.run(_end_and_look(paths, HeldStore(is_stored=is_stored), is_instant))
+    left = sorted(os.listdir(paths.disks))
+    data = paths.partition("now")
+    if is_stored:
+        assert [name.partition("-disk0")[0] for name in left] == ["now"] * len(left)
+        assert len(left) == 1 + is_instant
+        assert found == OperationState.SUCCEEDED
+        assert Path(data.firmware_vars).read_bytes() == b"variables"
+        assert os.listdir(data.data) == [os.path.basename(data.firmware_vars)]
+    else:
+        assert left == []
+        assert found == OperationState.FAILED
+        assert not os.path.exists(data.data)
+
+
+async def _end_and_look(paths: HostPaths, store: HeldStore, is_instant: bool) -> OperationState:
+    disks = (DiskAttachment(path="now-disk0", id="disk0"),)
+    view = msgspec.structs.replace(
+        _view(),
+        definition=msgspec.json.encode(PartitionDefinition("now", disks=disks)).decode(),
+        blobs=("firmware-vars.fd",),
+    )
+
+    async def bring_back(_repository: str, action: str, _operation: Operation, **request: Any) -> Mapping[str, Any]:
+        assert action == "restore"
+        for path in request["disks"].values():
+            create_dynamic(unfinished(path), SIZE_BYTES)
+            worker._publish(path, is_noted=request["is_noted"])
+        for path in request["blobs"].values():
+            Path(path).write_bytes(b"variables")
+        return {}
+
+    async with _service(store, paths) as (_, backups):
+        backups.repositories.ask = bring_back  # type: ignore[assignment, method-assign]
+        begun = await backups._restore_partition("far", view, "now", instant=is_instant)
+        await store.is_held.wait()
+    async with _service(store, paths) as (operations, backups):
+        await backups.open()
+        await operations.recover()
+        return (await operations.wait(begun.id)).state
+
+
+def test_a_disk_that_had_just_got_its_name_is_given_up_too(tmp_path: Path) -> None:
+    path, other = str(tmp_path / "now.vhd"), str(tmp_path / "other.vhd")
+    for made in (unfinished(path), unfinished(other), other):
+        create_dynamic(made, SIZE_BYTES)
+    os.link(unfinished(path), path)
+    for note in unfinished_in(str(tmp_path)):
+        give_up(note)
+    assert os.listdir(tmp_path) == ["other.vhd"]

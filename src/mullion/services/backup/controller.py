@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -37,6 +37,7 @@ from mullion.services.backup.record import (
     MARK,
     BackupBase,
     base_key,
+    give_up,
     noted_files,
     unfinished,
     unfinished_in,
@@ -98,7 +99,7 @@ class BackupController:
         self.homecomings.open()
         self.passphrases.open()
         self._operations.register_resume("backup.create", self._give_up_backup)
-        self._operations.register_resume("backup.restore", self._give_up_restore)
+        self._operations.register_resume("backup.restore", self._end_restore)
 
     async def _give_up_backup(self, operation: Operation) -> NoReturn:
         """The service ended during a backup: its checkpoint goes, so that nothing grows until the next one."""
@@ -117,15 +118,44 @@ class BackupController:
             operation=operation.id,
         )
 
+    async def _end_restore(self, operation: Operation) -> Mapping[str, object]:
+        """The service ended during a restore: go on where the store has its partition, give it up otherwise."""
+        kind, _, name = operation.target.partition("/")
+        found = [one for one in self._partitions.all() if one.name == name and kind == "partition"]
+        notes = [(one, note) for one in found for note in await asyncio.to_thread(self._notes_of, one)]
+        if not notes:
+            await self._give_up_restore(operation)
+        folder = self._firmware_folder(name)
+        if os.path.isdir(folder) and os.listdir(folder):
+            await self._restore_firmware(found[0], folder)
+        for _, note in notes:
+            await asyncio.to_thread(_unlink, note)
+        await asyncio.to_thread(self._remove_firmware, name)
+        self._events.publish("backup.restored", operation.target)
+        return {"partition": name}
+
+    def _files_of(self, partition: Partition) -> set[str]:
+        """All that a partition's disks lie in."""
+        named = {self._disks.resolve(disk.path) for disk in partition.record.definition.disks}
+        return named | partition.record.files
+
+    def _notes_of(self, partition: Partition) -> list[str]:
+        """The notes of a restore that made this very partition, and was not ended."""
+        files = self._files_of(partition)
+        notes = [note for note in map(unfinished, sorted(files)) if os.path.lexists(note)]
+        return [note for note in notes if not files.isdisjoint(noted_files(note))]
+
+    async def _restore_firmware(self, partition: Partition, folder: str) -> None:
+        run_as = partition.record.run_as
+        await asyncio.to_thread(restore_firmware_state, partition.runtime.paths, folder, run_as)
+
     async def _give_up_restore(self, operation: Operation) -> NoReturn:
         """The service ended during a restore: what was not finished goes."""
-        used = {file for partition in self._partitions.all() for file in partition.record.files}
+        used = {file for partition in self._partitions.all() for file in self._files_of(partition)}
         for path in await asyncio.to_thread(unfinished_in, self._paths.disks):
-            log.info("%s was not restored to its end: removed", path)
-            for made in await asyncio.to_thread(noted_files, path):
-                if made not in used:
-                    await asyncio.to_thread(_unlink, made)
-            await asyncio.to_thread(_unlink, path)
+            if used.isdisjoint(await asyncio.to_thread(noted_files, path)):  # otherwise of one that is to be finished
+                log.info("%s was not restored to its end: removed", path)
+                await asyncio.to_thread(give_up, path)
         kind, _, name = operation.target.partition("/")
         if kind == "partition":
             await asyncio.to_thread(self._remove_firmware, name)
@@ -393,7 +423,10 @@ class BackupController:
 
     async def _restore_disk(self, repository: str, view: BackupView, disk: str, path: str) -> OperationView:
         async def work(operation: Operation) -> Mapping[str, object]:
-            await self._bring_back(operation, repository, view, {disk: path}, {})
+            try:
+                await self._bring_back(operation, repository, view, {disk: path}, {}, is_noted=False)
+            finally:
+                _unlink(unfinished(path))
             return {"path": path}
 
         return await self._operations.start("backup.restore", f"disk/{path}", work, cancellable=True)
@@ -422,20 +455,24 @@ class BackupController:
                 os.makedirs(made, mode=0o750, exist_ok=True)
             os.makedirs(self._paths.disks, mode=0o750, exist_ok=True)
             blobs = {blob: f"{folder}/{blob}" for blob in view.blobs}
+            is_made = is_left = False
             try:
                 result: dict[str, object] = {"partition": name, "disks": paths}
-                await self._bring_back(operation, repository, view, {} if instant else paths, blobs)
+                await self._bring_back(operation, repository, view, {} if instant else paths, blobs, is_noted=True)
                 operation.point_of_no_return()  # files must not go while the store may have a partition of them
                 if instant:
                     result["homecoming"] = await self.homecomings.create(wanted, view, paths)
                 else:
-                    await self._create_restored(wanted, paths)
-                partition = self._partitions.find(name)
+                    await self._partitions.create(wanted)
+                is_made = True
                 if view.blobs:
-                    restore = restore_firmware_state
-                    await asyncio.to_thread(restore, partition.runtime.paths, folder, partition.record.run_as)
+                    await self._restore_firmware(self._partitions.find(name), folder)
+            except asyncio.CancelledError:
+                is_left = not operation.may_cancel  # the service ends: the next one sees whether the store has it
+                raise
             finally:
-                await asyncio.to_thread(self._remove_firmware, name)
+                if not is_left:
+                    await asyncio.to_thread(self._tidy, name, paths.values(), is_made=is_made)
             self._events.publish("backup.restored", f"partition/{name}", {"backup": view.id})
             return result
 
@@ -460,24 +497,21 @@ class BackupController:
         view: BackupView,
         disks: Mapping[str, str],
         blobs: Mapping[str, str],
+        *,
+        is_noted: bool,
     ) -> None:
-        """Have a worker restore disks and blobs; what it has not finished goes. Raises: as `_ask`."""
-        try:
-            await self.repositories.ask(
-                repository, "restore", operation, backup=view.id, disks=dict(disks), blobs=dict(blobs)
-            )
-        finally:
-            for path in disks.values():
-                _unlink(unfinished(path))
+        """Have a worker restore disks and blobs; the caller takes away what it leaves. Raises: as `_ask`."""
+        request = {"backup": view.id, "disks": dict(disks), "blobs": dict(blobs), "is_noted": is_noted}
+        await self.repositories.ask(repository, "restore", operation, **request)
 
-    async def _create_restored(self, wanted: PartitionDefinition, disks: Mapping[str, str]) -> None:
-        """A partition on disks that were restored for it, which go when it cannot be."""
-        try:
-            await self._partitions.create(wanted)
-        except BaseException:
-            for path in disks.values():
-                _unlink(path)
-            raise
+    def _tidy(self, name: str, disks: Iterable[str], *, is_made: bool) -> None:
+        """The end of a restore: notes go, and what they tell of where there is no partition."""
+        for note in filter(os.path.lexists, map(unfinished, disks)):
+            if is_made:
+                os.unlink(note)
+            else:
+                give_up(note)
+        self._remove_firmware(name)
 
 
 def _unlink(path: str) -> None:

@@ -119,6 +119,8 @@ class Homecomings:
     async def create(self, wanted: PartitionDefinition, view: BackupView, disks: Mapping[str, str]) -> str:
         """Make a partition whose disks are a backup's; the operation that brings them home.
 
+        Notes of the files that are made for it stay beside its disks (`note_files`) for the caller to take away. When
+        it is cancelled the files stay too, for the store may have the partition or not.
         Raises: AlreadyExistsError; NoSpaceError; what making a partition raises.
         """
         layers: dict[str, DiskLayers] = {}
@@ -133,14 +135,11 @@ class Homecomings:
                 layers[disk.id] = DiskLayers(head, {base: None, head: base}, is_coming_home=True)
             origin = BackupOrigin(view.repository, view.id, tuple(disks))
             await self._partitions.create(wanted, layers=layers, origin=origin)
-        except BaseException:
-            for path in made:
-                os.unlink(path)
-            raise
-        finally:
-            for base in disks.values():
+        except Exception:
+            for path in (*made, *map(unfinished, disks.values())):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(unfinished(base))
+                    os.unlink(path)
+            raise
         return await self._begin(wanted.name)
 
     # -- the operation -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ The base's checkpoint stays until the next backup: what its child holds is what 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from typing import Final, Self
@@ -72,12 +73,15 @@ def unfinished(path: str) -> str:
 
 
 def unfinished_in(folder: str) -> list[str]:
-    """Disks that were being restored when the service was killed."""
+    """Disks that were being restored when the service was killed, and notes of what was made for them."""
     return glob.glob(f"{glob.escape(folder)}/.*{_UNFINISHED}*")
 
 
 def note_files(disk: str, files: tuple[str, ...]) -> None:
-    """Beside a disk that is to be restored instantly, which files are being made for it. Raises: OSError."""
+    """Beside a disk of a partition that is being restored, which files are made for it, durably. Raises: OSError.
+
+    Until the partition is there these are nobody's: `give_up`.
+    """
     replace_file(unfinished(disk), msgspec.json.encode(files))
 
 
@@ -90,6 +94,18 @@ def noted_files(path: str) -> tuple[str, ...]:
     except msgspec.MsgspecError:
         return ()
     return tuple(one for one in files if os.path.dirname(one) == os.path.dirname(path))
+
+
+def give_up(note: str) -> None:
+    """Take away what a restore was making, as a file of `unfinished_in` says, and that. Blocking. Raises: OSError."""
+    folder, name = os.path.split(note)
+    disk = os.path.join(folder, name.removeprefix(".").removesuffix(_UNFINISHED))
+    made = noted_files(note)
+    if not made and os.path.exists(disk) and os.path.samefile(disk, note):  # it had just got its name
+        made = (disk,)
+    for path in (*made, note):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def base_key(partition: str, repository: str) -> str:

@@ -45,7 +45,7 @@ from mullion.repository.prune import prune
 from mullion.repository.repair import repair
 from mullion.repository.retention import Retention, plan_retention
 from mullion.repository.verify import verify
-from mullion.services.backup.record import unfinished
+from mullion.services.backup.record import note_files, unfinished
 from mullion.services.backup.server import held, serve
 from mullion.vhd import Chain, create_dynamic, open_chain
 from mullion.vhd.diff import changed
@@ -294,7 +294,8 @@ def _prune(request: Request, tell: Tell) -> Mapping[str, Any]:
 def _restore(request: Request, tell: Tell) -> Mapping[str, Any]:
     """Disks into new files, blobs into others. The disks get their names when all of them are there and durable.
 
-    Until then each is a file of another name beside (`unfinished`), which the service takes away when we do not.
+    Until then each is a file of another name beside (`unfinished`), which the service takes away when we do not. With
+    `is_noted` a note of that name stays, for the service to know whose the disk is until a partition has it.
     """
     with _open_nearer(request) as repository, held(repository, "restore"):
         manifest = repository.backup(request["backup"])
@@ -314,15 +315,18 @@ def _restore(request: Request, tell: Tell) -> Mapping[str, Any]:
                 _write_blob(repository.open_blob(manifest, blob), path)
         for path in request["disks"].values():
             with storage_explained(path):
-                _publish(path)
+                _publish(path, is_noted=request["is_noted"])
         return {"disks": request["disks"]}
 
 
-def _publish(path: str) -> None:
-    """Give a finished file its name, which nobody has; durable."""
+def _publish(path: str, *, is_noted: bool) -> None:
+    """Give a finished file its name, which nobody has; durable. A note takes its other name, where it is wanted."""
     os.link(unfinished(path), path)
-    os.unlink(unfinished(path))
-    sync_folder(os.path.dirname(path))
+    if is_noted:
+        note_files(path, (path,))
+    else:
+        os.unlink(unfinished(path))
+        sync_folder(os.path.dirname(path))
 
 
 def _serve(request: Request, line: _Line) -> None:
