@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
@@ -69,6 +70,7 @@ class VirtqueueDriver:
         self.available_idx = self._available[1]
         self.seen_idx = int.from_bytes(self._used[2:4], "little")
         self.calls = 0
+        self._barrier = threading.Lock()  # taking a free one is a full barrier on x86
 
     def release(self) -> None:
         """Close the descriptors and let go of the memory."""
@@ -148,9 +150,11 @@ class VirtqueueDriver:
         while len(answers) < count:
             self._available[0] = 0
             self._available[2 + self.size] = self.seen_idx
-            answers += self.collect()
-            if len(answers) >= count:
-                break
+            with self._barrier:  # which must be visible before the used ring is read again (2.7.10)
+                pass
+            if found := self.collect():  # of what comes after these, nobody has been asked to tell
+                answers += found
+                continue
             if not poll.poll(ANSWER_DEADLINE_S * 1000):
                 raise TimeoutError(f"{len(answers)} of {count} requests were answered")
             self.calls += os.eventfd_read(self.place.call_fd)
