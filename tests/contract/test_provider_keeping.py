@@ -25,8 +25,9 @@ from mullion.provider.front_end import SetupMessage
 from mullion.provider.keeping import Keeper, Keeping
 from mullion.provider.spec import ProviderSpec
 from mullion.vhd import create_differencing, create_dynamic
-from mullion.wire.vhost_user.client import FrontEnd, VringPlace
-from mullion.wire.vhost_user.driver import attach
+from mullion.wire.vhost_user.client import USER_BASE, FrontEnd, VringPlace
+from mullion.wire.vhost_user.driver import VirtqueueDriver, attach
+from mullion.wire.vhost_user.messages import U64, Request, VringAddress, VringState
 
 pytestmark = pytest.mark.contract
 
@@ -151,6 +152,25 @@ def test_killed_between_two_starts_of_a_ring(spec: ProviderSpec, started: ExitSt
         load.end()
     load.check()
     driver.release()
+
+
+def test_what_was_said_of_a_ring_is_kept_in_whatever_order_it_comes(spec: ProviderSpec, started: ExitStack) -> None:
+    parent = Parent(spec, started)
+    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
+    front_end.negotiate(WANTED)
+    front_end.set_memory()
+    driver = VirtqueueDriver(front_end)
+    started.callback(driver.release)
+    index = driver.place.index
+    front_end.tell(Request.SET_VRING_KICK, U64(index).pack(), (driver.place.kick_fd,))
+    parent.wait_kept("d0")
+    assert parent.kill() == ["d0"]
+    user = (USER_BASE + driver.place.descriptor, USER_BASE + driver.place.used, USER_BASE + driver.place.available)
+    front_end.tell(Request.SET_VRING_NUM, VringState(index, driver.place.size).pack())
+    front_end.tell(Request.SET_VRING_ADDR, VringAddress(index, 0, *user, 0).pack())
+    front_end.tell(Request.SET_VRING_CALL, U64(index).pack(), (driver.place.call_fd,))
+    front_end.tell(Request.SET_VRING_ENABLE, VringState(index, 1).pack())
+    assert driver.read(0, 512) == bytes(512)
 
 
 def test_a_front_end_that_says_something_while_nobody_listens_is_answered(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from mullion.provider.control import close_all
-from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, Session
+from mullion.wire.vhost_user import Inflight, Log, MemoryRegion, Session, Vring
 from mullion.wire.vhost_user.messages import (
     U64,
     VERSION,
@@ -140,7 +140,7 @@ def setup_of(
     messages += kept.messages()
     for vring in session.vrings:
         index = vring.index
-        if not vring.size and index not in calls and index not in errors:
+        if vring == Vring(index) and index not in calls and index not in errors:
             continue  # nothing was said of it
         if vring.size:
             messages.append(SetupMessage(Request.SET_VRING_NUM, VringState(index, vring.size).pack()))
