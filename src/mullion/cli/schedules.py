@@ -10,6 +10,7 @@ import click
 
 from mullion.cli import complete
 from mullion.cli.tables import NOTHING, printable
+from mullion.model.definition import LABEL_FORM, LABEL_PATTERN
 
 if TYPE_CHECKING:
     from mullion.cli.face import Face
@@ -19,13 +20,12 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 
 _DEFAULT_NAME: Final = "default"
 partition_argument = click.argument("partition", shell_complete=complete.partitions)
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def _checked_name(_ctx: click.Context, _param: click.Parameter, name: str) -> str:
     """It becomes a part of an address, where a wrong one would be said in other words."""
-    if not _NAME.fullmatch(name):
-        raise click.BadParameter("letters, digits, '.', '_' and '-', a letter or digit first, at most 64 characters")
+    if not re.search(LABEL_PATTERN, name):
+        raise click.BadParameter(LABEL_FORM)
     return name
 
 

@@ -14,6 +14,10 @@ from msgspec import Meta, Struct, field
 NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(?!\n)$"
 """A name is an RFC 1123 label: it serves as host name and as file name. `$` alone would let a last newline through."""
 
+LABEL_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(?!\n)$"
+"""What checkpoints and schedules are called."""
+LABEL_FORM: Final = "letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64 characters"
+
 Name = Annotated[
     str, Meta(pattern=NAME_PATTERN, description="lower-case letters, digits and inner hyphens, at most 63 characters")
 ]

@@ -9,15 +9,15 @@ from litestar.params import HeaderParameter, JSONBody, PathParameter, QueryParam
 from msgspec import Meta, Struct
 
 from mullion.base.errors import NotFoundError
+from mullion.model.definition import LABEL_PATTERN
 from mullion.model.views import BackupScheduleView
 from mullion.parent.api import PathName, Service, check_match
 from mullion.services.backup.routes import Keep, keep_rules
 from mullion.services.backup.schedules import BackupSchedules
-from mullion.services.checkpoint.routes import NAME_PATTERN
 
 _TAGS: Final = ["backups"]
 _PATH: Final = "/1.0/partitions/{name:str}/backup-schedules/{schedule:str}"
-_Schedule = Annotated[str, PathParameter(description="the schedule's name", pattern=NAME_PATTERN)]
+_Schedule = Annotated[str, PathParameter(description="the schedule's name", pattern=LABEL_PATTERN)]
 _IfMatch = Annotated[str | None, HeaderParameter(name="If-Match")]
 
 

@@ -8,6 +8,7 @@ from litestar import Response, delete, get, post, put
 from litestar.params import JSONBody, PathParameter
 from msgspec import Meta, Struct
 
+from mullion.model.definition import LABEL_FORM, LABEL_PATTERN
 from mullion.model.views import CheckpointTreeView, CheckpointView, ExportView, OperationView
 from mullion.parent.api import PathName, Service, accepted
 from mullion.services.checkpoint.controller import CheckpointController
@@ -15,14 +16,7 @@ from mullion.services.checkpoint.exports import CheckpointExports
 
 _TAGS: Final = ["checkpoints"]
 _Checkpoint = Annotated[str, PathParameter(description="the checkpoint's name or id", max_length=64)]
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(?!\n)$"
-_Name = Annotated[
-    str,
-    Meta(
-        pattern=NAME_PATTERN,
-        description="letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64 characters",
-    ),
-]
+_Name = Annotated[str, Meta(pattern=LABEL_PATTERN, description=LABEL_FORM)]
 
 
 class NewCheckpoint(Struct, frozen=True, forbid_unknown_fields=True):

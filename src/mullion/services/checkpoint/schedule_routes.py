@@ -9,14 +9,14 @@ from litestar.params import HeaderParameter, JSONBody, PathParameter
 from msgspec import Meta, Struct
 
 from mullion.base.errors import NotFoundError
+from mullion.model.definition import LABEL_PATTERN
 from mullion.model.schedule import INTERVAL_LIMIT_S, KEEP_LIMIT, MINUTE_S
 from mullion.model.views import CheckpointScheduleView
 from mullion.parent.api import PathName, Service, check_match
-from mullion.services.checkpoint.routes import NAME_PATTERN
 from mullion.services.checkpoint.schedules import CheckpointSchedules, ScheduleOptions
 
 _TAGS: Final = ["checkpoints"]
-_Schedule = Annotated[str, PathParameter(description="the schedule's name", pattern=NAME_PATTERN)]
+_Schedule = Annotated[str, PathParameter(description="the schedule's name", pattern=LABEL_PATTERN)]
 _IfMatch = Annotated[str | None, HeaderParameter(name="If-Match")]
 
 
