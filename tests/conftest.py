@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -78,6 +79,13 @@ def short_tmp(leftovers: Leftovers) -> Iterator[Path]:
     """A folder with a path short enough for sockets. Nothing that names it may run when the test is over."""
     with checked_home(leftovers) as home:
         yield home
+
+
+@pytest.fixture
+def started() -> Iterator[contextlib.ExitStack]:
+    """Ends what a test has started, however the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module", params=["python", "compiled"])

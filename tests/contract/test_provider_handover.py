@@ -10,18 +10,17 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from tests.framework.providers import WANTED, Control, LoneProvider, make_spec
+from tests.framework.providers import WANTED, Control, LoneProvider, spec_of_two
 from tests.framework.ring_load import RingLoad, pattern
 
 from mullion.base.units import MIB
 from mullion.provider.handover import HandOverError, Offer, TakeOver, give
 from mullion.provider.spec import ProviderSpec
-from mullion.vhd import create_differencing, create_dynamic, open_chain
+from mullion.vhd import open_chain
 from mullion.wire.nbd import NbdClient
 from mullion.wire.vhost_user.client import FrontEnd
 from mullion.wire.vhost_user.driver import VirtqueueDriver, attach
@@ -34,17 +33,7 @@ ROUNDS = 5
 
 @pytest.fixture
 def spec(short_tmp: Path) -> ProviderSpec:
-    create_dynamic(str(short_tmp / "base.vhd"), DISK_BYTES)
-    create_differencing(str(short_tmp / "top.vhd"), str(short_tmp / "base.vhd"))
-    create_dynamic(str(short_tmp / "other.vhd"), DISK_BYTES)
-    return make_spec(short_tmp, [short_tmp / "top.vhd", short_tmp / "base.vhd"], [short_tmp / "other.vhd"])
-
-
-@pytest.fixture
-def started() -> Iterator[ExitStack]:
-    """Ends what a test has started, however the test ends."""
-    with ExitStack() as stack:
-        yield stack
+    return spec_of_two(short_tmp, DISK_BYTES)
 
 
 def successor(spec: ProviderSpec) -> LoneProvider:

@@ -10,12 +10,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from tests.framework.providers import DEADLINE_S, WANTED, Control, LoneProvider, make_spec
+from tests.framework.providers import DEADLINE_S, WANTED, Control, LoneProvider, spec_of_two
 from tests.framework.ring_load import RingLoad
 
 from mullion.base.errors import InvalidError
@@ -24,7 +24,6 @@ from mullion.provider.front_end import FrontEnd as KeptFrontEnd
 from mullion.provider.front_end import SetupMessage
 from mullion.provider.keeping import Keeper, Keeping
 from mullion.provider.spec import ProviderSpec
-from mullion.vhd import create_differencing, create_dynamic
 from mullion.wire.vhost_user.client import USER_BASE, FrontEnd, VringPlace
 from mullion.wire.vhost_user.driver import VirtqueueDriver, attach
 from mullion.wire.vhost_user.messages import U64, Request, VringAddress, VringState
@@ -38,17 +37,7 @@ KILLS_AT_RANDOM = 12
 
 @pytest.fixture
 def spec(short_tmp: Path) -> ProviderSpec:
-    create_dynamic(str(short_tmp / "base.vhd"), DISK_BYTES)
-    create_differencing(str(short_tmp / "top.vhd"), str(short_tmp / "base.vhd"))
-    create_dynamic(str(short_tmp / "other.vhd"), DISK_BYTES)
-    return make_spec(short_tmp, [short_tmp / "top.vhd", short_tmp / "base.vhd"], [short_tmp / "other.vhd"])
-
-
-@pytest.fixture
-def started() -> Iterator[ExitStack]:
-    """Ends what a test has started, however the test ends."""
-    with ExitStack() as stack:
-        yield stack
+    return spec_of_two(short_tmp, DISK_BYTES)
 
 
 class Parent:
@@ -101,6 +90,14 @@ class Parent:
         wait_kept(self._keeper, self._disks.index(disk))
 
 
+def attached(spec: ProviderSpec, started: ExitStack, *, disk: int = 0) -> tuple[FrontEnd, VirtqueueDriver]:
+    """A front-end of a disk, whose first ring runs."""
+    front_end = started.enter_context(FrontEnd(str(spec.disks[disk].vhost_user)))
+    driver = attach(front_end, wanted=WANTED)
+    started.callback(driver.release)
+    return front_end, driver
+
+
 def wait_kept(keeper: Keeper, slot: int) -> None:
     """Until the provider has said how the connection of a disk is now."""
     deadline_s = time.monotonic() + DEADLINE_S
@@ -134,8 +131,7 @@ def test_a_killed_provider_is_not_missed(spec: ProviderSpec, started: ExitStack,
 def test_killed_between_two_starts_of_a_ring(spec: ProviderSpec, started: ExitStack) -> None:
     """As while a guest is paused, when QEMU before 9.1 may lose a back end that it sees go."""
     parent = Parent(spec, started)
-    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
-    driver = attach(front_end, wanted=WANTED)
+    front_end, driver = attached(spec, started)
     load = RingLoad(driver, random.Random(8), DISK_BYTES)
     for _ in range(KILLS):
         load.begin(20)
@@ -151,7 +147,6 @@ def test_killed_between_two_starts_of_a_ring(spec: ProviderSpec, started: ExitSt
         front_end.start_vring(driver.place, base)
         load.end()
     load.check()
-    driver.release()
 
 
 def test_what_was_said_of_a_ring_is_kept_in_whatever_order_it_comes(spec: ProviderSpec, started: ExitStack) -> None:
@@ -177,8 +172,7 @@ def test_a_front_end_that_says_something_while_nobody_listens_is_answered(
     spec: ProviderSpec, started: ExitStack
 ) -> None:
     parent = Parent(spec, started)
-    front_end = started.enter_context(FrontEnd(str(spec.disks[1].vhost_user)))
-    driver = attach(front_end, wanted=WANTED)
+    front_end, _ = attached(spec, started, disk=1)
     parent.wait_kept("d1")
     found: list[int] = []
 
@@ -191,7 +185,6 @@ def test_a_front_end_that_says_something_while_nobody_listens_is_answered(
     assert parent.kill() == ["d1"]
     asking.join(DEADLINE_S)
     assert found == [0]
-    driver.release()
 
 
 def converse(front_end: FrontEnd, place: VringPlace, is_over: threading.Event, outcome: list[str]) -> None:
@@ -251,32 +244,27 @@ def test_a_connection_that_has_ended_is_not_kept(spec: ProviderSpec, started: Ex
 def test_what_a_provider_cannot_say_is_no_copy(spec: ProviderSpec, started: ExitStack) -> None:
     """Its parent takes nothing: the connection is hung up rather than handed on as it was."""
     parent = Parent(spec, started)
-    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
-    driver = attach(front_end, wanted=WANTED)
+    front_end, _ = attached(spec, started)
     for _ in range(3000):  # more than the channel takes
         front_end.config(60)
     assert parent.kill() == []
     with pytest.raises(ConnectionError):
         front_end.config(60)
-    driver.release()
 
 
 def test_what_could_not_be_said_is_said_later(spec: ProviderSpec, started: ExitStack) -> None:
     parent = Parent(spec, started)
-    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
-    driver = attach(front_end, wanted=WANTED)
+    front_end, _ = attached(spec, started)
     for _ in range(3000):  # more than the channel takes
         front_end.config(60)
     parent.listen_until_kept("d0")
     assert parent.kill() == ["d0"]
     front_end.config(60)
-    driver.release()
 
 
 def test_another_parent_asks_for_all_anew(spec: ProviderSpec, started: ExitStack) -> None:
     parent = Parent(spec, started)
-    front_end = started.enter_context(FrontEnd(str(spec.disks[0].vhost_user)))
-    driver = attach(front_end, wanted=WANTED)
+    front_end, _ = attached(spec, started)
     front_end.config(60)
     control = Control(spec.control)
     with ExitStack() as later:
@@ -294,7 +282,6 @@ def test_another_parent_asks_for_all_anew(spec: ProviderSpec, started: ExitStack
         with pytest.raises(ConnectionError):
             front_end.config(60)  # the first one has hung it up
         close(taken["d0"].fds)
-    driver.release()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -21,12 +20,6 @@ from mullion.wire.vhost_user.messages import BackendRequest, Header
 pytestmark = pytest.mark.contract
 
 OLD, NEW = 8 * MIB, 8 * MIB + 3 * MIB + 512
-
-
-@pytest.fixture
-def started() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture(params=["fixed", "dynamic", "differencing"])

@@ -59,13 +59,6 @@ def dynamic(folder: Path) -> list[Path]:
     return [folder / "d.vhd"]
 
 
-@pytest.fixture
-def started() -> Iterator[ExitStack]:
-    """Ends what a test has started, however the test ends."""
-    with ExitStack() as stack:
-        yield stack
-
-
 def test_disk_through_a_ring(folder: Path, chain: list[Path]) -> None:
     spec = make_spec(folder, chain)
     with LoneProvider(spec) as provider:

@@ -16,6 +16,7 @@ from typing import Any, Self
 from mullion.provider.control_client import encode
 from mullion.provider.spec import DiskSpec, ProviderSpec
 from mullion.provider.zygote import spawn_argv
+from mullion.vhd import create_differencing, create_dynamic
 from mullion.wire.vhost_user.messages import DeviceFeature
 from mullion.wire.vhost_user.virtio_blk import BlkFeature
 
@@ -44,6 +45,15 @@ def make_spec(folder: Path, *chains: list[Path], read_only: bool = False) -> Pro
         for number, chain in enumerate(chains)
     )
     return ProviderSpec("test", disks, str(folder / "control"), str(folder / "log"), str(folder / "pending"))
+
+
+def spec_of_two(folder: Path, disk_bytes: int) -> ProviderSpec:
+    """Two new disks: one of two files, and one of one."""
+    top, base, other = (folder / f"{name}.vhd" for name in ("top", "base", "other"))
+    create_dynamic(str(base), disk_bytes)
+    create_differencing(str(top), str(base))
+    create_dynamic(str(other), disk_bytes)
+    return make_spec(folder, [top, base], [other])
 
 
 class LoneProvider:

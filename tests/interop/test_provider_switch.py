@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,6 @@ DISK_BYTES = 16 * MIB
 @pytest.fixture
 def folder(short_tmp: Path) -> Path:
     return short_tmp
-
-
-@pytest.fixture
-def started() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def make_child(folder: Path, name: str, parent: Path) -> Path:
