@@ -47,17 +47,23 @@ class Parent:
         self._spec, self._started = spec, started
         self._disks = [disk.id for disk in spec.disks]
         self._keeper = Keeper(self._disks)
+        self._theirs: socket.socket | None = None
         started.callback(self.close)
         self._begin()
 
     def close(self) -> None:
         self._keeper.close()
+        if self._theirs is not None:
+            self._theirs.close()
 
     def _begin(self) -> None:
         self.provider = self._started.enter_context(LoneProvider(self._spec))
         assert self.provider.ready.get("ready") is True, self.provider.ready
         control = Control(self._spec.control)
         assert control.ask("keep", fds=self._keeper.fds) == {"kept": self._disks}
+        if self._theirs is not None:
+            self._theirs.close()
+        self._theirs = socket.socket(fileno=os.dup(self._keeper.fds[0]))
         self._keeper.given()
         for disk in self._disks:
             copy = self._keeper.copy_of(disk)
@@ -76,6 +82,14 @@ class Parent:
         if start:
             self._begin()
         return handed
+
+    def fill_channel(self) -> None:
+        """Leave the provider no room to say anything, as a parent does that has more to do."""
+        assert self._theirs is not None
+        self._theirs.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                self._theirs.send(b'{"disk": "d1", "number": 0, "front_end": null}')
 
     def listen_until_kept(self, disk: str) -> None:
         """Take what is said until it is what is."""
@@ -245,8 +259,11 @@ def test_what_a_provider_cannot_say_is_no_copy(spec: ProviderSpec, started: Exit
     """Its parent takes nothing: the connection is hung up rather than handed on as it was."""
     parent = Parent(spec, started)
     front_end, _ = attached(spec, started)
-    for _ in range(3000):  # more than the channel takes
+    parent.wait_kept("d0")
+    parent.fill_channel()
+    for _ in range(5):
         front_end.config(60)
+        time.sleep(0.01)
     assert parent.kill() == []
     with pytest.raises(ConnectionError):
         front_end.config(60)
@@ -255,8 +272,9 @@ def test_what_a_provider_cannot_say_is_no_copy(spec: ProviderSpec, started: Exit
 def test_what_could_not_be_said_is_said_later(spec: ProviderSpec, started: ExitStack) -> None:
     parent = Parent(spec, started)
     front_end, _ = attached(spec, started)
-    for _ in range(3000):  # more than the channel takes
-        front_end.config(60)
+    parent.wait_kept("d0")
+    parent.fill_channel()
+    front_end.config(60)
     parent.listen_until_kept("d0")
     assert parent.kill() == ["d0"]
     front_end.config(60)
@@ -265,7 +283,7 @@ def test_what_could_not_be_said_is_said_later(spec: ProviderSpec, started: ExitS
 def test_another_parent_asks_for_all_anew(spec: ProviderSpec, started: ExitStack) -> None:
     parent = Parent(spec, started)
     front_end, _ = attached(spec, started)
-    front_end.config(60)
+    parent.wait_kept("d0")
     control = Control(spec.control)
     with ExitStack() as later:
         for _ in range(3):

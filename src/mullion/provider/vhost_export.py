@@ -69,6 +69,8 @@ _LOG_ALL: Final = int(DeviceFeature.LOG_ALL)
 _FD: Final = array.array("i").itemsize
 _EDGE: Final = select.EPOLLIN | select.EPOLLET
 _ONCE_WRITABLE: Final = select.EPOLLOUT | select.EPOLLONESHOT
+_SAY_AFTER_S: Final = 0.002
+"""A front-end says much at a time, and waits for answers: the parent hears what has become of it all."""
 
 
 class Served(enum.Enum):
@@ -118,6 +120,7 @@ class VhostExport:
         self._log: DirtyLog | None = None
         self._kept = KeptSetup()
         self._keeping: Keeping | None = None
+        self._say_at_s: float | None = None  # when the parent is to hear of what the front-end has said
         self._errands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_handing_over = False
         self._handed: FrontEnd | None = None
@@ -262,7 +265,12 @@ class VhostExport:
         if self._keeping is not None:
             self._keeping.changes(self._blk.disk_id)
 
+    def _is_now_soon(self) -> None:
+        if self._keeping is not None:
+            self._say_at_s = time.monotonic() + _SAY_AFTER_S
+
     def _is_now(self) -> None:
+        self._say_at_s = None
         keeping, connection, session = self._keeping, self._connection, self._session
         if keeping is None:
             return
@@ -305,8 +313,9 @@ class VhostExport:
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
         timeout_s: float = 0 if self._busy else -1 if not self._stalled else RETRY_INTERVAL_S
-        if self._capped and timeout_s:
-            until_s = max(min(self._capped.values()) - time.monotonic(), 0.0)
+        due_s = [*self._capped.values(), *(() if self._say_at_s is None else (self._say_at_s,))]
+        if due_s and timeout_s:
+            until_s = max(min(due_s) - time.monotonic(), 0.0)
             timeout_s = until_s if timeout_s < 0 else min(timeout_s, until_s)
         events = self._attend() if timeout_s < 0 and len(self._rings) == 1 else self._epoll.poll(timeout_s, EVENTS)
         if self._turnstile.is_held:
@@ -355,6 +364,8 @@ class VhostExport:
         if self._capped:
             now_s = time.monotonic()
             self._busy.update(index for index, until_s in self._capped.items() if until_s <= now_s)
+        if self._say_at_s is not None and time.monotonic() >= self._say_at_s:
+            self._is_now()
         for index in tuple(self._busy):
             if not self._drain(index):
                 self._busy.discard(index)
@@ -422,7 +433,7 @@ class VhostExport:
         self._connection = connection
         self._session = Session(self)
         self._epoll.register(connection.fileno(), select.EPOLLIN)
-        self._is_now()
+        self._is_now_soon()
         log.debug("disk %s: front-end connected", self._blk.disk_id)
         self._notify("connected", self._blk.disk_id, "")
 
@@ -446,7 +457,7 @@ class VhostExport:
                 for reply in replies:
                     _send(connection, reply.data, reply.fds)
             except BlockingIOError:
-                self._is_now()
+                self._is_now_soon()
                 return
             except (ProtocolError, GuestFault, OSError) as error:
                 self._disconnect(str(error))
