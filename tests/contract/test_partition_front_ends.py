@@ -215,15 +215,17 @@ def test_a_hand_over_that_is_heard_of_late_costs_no_connection(short_tmp: Path) 
     async def story() -> None:
         fleet = SlowFleet(str(short_tmp / "zygote.log"))
         await runtime.start_provider(fleet, spec)
-        await until(lambda: runtime.link is not None and runtime.front_ends._keeper is not None)
-        with Client(str(short_tmp / "d0.vhost")) as client:
-            driver = attach(client, wanted=WANTED)
-            await until(lambda: runtime.front_ends._keeper.copy_of("d0") is not None)  # type: ignore[union-attr]
-            await runtime.hand_over_provider(fleet, spec)
-            assert int.from_bytes(client.config(60)[:8], "little") == 16 * MIB // 512
-            driver.release()
-        await runtime.stop_provider()
-        await runtime.release()
+        try:
+            await until(lambda: runtime.link is not None and runtime.front_ends._keeper is not None)
+            with Client(str(short_tmp / "d0.vhost")) as client:
+                driver = attach(client, wanted=WANTED)
+                await until(lambda: runtime.front_ends._keeper.copy_of("d0") is not None)  # type: ignore[union-attr]
+                await runtime.hand_over_provider(fleet, spec)
+                assert int.from_bytes(client.config(60)[:8], "little") == 16 * MIB // 512
+                driver.release()
+        finally:
+            await runtime.stop_provider()
+            await runtime.release()
         assert fleet._writer is not None
         assert fleet._reader_task is not None
         fleet._writer.close()
